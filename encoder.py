@@ -1,0 +1,100 @@
+"""Byte-pair encoding: text <-> token ids, with the same ids as OpenAI's encoder for every string.
+
+A pattern cuts the text into words, and a word is its UTF-8 bytes; then neighbours are joined, the pair that training
+met most often first, until no known pair is left. Each of the 256 bytes is shown as a printable character (a space as
+Ġ), so that tokens can be stored as text.
+"""
+
+import functools
+import heapq
+import json
+import os
+
+import regex
+
+# contractions, then letters, digits or anything else with the space before them, then white space on its own
+PATTERN = regex.compile(r"'(?:[stdm]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+
+def bytes_to_unicode():
+    """{byte: character}: the printable ones of Latin-1 stand for themselves, the others for those from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def merge(symbols, ranks):
+    """Joins neighbouring symbols, lowest rank first and from left to right, until no pair of them has a rank.
+
+    symbols: a list of strings, changed in place. ranks: {(left, right): rank}.
+    The usual loop looks at the whole word again after every merge, which takes time quadratic in its length. Here pairs
+    wait in a list for each rank, and a merge looks at its two neighbours only.
+    """
+    left, right = [*range(-1, len(symbols) - 1)], [*range(1, len(symbols) + 1)]  # neighbours: a doubly linked list
+    right[-1:] = [-1]  # -1: none
+    waiting, queue = {}, []  # rank -> where its pairs begin; the ranks in waiting, as a heap
+
+    def wait(i, j):
+        rank = ranks.get((symbols[i], symbols[j])) if i >= 0 and j >= 0 else None
+        if rank is not None:
+            if rank not in waiting:
+                waiting[rank] = []
+                heapq.heappush(queue, rank)
+            waiting[rank].append(i)
+
+    for i in range(len(symbols) - 1):
+        wait(i, i + 1)
+    while queue:
+        rank = heapq.heappop(queue)
+        for i in sorted(waiting.pop(rank)):
+            j = right[i]
+            if j < 0 or ranks.get((symbols[i], symbols[j])) != rank:
+                continue  # a merge since then took one of the two
+            symbols[i] += symbols[j]
+            symbols[j] = ""
+            right[i], right[j] = right[j], -1
+            if right[i] >= 0:
+                left[right[i]] = i
+            wait(left[i], i)
+            wait(i, right[i])
+    symbols[:] = filter(None, symbols)
+
+
+class Encoder:
+    """encoder: {token: id}; bpe_merges: [(left, right)], in the order learned; errors: as for bytes.decode."""
+
+    def __init__(self, encoder, bpe_merges, errors="replace"):
+        self.encoder = encoder
+        self.decoder = {i: token for token, i in encoder.items()}
+        self.errors = errors
+        self.byte_encoder = bytes_to_unicode()
+        self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
+        self.bpe_ranks = {pair: rank for rank, pair in enumerate(bpe_merges)}
+        self.bpe_of_short_word = functools.lru_cache(maxsize=2**16)(self.bpe)  # the words of a language come back
+
+    def bpe(self, word):
+        """The ids of one word of the text."""
+        symbols = [self.byte_encoder[byte] for byte in word.encode("utf-8")]
+        merge(symbols, self.bpe_ranks)
+        return [self.encoder[symbol] for symbol in symbols]
+
+    def encode(self, text):
+        """str -> list of ids. <|endoftext|> is text like any other. Raises UnicodeEncodeError for lone surrogates."""
+        ids = []
+        for word in PATTERN.findall(text):
+            ids += self.bpe_of_short_word(word) if len(word) <= 32 else self.bpe(word)
+        return ids
+
+    def decode(self, ids):
+        """List of ids -> str. Bytes that are no UTF-8, such as half of an emoji, become U+FFFD."""
+        text = "".join(self.decoder[i] for i in ids)
+        return bytes(self.byte_decoder[character] for character in text).decode("utf-8", errors=self.errors)
+
+
+def get_encoder(model_size, models_dir):
+    """Reads encoder.json and vocab.bpe of a model. Raises OSError, or ValueError that names the file and its fault."""
+    with open(os.path.join(models_dir, model_size, "encoder.json"), encoding="utf-8") as f:
+        encoder = json.load(f)
+    with open(os.path.join(models_dir, model_size, "vocab.bpe"), encoding="utf-8") as f:
+        bpe_merges = [tuple(line.split()) for line in f.read().split("\n")[1:-1]]  # behind a line with the version
+    return Encoder(encoder, bpe_merges)
