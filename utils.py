@@ -249,6 +249,8 @@ def write_sums(model_dir):
         os.utime(f.name, ns=(changed, changed))
         os.replace(f.name, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.{os.getpid()}")
         print(f"{model_dir}: cannot be written to, so TensorFlow reads it at every start: {error}", file=sys.stderr)
 
 

@@ -1,0 +1,285 @@
+"""The model: its layers against the tutorial and PyTorch, the whole against Hugging Face, JAX and itself."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import HPARAMS, wild_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import gpt2
+
+N_HEAD = HPARAMS["n_head"]
+close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4)  # for logits, which reach +-8 here
+matrices = arrays(np.float32, (3, 8), elements=st.floats(-30, 30, width=32))
+sentences = st.lists(st.integers(0, HPARAMS["n_vocab"] - 1), min_size=2, max_size=HPARAMS["n_ctx"])
+few = settings(max_examples=20, deadline=None)
+
+
+def random_ids(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, HPARAMS["n_vocab"], shape)
+
+
+@pytest.fixture
+def small_query_blocks(monkeypatch):
+    """So that a sentence of the tiny model takes several blocks, the last of them not full."""
+    monkeypatch.setattr(gpt2, "QUERY_BLOCK", 12)
+
+
+# Layers: the values printed in the tutorial
+
+
+def test_gelu_prints_what_the_tutorial_shows():
+    np.testing.assert_allclose(
+        gpt2.gelu(np.array([[1, 2], [-2, 0.5]])), [[0.84119, 1.9546], [-0.0454, 0.34571]], atol=5e-6
+    )
+
+
+def test_softmax_prints_what_the_tutorial_shows():
+    x = gpt2.softmax(np.array([[2, 100], [-5, 0]]))
+    np.testing.assert_allclose(x, [[0.0, 1.0], [0.00669, 0.99331]], atol=5e-6)
+    np.testing.assert_allclose(x.sum(axis=-1), [1, 1])
+
+
+def test_layer_norm_prints_what_the_tutorial_shows():
+    x = np.array([[2, 2, 3], [-5, 0, 1]])
+    x = gpt2.layer_norm(x, g=np.ones(3), b=np.zeros(3))
+    np.testing.assert_allclose(x, [[-0.70709, -0.70709, 1.41418], [-1.397, 0.508, 0.889]], atol=6e-4)
+    np.testing.assert_allclose(x.var(axis=-1), [0.99996, 1.0], atol=5e-6)
+    np.testing.assert_allclose(x.mean(axis=-1), [0, 0], atol=1e-9)
+
+
+def test_linear_projects_the_last_axis():
+    x, w, b = np.random.normal(size=(64, 784)), np.random.normal(size=(784, 10)), np.random.normal(size=10)
+    np.testing.assert_allclose(gpt2.linear(x, w, b), x @ w + b)
+
+
+# Layers: PyTorch
+
+
+@given(matrices)
+def test_gelu_is_pytorchs_tanh_approximation(x):
+    expected = torch.nn.functional.gelu(torch.tensor(x), approximate="tanh")
+    np.testing.assert_allclose(gpt2.gelu(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(matrices)
+def test_softmax_is_pytorchs(x):
+    np.testing.assert_allclose(gpt2.softmax(x), torch.softmax(torch.tensor(x), -1), rtol=1e-5, atol=1e-7)
+
+
+@given(matrices, matrices)
+def test_layer_norm_is_pytorchs(x, gb):
+    g, b = gb[0], gb[1]
+    expected = torch.nn.functional.layer_norm(torch.tensor(x), (8,), torch.tensor(g), torch.tensor(b), eps=1e-5)
+    np.testing.assert_allclose(gpt2.layer_norm(x, g, b), expected, rtol=1e-3, atol=1e-3)
+
+
+@given(matrices, matrices, matrices)
+def test_attention_is_pytorchs(q, k, v):
+    mask = (1 - np.tri(3, dtype=np.float32)) * -1e10
+    tensors = (torch.tensor(x)[None] for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True)[0]
+    np.testing.assert_allclose(gpt2.attention(q, k, v, mask), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_ffn_is_two_linear_layers_of_pytorch_around_a_gelu(params):
+    x, mlp = np.random.default_rng(0).standard_normal((7, 80), np.float32), params["blocks"][0]["mlp"]
+    layers = {name: (torch.tensor(layer["w"]).T, torch.tensor(layer["b"])) for name, layer in mlp.items()}
+    a = torch.nn.functional.linear(torch.tensor(x), *layers["c_fc"])
+    expected = torch.nn.functional.linear(torch.nn.functional.gelu(a, approximate="tanh"), *layers["c_proj"])
+    np.testing.assert_allclose(gpt2.ffn(x, **mlp), expected, rtol=1e-4, atol=1e-4)
+
+
+# The whole model against Hugging Face
+
+
+@pytest.mark.parametrize("n_seq", [1, 2, 33, 64])
+def test_logits_of_every_position_are_hugging_faces(n_seq, params, hugging_face):
+    ids = random_ids(n_seq)
+    with torch.no_grad():
+        expected = hugging_face(HPARAMS, params)(torch.tensor(ids)[None]).logits[0]
+    close(gpt2.gpt2(ids, **params, n_head=N_HEAD), expected)
+
+
+def test_logits_of_a_prompt_longer_than_a_block_of_queries_are_hugging_faces(hugging_face):
+    hparams = HPARAMS | {"n_ctx": 600}
+    params, ids = wild_params(hparams), random_ids(600)
+    assert len(ids) > 2 * gpt2.QUERY_BLOCK
+    with torch.no_grad():
+        expected = hugging_face(hparams, params)(torch.tensor(ids)[None]).logits[0]
+    close(gpt2.gpt2(ids, **params, n_head=N_HEAD), expected)
+
+
+def test_greedy_ids_are_hugging_faces(params, hugging_face):
+    model, prompts = hugging_face(HPARAMS, params), random_ids(5, 10)
+    options = {"attention_mask": torch.ones(5, 10), "max_new_tokens": 54, "do_sample": False}
+    expected = model.generate(torch.tensor(prompts), **options)[:, 10:].tolist()
+    assert [gpt2.generate(prompt.tolist(), params, N_HEAD, 54) for prompt in prompts] == expected
+    assert len(np.unique(expected)) > 40  # a model that repeats itself would prove little
+
+
+# Properties
+
+
+@few
+@given(sentences, st.data())
+def test_a_later_token_changes_no_earlier_logits(params, ids, data):
+    i = data.draw(st.integers(1, len(ids) - 1))
+    changed = [*ids[:i], (ids[i] + 1) % HPARAMS["n_vocab"], *ids[i + 1 :]]
+    before, after = (gpt2.gpt2(x, **params, n_head=N_HEAD) for x in (ids, changed))
+    close(before[:i], after[:i])
+    assert not np.allclose(before[i:], after[i:], atol=2e-3)
+
+
+@few
+@given(sentences, st.data())
+def test_logits_with_the_cache_are_those_without_however_the_tokens_are_dealt_out(params, ids, data):
+    full = gpt2.gpt2(ids, **params, n_head=N_HEAD)
+    cache = [np.full((2, N_HEAD, len(ids), 16), np.nan, np.float32) for _ in params["blocks"]]
+    n_past = 0
+    while n_past < len(ids):
+        n = data.draw(st.integers(1, len(ids) - n_past))
+        part = gpt2.gpt2(ids[n_past : n_past + n], **params, n_head=N_HEAD, kv_cache=cache, n_past=n_past)
+        close(part, full[n_past : n_past + n])
+        n_past += n
+
+
+@pytest.mark.usefixtures("small_query_blocks")
+@pytest.mark.parametrize("n_past", [0, 5, 12])
+def test_blocks_of_queries_change_nothing(n_past, params, hugging_face):
+    ids = random_ids(64)
+    with torch.no_grad():
+        expected = hugging_face(HPARAMS, params)(torch.tensor(ids)[None]).logits[0]
+    cache = [np.full((2, N_HEAD, 64, 16), np.nan, np.float32) for _ in params["blocks"]]
+    if n_past:
+        gpt2.gpt2(ids[:n_past], **params, n_head=N_HEAD, kv_cache=cache)
+    close(gpt2.gpt2(ids[n_past:], **params, n_head=N_HEAD, kv_cache=cache, n_past=n_past), expected[n_past:])
+
+
+def test_a_batch_is_its_sentences_one_by_one(params):
+    ids = random_ids(2, 3, 20)
+    logits = gpt2.gpt2(ids, **params, n_head=N_HEAD)
+    assert logits.shape == (2, 3, 20, HPARAMS["n_vocab"])
+    for i in np.ndindex(2, 3):
+        close(logits[i], gpt2.gpt2(ids[i], **params, n_head=N_HEAD))
+
+
+def test_only_last_gives_the_last_row_of_logits(params):
+    ids = random_ids(20)
+    last = gpt2.gpt2(ids, **params, n_head=N_HEAD, only_last=True)
+    assert last.shape == (1, HPARAMS["n_vocab"])
+    close(last, gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1:])
+
+
+def test_generate_with_the_cache_is_the_plain_loop_without(params):
+    prompt, ids = random_ids(5).tolist(), random_ids(5).tolist()
+    for _ in range(20):
+        ids.append(int(gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1].argmax()))
+    assert gpt2.generate(prompt, params, N_HEAD, 20) == ids[5:]
+
+
+def test_generate_returns_plain_integers_and_leaves_the_callers_list_alone(params):
+    prompt = [1, 2, 3]
+    ids = gpt2.generate(prompt, params, N_HEAD, 4)
+    assert [type(i) for i in ids] == [int] * 4
+    assert prompt == [1, 2, 3]
+    assert gpt2.generate(prompt, params, N_HEAD, 0) == []
+
+
+def test_generate_ids_yields_them_one_by_one(params):
+    ids = gpt2.generate_ids([1, 2, 3], params, N_HEAD, 6)
+    assert [next(ids), *ids] == gpt2.generate([1, 2, 3], params, N_HEAD, 6)
+
+
+def test_nothing_is_computed_in_float64(params):
+    class Float32(np.ndarray):
+        def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
+            plain = [np.asarray(x) if isinstance(x, Float32) else x for x in inputs]
+            if out is not None:
+                kwargs["out"] = tuple(np.asarray(x) for x in out)
+            result = getattr(ufunc, method)(*plain, **kwargs)
+            assert result.dtype != np.float64, f"{ufunc.__name__} gives float64"
+            return result.view(Float32)
+
+    with pytest.raises(AssertionError, match="multiply gives float64"):
+        np.ones(3, np.float32).view(Float32) * np.ones(3)
+    wrapped = jax.tree.map(lambda x: x.view(Float32), params)
+    logits = gpt2.gpt2(random_ids(64), **wrapped, n_head=N_HEAD)
+    assert isinstance(logits, Float32)
+    assert logits.dtype == np.float32
+
+
+# Errors
+
+
+def test_more_tokens_than_the_context_is_an_error(params):
+    with pytest.raises(ValueError, match="65 tokens do not fit the model's context of 64"):
+        gpt2.gpt2(random_ids(65), **params, n_head=N_HEAD)
+
+
+def test_generate_fills_the_context_exactly_and_no_further(params):
+    assert len(gpt2.generate(list(range(10)), params, N_HEAD, 54)) == 54
+    with pytest.raises(ValueError, match=r"10 tokens and the 55 to generate .* 64"):
+        gpt2.generate(list(range(10)), params, N_HEAD, 55)
+
+
+def test_generating_from_no_token_at_all_is_an_error(params):
+    with pytest.raises(ValueError, match=r"no tokens.*<\|endoftext\|>"):
+        gpt2.generate([], params, N_HEAD, 5)
+
+
+# JAX
+
+
+@pytest.fixture(scope="module")
+def jax_params(params):
+    return jax.tree.map(jnp.asarray, params)
+
+
+def test_jit_gives_numpys_logits(params, jax_params):
+    ids = random_ids(40)
+    jitted = jax.jit(gpt2.gpt2, static_argnames="n_head")
+    close(jitted(ids, **jax_params, n_head=N_HEAD), gpt2.gpt2(ids, **params, n_head=N_HEAD))
+
+
+@pytest.mark.usefixtures("small_query_blocks")
+def test_jit_gives_numpys_logits_in_blocks_of_queries(params, jax_params):
+    ids = random_ids(40)
+    jitted = jax.jit(lambda ids, params: gpt2.gpt2(ids, **params, n_head=N_HEAD))
+    close(jitted(ids, jax_params), gpt2.gpt2(ids, **params, n_head=N_HEAD))
+
+
+def test_vmap_batches_as_the_tutorial_says(params, jax_params):
+    ids = random_ids(4, 20)
+    p = jax_params
+    batched = jax.vmap(gpt2.gpt2, in_axes=[0, None, None, None, None, None])
+    logits = batched(ids, p["wte"], p["wpe"], p["blocks"], p["ln_f"], N_HEAD)
+    close(logits, gpt2.gpt2(ids, **params, n_head=N_HEAD))
+
+
+def test_gradients_of_the_loss_are_pytorchs(params, jax_params, hugging_face):
+    ids = random_ids(30)
+
+    def lm_loss(params):
+        log_probabilities = jax.nn.log_softmax(gpt2.gpt2(ids[:-1], **params, n_head=N_HEAD))
+        return -log_probabilities[jnp.arange(29), ids[1:]].mean()
+
+    model = hugging_face(HPARAMS, params)
+    model(torch.tensor(ids)[None], labels=torch.tensor(ids)[None]).loss.backward()
+    gradients = jax.grad(lm_loss)(jax_params)
+    named = dict(model.transformer.named_parameters())
+    for ours, theirs in (
+        (gradients["wte"], "wte.weight"),
+        (gradients["wpe"], "wpe.weight"),
+        (gradients["blocks"][0]["attn"]["c_attn"]["w"], "h.0.attn.c_attn.weight"),
+        (gradients["blocks"][2]["mlp"]["c_proj"]["b"], "h.2.mlp.c_proj.bias"),
+        (gradients["ln_f"]["g"], "ln_f.weight"),
+    ):
+        expected = named[theirs].grad.numpy()
+        np.testing.assert_allclose(ours, expected, rtol=1e-2, atol=1e-3 * np.abs(expected).max(), err_msg=theirs)

@@ -1,0 +1,278 @@
+"""Loading: TensorFlow writes the checkpoints, utils maps them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import HPARAMS, REPO, wild_params
+
+import utils
+
+DATA, INDEX = utils.DATA, utils.INDEX
+
+
+def load(model_dir):
+    return utils.load_encoder_hparams_and_params(model_dir.name, model_dir.parent)
+
+
+def leaves(node):
+    if isinstance(node, dict):
+        return [leaf for key in sorted(node) for leaf in leaves(node[key])]
+    return [leaf for value in node for leaf in leaves(value)] if isinstance(node, list) else [node]
+
+
+def assert_same(params, expected):
+    assert shape_tree(params) == shape_tree(expected)
+    for ours, theirs in zip(leaves(params), leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def shape_tree(node):
+    if isinstance(node, dict):
+        return {key: shape_tree(value) for key, value in node.items()}
+    return [shape_tree(value) for value in node] if isinstance(node, list) else list(node.shape)
+
+
+def save(model_dir, tensors, **kwargs):
+    """Writes a checkpoint of exactly these tensors, in this order."""
+    import tensorflow as tf
+
+    prefix = str(model_dir / "model.ckpt")
+    tf.raw_ops.SaveV2(
+        prefix=prefix, tensor_names=list(tensors), shape_and_slices=[""] * len(tensors), tensors=list(tensors.values())
+    )
+
+
+def tensors_of(model_dir):
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(model_dir / "model.ckpt"))
+    return {name: reader.get_tensor(name) for name in sorted(reader.get_variable_to_shape_map())}
+
+
+# What is loaded
+
+
+def test_params_have_the_names_shapes_and_type_of_the_tutorial(model_dir):
+    _, hparams, params = load(model_dir)
+    assert hparams == HPARAMS
+    block = {
+        "ln_1": {"g": [80], "b": [80]},
+        "attn": {"c_attn": {"w": [80, 240], "b": [240]}, "c_proj": {"w": [80, 80], "b": [80]}},
+        "ln_2": {"g": [80], "b": [80]},
+        "mlp": {"c_fc": {"w": [80, 320], "b": [320]}, "c_proj": {"w": [320, 80], "b": [80]}},
+    }
+    assert shape_tree(params) == {
+        "wte": [500, 80],
+        "wpe": [64, 80],
+        "blocks": [block] * 3,
+        "ln_f": {"g": [80], "b": [80]},
+    }
+    assert {array.dtype for array in leaves(params)} == {np.dtype(np.float32)}
+
+
+def test_params_are_the_weights_that_were_saved(model_dir, params):
+    assert_same(load(model_dir)[2], params)
+    assert_same(load(model_dir)[2], params)  # mapped, this time without TensorFlow
+
+
+def test_eleven_blocks_come_in_the_order_of_their_numbers(tmp_path):
+    hparams = {"n_vocab": 300, "n_ctx": 8, "n_embd": 8, "n_head": 2, "n_layer": 11}
+    params = utils.random_params(hparams)
+    utils.save_checkpoint(tmp_path, hparams, params)
+    assert_same(utils.load_params(tmp_path, hparams), params)
+    assert_same(utils.load_params(tmp_path, hparams), params)
+
+
+def test_the_encoder_is_the_models_own(model_dir):
+    encoder, hparams, _ = load(model_dir)
+    assert len(encoder.encoder) == hparams["n_vocab"]
+    assert encoder.decode(encoder.encode("the end")) == "the end"
+
+
+def test_a_verified_checkpoint_is_loaded_without_tensorflow_and_in_milliseconds(models_dir):
+    program = """if True:
+        import sys, time, utils
+        start = time.process_time()
+        utils.load_params(sys.argv[1], utils.load_hparams(sys.argv[1] + "/hparams.json"))
+        print("tensorflow" in sys.modules, time.process_time() - start)"""
+    printed = subprocess.check_output([sys.executable, "-c", program, models_dir / "tiny"], cwd=REPO, text=True)
+    imported, seconds = printed.split()
+    assert imported == "False"
+    assert float(seconds) < 0.1
+
+
+def test_weights_are_mapped_and_changes_to_them_stay_in_memory(model_dir, params):
+    load(model_dir)
+    mine = load(model_dir)[2]
+    mine["wte"][:] = 0
+    assert isinstance(mine["wte"], np.memmap)
+    assert_same(load(model_dir)[2], params)
+
+
+# SHA256SUMS
+
+
+def test_sums_are_what_sha256sum_checks(model_dir):
+    load(model_dir)
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=model_dir, check=True, capture_output=True)
+
+
+def verified_by_tensorflow(model_dir, monkeypatch):
+    """Whether loading reads the checkpoint with TensorFlow."""
+    calls = []
+    read = utils.read_checkpoint
+    monkeypatch.setattr(utils, "read_checkpoint", lambda *args: calls.append(args) or read(*args))
+    load(model_dir)
+    return bool(calls)
+
+
+def test_a_checkpoint_is_verified_once(model_dir, monkeypatch):
+    assert verified_by_tensorflow(model_dir, monkeypatch)
+    assert not verified_by_tensorflow(model_dir, monkeypatch)
+
+
+@pytest.mark.parametrize("sums", [None, "", "nonsense", "0" * 64 + f"  {DATA}\n", "\0\xff"])
+def test_missing_truncated_or_damaged_sums_are_made_anew(sums, model_dir, monkeypatch):
+    load(model_dir)
+    path, good = model_dir / "SHA256SUMS", (model_dir / "SHA256SUMS").read_text()
+    path.unlink() if sums is None else path.write_text(sums, encoding="latin-1")
+    assert verified_by_tensorflow(model_dir, monkeypatch)
+    assert path.read_text() == good
+
+
+def test_a_changed_checkpoint_is_verified_and_loaded_anew(model_dir, monkeypatch):
+    load(model_dir)
+    others = wild_params(HPARAMS, seed=1)
+    utils.save_checkpoint(model_dir, HPARAMS, others)
+    assert verified_by_tensorflow(model_dir, monkeypatch)
+    assert_same(load(model_dir)[2], others)
+
+
+def test_a_copied_checkpoint_is_recognised_by_its_contents(model_dir, monkeypatch):
+    load(model_dir)
+    os.utime(model_dir / DATA)  # as after git clone or cp
+    assert not verified_by_tensorflow(model_dir, monkeypatch)
+    assert (model_dir / DATA).stat().st_mtime_ns == (model_dir / "SHA256SUMS").stat().st_mtime_ns
+
+
+def test_a_folder_that_cannot_be_written_to_works_and_says_so_once(model_dir, params, capsys):
+    (model_dir / "SHA256SUMS").mkdir()  # a read-only folder would not stop root, who may be running this
+    assert_same(load(model_dir)[2], params)
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert "cannot be written to" in stderr
+    assert not list(model_dir.glob("SHA256SUMS?*"))
+
+
+@pytest.mark.parametrize("change", ["another order", "one more variable"])
+def test_a_checkpoint_laid_out_otherwise_works_and_says_so_once(change, model_dir, params, capsys):
+    tensors = tensors_of(model_dir)
+    save(model_dir, dict(reversed(tensors.items())) if change == "another order" else {"a": np.ones(3), **tensors})
+    assert_same(load(model_dir)[2], params)
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert "laid out unlike OpenAI's" in stderr
+
+
+# Errors
+
+
+def error_of(model_dir):
+    with pytest.raises(utils.ModelError) as error:
+        load(model_dir)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_missing_variable_is_named(model_dir):
+    tensors = tensors_of(model_dir)
+    del tensors["model/h1/ln_2/g"]
+    save(model_dir, tensors | {"model/other": np.zeros(80, np.float32)})
+    assert f"{model_dir / INDEX} lacks the variable model/h1/ln_2/g" in error_of(model_dir)
+
+
+def test_a_variable_of_the_wrong_shape_is_named(model_dir):
+    tensors = tensors_of(model_dir)
+    save(model_dir, tensors | {"model/h1/attn/c_attn/w": tensors["model/h1/attn/c_attn/w"].reshape(1, 240, 80)})
+    error = error_of(model_dir)
+    assert str(model_dir / INDEX) in error
+    assert "model/h1/attn/c_attn/w has shape [1, 240, 80], hparams.json implies [80, 240]" in error
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.float16])
+def test_a_variable_of_the_wrong_type_is_named(dtype, model_dir):
+    tensors = tensors_of(model_dir)
+    tensors["model/padding"] = np.zeros(10**6, np.float32)  # so that the size of the file gives nothing away
+    save(model_dir, tensors | {"model/wte": tensors["model/wte"].astype(dtype)})
+    assert f"model/wte is {np.dtype(dtype).name}, not float32" in error_of(model_dir)
+
+
+def test_a_flipped_byte_of_the_data_is_found_and_its_variable_named(model_dir):
+    load(model_dir)
+    with open(model_dir / DATA, "r+b") as f:
+        f.seek(-4, os.SEEK_END)  # wte is the last by name
+        byte = f.read(1)[0]
+        f.seek(-4, os.SEEK_END)
+        f.write(bytes([byte ^ 1]))
+    error = error_of(model_dir)
+    assert str(model_dir / DATA) in error
+    assert "model/wte is damaged" in error
+
+
+def test_truncated_data_is_an_error(model_dir):
+    os.truncate(model_dir / DATA, 1000)
+    assert f"{DATA} has 1000 bytes" in error_of(model_dir)
+
+
+def test_a_truncated_index_is_an_error(model_dir):
+    os.truncate(model_dir / INDEX, 100)
+    assert f"{model_dir / INDEX} is damaged" in error_of(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_head": None}, "n_head must be a positive integer, not None"),
+        ({"n_layer": 0}, "n_layer must be a positive integer, not 0"),
+        ({"n_ctx": -1}, "n_ctx must be a positive integer, not -1"),
+        ({"n_vocab": 500.0}, "n_vocab must be a positive integer, not 500.0"),
+        ({"n_layer": True}, "n_layer must be a positive integer, not True"),
+        ({"n_embd": "80"}, "n_embd must be a positive integer, not '80'"),
+        ({"n_head": 7}, "n_embd 80 is not divisible by n_head 7"),
+    ],
+)
+def test_hparams_are_checked(change, message, model_dir):
+    (model_dir / "hparams.json").write_text(json.dumps(HPARAMS | change))
+    assert message in error_of(model_dir)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "\xff"])
+def test_hparams_that_are_no_object_are_an_error(text, model_dir):
+    (model_dir / "hparams.json").write_text(text, encoding="latin-1")
+    assert "hparams.json" in error_of(model_dir)
+
+
+def test_an_unknown_model_is_an_error_that_names_the_choices(tmp_path):
+    assert "no model 'nonsense': choose 124M, 355M, 774M, 1558M" in error_of(tmp_path / "nonsense")
+
+
+@pytest.mark.parametrize("name", ["hparams.json", "encoder.json", "vocab.bpe", INDEX, DATA])
+def test_a_folder_that_lacks_a_file_is_an_error_that_names_it(name, model_dir):
+    (model_dir / name).unlink()
+    assert f"lacks {name}" in error_of(model_dir)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", "C:x", "a\0b"])
+def test_a_model_name_cannot_leave_the_models_folder(name, tmp_path):
+    with pytest.raises(utils.ModelError, match="must be a folder inside"):
+        utils.load_encoder_hparams_and_params(name, tmp_path / "models")
+
+
+def test_models_dir_may_be_a_string_or_a_path(models_dir):
+    for path in (str(models_dir), pathlib.Path(models_dir)):
+        assert utils.load_encoder_hparams_and_params("tiny", path)[1] == HPARAMS
