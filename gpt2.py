@@ -220,31 +220,39 @@ def main(prompt: str, n_tokens_to_generate: int = 40, model_size: str = "124M", 
     return encoder.decode(output_ids)
 
 
-def fire_arguments(argv):
+def fire_arguments(argv, function=main):
     """The command line as Python Fire must see it: every value behind its flag, and text in quotes.
 
-    Fire reads values as Python literals, so that 1984 or [1, 2] would not stay text; and it complains of a flag or word
-    that it cannot place only when main has run, so those end here.
+    Words without a flag are function's first argument, or all of its *arguments; the flag of a bool needs no value.
+    Fire reads values as Python literals, so that 1984 or [1, 2] would not stay text; the flag of a bool would take the
+    word behind it; and Fire complains of what it cannot place only when function has run, so that ends here.
     """
-    options = inspect.signature(main).parameters
+    options = inspect.signature(function).parameters
+    program, text = os.path.basename(function.__code__.co_filename), next(iter(options))
+    many = options[text].kind is inspect.Parameter.VAR_POSITIONAL
     command, argv = [], iter(argv)
     for arg in argv:
         name, equals, value = arg.lstrip("-").partition("=")
         if not re.match("--|-[a-zA-Z]", arg):
-            name, value = "prompt", arg
+            name, equals, value = text, "=", arg
         elif name in ("help", "h"):
             return ["--help"]
-        elif not equals:
-            value = next(argv, None)
         # -n is short for the one option that begins with n
         names = [option for option in options if name.replace("-", "_") in (option, option[0])]
         if len(names) != 1:
-            sys.exit(f"gpt2.py: unknown flag {arg} (see --help); a prompt that begins so is given as --prompt={arg!r}")
+            hint = f"a prompt that begins so is given as --{text}={arg!r}"
+            sys.exit(f"{program}: unknown flag {arg} (see --help); {hint}")
+        kind = options[names[0]].annotation
+        if not equals:
+            value = "True" if kind is bool else next(argv, None)
         if value is None:
-            sys.exit(f"gpt2.py: {arg} needs a value")
-        if names == ["prompt"] and any(word.startswith("--prompt=") for word in command):
-            sys.exit("gpt2.py: more than one prompt: put quotes around a prompt of several words")
-        command.append(f"--{names[0]}={value!r}" if options[names[0]].annotation is str else f"--{names[0]}={value}")
+            sys.exit(f"{program}: {arg} needs a value")
+        if names == [text] and many:
+            command.append(repr(value))
+            continue
+        if names == [text] and any(word.startswith(f"--{text}=") for word in command):
+            sys.exit(f"{program}: more than one {text}: put quotes around a {text} of several words")
+        command.append(f"--{names[0]}={value!r}" if kind is str else f"--{names[0]}={value}")
     return command
 
 
