@@ -87,8 +87,11 @@ class Encoder:
 
     def decode(self, ids):
         """List of ids -> str. Bytes that are no UTF-8, such as half of an emoji, become U+FFFD."""
-        text = "".join(self.decoder[i] for i in ids)
-        return bytes(self.byte_decoder[character] for character in text).decode("utf-8", errors=self.errors)
+        return self.decode_bytes(ids).decode("utf-8", errors=self.errors)
+
+    def decode_bytes(self, ids):
+        """List of ids -> bytes: a token may hold a part of a character only."""
+        return bytes(self.byte_decoder[character] for i in ids for character in self.decoder[i])
 
 
 def get_encoder(model_size, models_dir):

@@ -1,18 +1,12 @@
-"""GPT-2 inference in plain NumPy: the model, the generation loop and the command line.
+"""GPT-2 inference in plain NumPy: the model and the generation loop (the command line is in cli.py).
 
 The shapes at the end of a line leave out leading batch axes, which every function takes: [..., n_seq, n_embd] as well.
 Each array brings its own namespace (the Python array API standard), so the same lines run on NumPy, on CuPy and on JAX
 (under jit, grad and vmap); that is why no array library is imported here.
 """
 
-import inspect
 import math
-import os
-import re
-import signal
-import sys
 
-MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
 QUERY_BLOCK = 256  # rows of queries that attend together: their scores fit the processor's cache
 
 
@@ -62,11 +56,12 @@ def attention(q, k, v, mask):  # [n_q, d_k], [n_k, d_k], [n_k, d_v], [n_q, n_k] 
     return softmax(q / math.sqrt(q.shape[-1]) @ k.mT + mask) @ v
 
 
-def mha(x, c_attn, c_proj, n_head, kv_cache=None):  # [n_seq, n_embd] -> [n_seq, n_embd]
+def mha(x, c_attn, c_proj, n_head, kv_cache=None, pad_mask=None):  # [n_seq, n_embd] -> [n_seq, n_embd]
     """Multi-head causal self-attention, all heads in one product.
 
     kv_cache: [2, n_head, n_k, n_embd/n_head], the keys and values of the n_k tokens so far; those of x, the last n_seq
     of them, are written here. Without it the tokens of x attend to each other alone.
+    pad_mask: [n_rows, 1, 1, n_k] for a batch, added to the scores to hide keys that are no tokens.
     """
     xp = x.__array_namespace__()
 
@@ -91,6 +86,8 @@ def mha(x, c_attn, c_proj, n_head, kv_cache=None):  # [n_seq, n_embd] -> [n_seq,
         n_q, n_k = q_block.shape[-2], n_past + start + q_block.shape[-2]
         # causal mask to hide future inputs from being attended to
         causal_mask = xp.triu(xp.full((n_q, n_k), -1e10, dtype=x.dtype), k=n_k - n_q + 1)  # [n_q, n_k]
+        if pad_mask is not None:
+            causal_mask = causal_mask + pad_mask[..., :n_k]  # [n_rows, 1, n_q, n_k]
         out.append(attention(q_block, k[..., :n_k, :], v[..., :n_k, :], causal_mask))  # [n_head, n_q, n_embd/n_head]
     x = xp.concat(out, axis=-2)  # [n_head, n_seq, n_embd/n_head]
 
@@ -102,36 +99,45 @@ def mha(x, c_attn, c_proj, n_head, kv_cache=None):  # [n_seq, n_embd] -> [n_seq,
     return linear(x, **c_proj)  # [n_seq, n_embd] -> [n_seq, n_embd]
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv_cache=None):  # [n_seq, n_embd] -> [n_seq, n_embd]
-    """One pre-norm decoder block; each sublayer is added to its own input (a residual connection)."""
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, **cache):  # [n_seq, n_embd] -> [n_seq, n_embd]
+    """One pre-norm decoder block; each sublayer is added to its own input (a residual connection). cache: see mha."""
     # multi-head causal self attention
-    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv_cache=kv_cache)  # [n_seq, n_embd] -> [n_seq, n_embd]
+    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, **cache)  # [n_seq, n_embd] -> [n_seq, n_embd]
 
     # position-wise feed forward network
     return x + ffn(layer_norm(x, **ln_2), **mlp)  # [n_seq, n_embd] -> [n_seq, n_embd]
 
 
-def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, only_last=False):
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_pad=None, only_last=False):
     """The logits of the next token at every position: [n_seq] -> [n_seq, n_vocab].
 
     inputs: token ids, a list or an array of the same library as the weights.
     kv_cache: for every block an array [2, ..., n_head, n_ctx, n_embd/n_head], of which the first n_past positions are
         filled. inputs are then the tokens from position n_past on, and their keys and values are written into it.
+    n_pad: [n_rows], for a batch [n_rows, n_seq] with a kv_cache: how many of the first positions of each row are no
+        tokens. So rows of different lengths end together.
     only_last: project the last position alone to the vocabulary: [n_seq] -> [1, n_vocab].
     Raises ValueError for more positions than wpe has.
     """
-    inputs = wte.__array_namespace__().asarray(inputs)
+    xp = wte.__array_namespace__()
+    inputs = xp.asarray(inputs)
     n_seen = n_past + inputs.shape[-1]
     if n_seen > len(wpe):
         raise ValueError(f"{n_seen} tokens do not fit the model's context of {len(wpe)}")
 
+    # a row's own positions begin behind its padding, which no query may see
+    positions, pad_mask = xp.arange(n_past, n_seen), None  # [n_seq]
+    if n_pad is not None:
+        positions = positions - n_pad[:, None]  # [n_rows, n_seq]
+        pad_mask = -1e10 * xp.astype(xp.arange(n_seen) < n_pad[:, None, None, None], wte.dtype)  # [n_rows, 1, 1, n_k]
+
     # token + positional embeddings
-    x = wte[inputs] + wpe[n_past:n_seen]  # [n_seq] -> [n_seq, n_embd]
+    x = wte[inputs] + wpe[positions]  # [n_seq] -> [n_seq, n_embd]
 
     # forward pass through n_layer transformer blocks
     for i, block in enumerate(blocks):
-        seen = None if kv_cache is None else kv_cache[i][..., :n_seen, :]
-        x = transformer_block(x, **block, n_head=n_head, kv_cache=seen)  # [n_seq, n_embd] -> [n_seq, n_embd]
+        cache = {} if kv_cache is None else {"kv_cache": kv_cache[i][..., :n_seen, :], "pad_mask": pad_mask}
+        x = transformer_block(x, **block, n_head=n_head, **cache)  # [n_seq, n_embd] -> [n_seq, n_embd]
 
     # projection to vocab
     if only_last:
@@ -140,131 +146,153 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, only_l
     return matmul(x, wte.T)  # [n_seq, n_embd] -> [n_seq, n_vocab]
 
 
+def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab] -> [...]
+    """Picks a token: the likeliest at temperature 0, else one drawn from softmax(logits / temperature).
+
+    rng: a NumPy Generator. top_k keeps the k likeliest tokens (https://arxiv.org/abs/1805.04833), 0 all of them; of
+    these, top_p keeps the smallest set whose probabilities reach p (nucleus sampling, https://arxiv.org/abs/1904.09751).
+    """
+    xp = logits.__array_namespace__()
+    if temperature == 0:
+        return xp.argmax(logits, axis=-1)  # greedy sampling
+    logits = (logits - xp.max(logits, axis=-1, keepdims=True)) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        kth = xp.sort(logits, axis=-1)[..., -top_k, None]  # [..., 1]
+        logits = xp.where(logits < kth, -xp.inf, logits)
+    if top_p < 1:
+        p = softmax(logits)
+        falling = xp.flip(xp.sort(p, axis=-1), axis=-1)
+        likelier = xp.cumulative_sum(falling, axis=-1) - falling  # the probability of all tokens before this one
+        least = xp.min(xp.where(likelier < top_p, falling, 1), axis=-1, keepdims=True)  # [..., 1]
+        logits = xp.where(p < least, -xp.inf, logits)
+    # each token owns a stretch of the line from 0 to 1, as long as its probability: where does a random point fall?
+    ends = xp.cumulative_sum(softmax(logits), axis=-1, dtype=xp.float64)  # 50,257 float32 additions would drift
+    point = rng.random((*logits.shape[:-1], 1)) * ends[..., -1:]  # [..., 1]
+    return xp.argmax(ends > point, axis=-1)
+
+
+def check_options(n_tokens_to_generate, temperature=0, top_k=0, top_p=1):
+    """Raises ValueError for a value that generate cannot take."""
+    for name, value in {"n_tokens_to_generate": n_tokens_to_generate, "top_k": top_k}.items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name} must be a whole number, 0 or more, not {value!r}")
+    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number, 0 or more, not {temperature!r}")
+    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be a number above 0 and at most 1, not {top_p!r}")
+
+
 def check_room(n_prompt, n_tokens_to_generate, n_ctx):
-    """Raises ValueError unless there is a prompt and the context has room for it and for what is to follow."""
-    if n_prompt == 0:
-        raise ValueError("the prompt has no tokens: begin with <|endoftext|> to generate from nothing")
+    """Raises ValueError unless the context has room for the prompt and for what is to follow."""
     if n_prompt + n_tokens_to_generate > n_ctx:
         raise ValueError(
-            f"the prompt's {n_prompt} tokens and the {n_tokens_to_generate} to generate are more than "
-            f"the model's context of {n_ctx} tokens holds"
+            f"the prompt's {n_prompt} tokens and the {n_tokens_to_generate} to generate are more than the model's "
+            f"context of {n_ctx} tokens holds (sliding_window goes on beyond it)"
         )
 
 
-def generate_ids(inputs, params, n_head, n_tokens_to_generate):
-    """Yields n_tokens_to_generate ids one by one, each the likeliest after the prompt and the ids before it.
+def read_prompts(prompts, params, n_head, kv_cache):  # n_rows prompts -> [n_rows, n_vocab], [n_rows]
+    """Runs prompts, which may differ in length, through the model into one kv_cache, in which they end together.
+
+    Returns the logits after each prompt, and n_pad for the steps to come (None where they are of one length).
+    """
+    xp, longest, logits = kv_cache[0].__array_namespace__(), max(map(len, prompts)), []
+    for row, prompt in enumerate(prompts):
+        if row and prompt == prompts[row - 1]:  # samples of one prompt share its pass
+            for cache in kv_cache:
+                cache[:, row, :, :longest] = cache[:, row - 1, :, :longest]
+            logits.append(logits[-1])
+        else:
+            own = [cache[:, row, :, longest - len(prompt) :] for cache in kv_cache]
+            logits.append(gpt2(prompt, **params, n_head=n_head, kv_cache=own, only_last=True)[-1])
+    n_pad = [longest - len(prompt) for prompt in prompts]
+    return xp.stack(logits), xp.asarray(n_pad) if any(n_pad) else None
+
+
+def generate_ids(
+    inputs,
+    params,
+    n_head,
+    n_tokens_to_generate,
+    temperature=0,
+    top_k=0,
+    top_p=1,
+    seed=None,
+    stop=None,
+    sliding_window=False,
+):
+    """Yields the ids that continue a prompt, one at a time.
+
+    inputs: the ids of a prompt, or a batch: a list of several, of any lengths. A batch yields lists with an id for each
+        prompt, and None for those that have stopped. Equal prompts in a row are read once.
+    temperature, top_k, top_p: see sample; temperature 0 is greedy.
+    seed: of the draws; the prompt at place i of a batch draws with seed + i, or with seed[i] of a list.
+    stop: called with the ids generated so far for a prompt; a true result ends it.
+    sliding_window: where the context is full, go on with the newest half of it as the prompt.
 
     The prompt goes through the model once; from then on every step feeds one token and finds the keys and values of the
     earlier ones in a cache. That is written in place, as NumPy's and CuPy's arrays can be, but not JAX's.
-    Raises ValueError, before any work, for a prompt that is empty or leaves too little room in the context.
+    Raises ValueError, before any work, for options out of range, an empty prompt, or one that leaves too little room.
     """
-    wte, wpe, n_past = params["wte"], params["wpe"], 0
-    check_room(len(inputs), n_tokens_to_generate, len(wpe))
+    from numpy.random import default_rng
 
-    # allocated once, for as many positions as this run fills: [2, n_head, n_positions, n_embd/n_head] for every block
-    cache_shape = (2, n_head, len(inputs) + n_tokens_to_generate, wte.shape[-1] // n_head)
-    kv_cache = [wte.__array_namespace__().empty(cache_shape, dtype=wte.dtype) for _ in params["blocks"]]
+    check_options(n_tokens_to_generate, temperature, top_k, top_p)
+    is_batch = len(inputs) > 0 and hasattr(inputs[0], "__len__")
+    windows = [[int(i) for i in prompt] for prompt in (inputs if is_batch else [inputs])]  # what the model sees of each
+    outputs, running = [[] for _ in windows], [True for _ in windows]
+    longest, n_ctx = max(map(len, windows)), len(params["wpe"])
+    if not all(windows):
+        raise ValueError("a prompt has no tokens: begin with <|endoftext|> to generate from nothing")
+    if not sliding_window:
+        check_room(longest, n_tokens_to_generate, n_ctx)
+    seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(len(windows))]
+    rngs = [default_rng(seed) for seed in seeds]
 
-    for _ in range(n_tokens_to_generate):  # auto-regressive decode loop
-        logits = gpt2(inputs, **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past, only_last=True)  # [1, n_vocab]
-        n_past += len(inputs)
-        next_id = int(logits[-1].argmax())  # greedy sampling
-        yield next_id
-        inputs = [next_id]  # the cache knows the rest
+    # allocated once, for as many positions as will be filled: [2, n_rows, n_head, n_positions, n_embd/n_head] a block
+    wte, n_positions = params["wte"], min(longest + n_tokens_to_generate, n_ctx)
+    shape = (2, len(windows), n_head, n_positions, wte.shape[-1] // n_head)
+    kv_cache = [wte.__array_namespace__().zeros(shape, dtype=wte.dtype) for _ in params["blocks"]]
+
+    def decode_loop():
+        n_past = n_ctx
+        for _ in range(n_tokens_to_generate):  # auto-regressive
+            if n_past == n_ctx:  # at the start, and when a window is full
+                windows[:] = [ids if len(ids) <= n_ctx else ids[-max(n_ctx // 2, 1) :] for ids in windows]
+                logits, n_pad = read_prompts(windows, params, n_head, kv_cache)  # [n_rows, n_vocab], [n_rows]
+                n_past = max(map(len, windows))
+            else:
+                last = [ids[-1:] for ids in windows]  # [n_rows, 1]
+                logits = gpt2(last, **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past, n_pad=n_pad)[:, -1]
+                n_past += 1
+
+            for i, output in enumerate(outputs):
+                next_id = int(sample(logits[i], rngs[i], temperature, top_k, top_p))
+                windows[i].append(next_id)
+                if running[i]:
+                    output.append(next_id)
+            yield [output[-1] if runs else None for output, runs in zip(outputs, running, strict=True)]
+            running[:] = [runs and not (stop and stop(output)) for output, runs in zip(outputs, running, strict=True)]
+            if not any(running):
+                return
+
+    return decode_loop() if is_batch else (next_id for (next_id,) in decode_loop())
 
 
-def generate(inputs, params, n_head, n_tokens_to_generate):
-    """The ids that greedy decoding appends to the ids in inputs: a list of n_tokens_to_generate. See generate_ids."""
+def generate(inputs, params, n_head, n_tokens_to_generate, **options):
+    """The ids that continue a prompt: greedy unless told otherwise, n_tokens_to_generate of them unless stopped.
+
+    Returns a list, or for a batch of prompts a list of lists. The options and errors are those of generate_ids.
+    """
     from tqdm import tqdm
 
-    ids = generate_ids(inputs, params, n_head, n_tokens_to_generate)
-    return list(tqdm(ids, "generating", total=n_tokens_to_generate, disable=None))  # None: silent unless on a terminal
-
-
-def main(prompt: str, n_tokens_to_generate: int = 40, model_size: str = "124M", models_dir: str = MODELS_DIR):
-    """Continues a prompt with GPT-2.
-
-    Args:
-        prompt: the text to continue; "" generates from nothing
-        n_tokens_to_generate: how many tokens to append
-        model_size: 124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint
-        models_dir: the folder that holds the models
-    """
-    from utils import ModelError, load_encoder_hparams_and_params
-
-    if type(n_tokens_to_generate) is not int or n_tokens_to_generate < 0:
-        sys.exit(f"gpt2.py: n_tokens_to_generate must be a whole number, 0 or more, not {n_tokens_to_generate!r}")
-
-    # load encoder, hparams, and params from the released open-ai gpt-2 files
-    try:
-        encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    except ModelError as error:
-        sys.exit(f"gpt2.py: {error}")
-
-    # encode the input string using the BPE tokenizer
-    try:
-        input_ids = encoder.encode(prompt) if prompt else [encoder.encoder["<|endoftext|>"]]
-    except UnicodeEncodeError:
-        sys.exit("gpt2.py: the prompt is not valid Unicode text")
-
-    # make sure we are not surpassing the max sequence length of our model
-    try:
-        check_room(len(input_ids), n_tokens_to_generate, hparams["n_ctx"])
-    except ValueError as error:
-        sys.exit(f"gpt2.py: {error}")
-
-    # generate output ids
-    output_ids = generate(input_ids, params, hparams["n_head"], n_tokens_to_generate)
-
-    # decode the ids back into a string
-    return encoder.decode(output_ids)
-
-
-def fire_arguments(argv, function=main):
-    """The command line as Python Fire must see it: every value behind its flag, and text in quotes.
-
-    Words without a flag are function's first argument, or all of its *arguments; the flag of a bool needs no value.
-    Fire reads values as Python literals, so that 1984 or [1, 2] would not stay text; the flag of a bool would take the
-    word behind it; and Fire complains of what it cannot place only when function has run, so that ends here.
-    """
-    options = inspect.signature(function).parameters
-    program, text = os.path.basename(function.__code__.co_filename), next(iter(options))
-    many = options[text].kind is inspect.Parameter.VAR_POSITIONAL
-    command, argv = [], iter(argv)
-    for arg in argv:
-        name, equals, value = arg.lstrip("-").partition("=")
-        if not re.match("--|-[a-zA-Z]", arg):
-            name, equals, value = text, "=", arg
-        elif name in ("help", "h"):
-            return ["--help"]
-        # -n is short for the one option that begins with n
-        names = [option for option in options if name.replace("-", "_") in (option, option[0])]
-        if len(names) != 1:
-            hint = f"a prompt that begins so is given as --{text}={arg!r}"
-            sys.exit(f"{program}: unknown flag {arg} (see --help); {hint}")
-        kind = options[names[0]].annotation
-        if not equals:
-            value = "True" if kind is bool else next(argv, None)
-        if value is None:
-            sys.exit(f"{program}: {arg} needs a value")
-        if names == [text] and many:
-            command.append(repr(value))
-            continue
-        if names == [text] and any(word.startswith(f"--{text}=") for word in command):
-            sys.exit(f"{program}: more than one {text}: put quotes around a {text} of several words")
-        command.append(f"--{names[0]}={value!r}" if kind is str else f"--{names[0]}={value}")
-    return command
+    steps = generate_ids(inputs, params, n_head, n_tokens_to_generate, **options)
+    steps = list(tqdm(steps, "generating", total=n_tokens_to_generate, disable=None))  # None: only on a terminal
+    if len(inputs) == 0 or not hasattr(inputs[0], "__len__"):
+        return steps
+    return [[step[row] for step in steps if step[row] is not None] for row in range(len(inputs))]
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: at once, wherever we are, without a traceback
+    from cli import run
 
-    import fire
-
-    try:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
-        fire.Fire(main, command=fire_arguments(sys.argv[1:]), name="gpt2.py")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would complain
-        sys.exit(1)
+    run()

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -35,6 +37,21 @@ def write_tokenizer(model_dir, n_vocab):
     tokens = [token for token, i in encoder.items() if i < n_vocab - 1] + ["<|endoftext|>"]
     (model_dir / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
     (model_dir / "vocab.bpe").write_text("\n".join(merges[: n_vocab - 256]) + "\n", "utf-8")
+
+
+def command(*args, input="", **kwargs):
+    """Runs python gpt2.py with these arguments; stdout and stderr as text, every byte of it as it was printed."""
+    program = [sys.executable, str(REPO / "gpt2.py"), *args]
+    result = subprocess.run(program, input=input.encode(), capture_output=True, timeout=60, **kwargs)
+    result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
+    return result
+
+
+def assert_one_line_error(result, message):
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert result.returncode not in (0, None)
 
 
 def write_model(model_dir, hparams, params):

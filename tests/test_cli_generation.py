@@ -1,0 +1,399 @@
+"""The flags of python gpt2.py that change how text is made, where prompts come from, and how text is shown."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pexpect
+import pytest
+from conftest import REPO, assert_one_line_error, command
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cli
+import gpt2
+import utils
+
+N = 20
+COMMAND = [sys.executable, str(REPO / "gpt2.py")]
+
+
+@pytest.fixture(scope="module")
+def model(models_dir):
+    return utils.load_encoder_hparams_and_params("tiny", models_dir)
+
+
+@pytest.fixture
+def options(models_dir):
+    return ["--model_size", "tiny", "--models_dir", str(models_dir), "--n_tokens_to_generate", str(N)]
+
+
+@pytest.fixture
+def run(options):
+    def run(*args, **kwargs):
+        return command(*args, *options, **kwargs)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def continuation(model):
+    encoder, hparams, params = model
+
+    def continuation(prompt, n=N, **options):
+        ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
+        return encoder.decode(gpt2.generate(ids, params, hparams["n_head"], n, **options))
+
+    return continuation
+
+
+# Sampling
+
+
+def test_sampling_flags_are_those_of_generate(run, continuation):
+    result = run("Hello", "--temperature=1.5", "--top_k=50", "--top_p=0.9", "--seed=3")
+    assert result.stdout == continuation("Hello", temperature=1.5, top_k=50, top_p=0.9, seed=3) + "\n"
+    assert result.stdout != continuation("Hello") + "\n"
+
+
+def test_the_same_seed_prints_the_same_text(run):
+    outputs = [run("Hello", "--temperature=1", f"--seed={seed}").stdout for seed in (1, 1, 2)]
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--temperature=-1", "--temperature=hot", "--top_k=-1", "--top_p=0", "--top_p=2", "--seed=x", "--seed=-1"]
+)
+def test_a_value_out_of_range_is_an_error_that_names_it(flag, run):
+    name, value = flag[2:].split("=")
+    error = run("Hello", flag)
+    assert_one_line_error(error, f"{name} must be")
+    assert value in error.stderr
+
+
+def test_samples_stand_under_numbered_headings_and_are_drawn_with_seeds_in_a_row(run, continuation):
+    bar = "=" * 40
+    expected = [f"{bar} SAMPLE {i} {bar}\n{continuation('Hello', temperature=1, seed=4 + i)}\n" for i in (1, 2, 3)]
+    assert run("Hello", "--n_samples=3", "--temperature=1", "--seed=5").stdout == "".join(expected)
+
+
+@pytest.mark.parametrize("n", ["0", "-1", "2.5", "x", "True"])
+def test_n_samples_must_be_a_positive_whole_number(n, run):
+    assert_one_line_error(run("Hello", f"--n_samples={n}"), "n_samples must be a whole number, 1 or more, not")
+
+
+# Stopping
+
+
+def test_text_ends_before_the_stop_text(run, continuation):
+    text = continuation("Hello")
+    stop = text[7:10]
+    assert run("Hello", "--stop", stop).stdout == text[: text.index(stop)] + "\n"
+
+
+def test_the_first_of_several_stop_texts_ends_it(run, continuation):
+    text = continuation("Hello")
+    stops = [text[15:18], text[7:10], "never"]
+    end = min(text.index(stop) for stop in stops[:2])
+    assert run("Hello", "--stop", repr(stops)).stdout == text[:end] + "\n"
+
+
+@pytest.mark.parametrize("typed", ["1984", "[1]", "['a', 1]", "True", "['", "", "User:"])
+def test_a_stop_text_stays_the_text_that_was_typed(typed):
+    if not typed:
+        with pytest.raises(SystemExit, match="stop must not be empty"):
+            cli.stop_texts(typed)
+    else:
+        assert cli.stop_texts(typed) == [typed]
+
+
+def test_a_list_of_texts_is_several():
+    assert cli.stop_texts('["User:", "\\n"]') == ["User:", "\n"]
+
+
+def test_endoftext_stops_at_its_token(model):
+    encoder = model[0]
+    ids = [*encoder.encode("the end"), encoder.encoder["<|endoftext|>"], *encoder.encode("more")]
+    assert "".join(cli.text_pieces(ids, encoder, ["<|endoftext|>"])) == "the end"
+
+
+# Both look for stop texts: stop_rule in the last tokens, to end generation, and text_pieces in all, to cut the text.
+texts = st.text("Usr:e é😀\n", max_size=30)
+
+
+@given(texts, st.lists(st.text("Usr:e é😀\n", min_size=1, max_size=6), min_size=1, max_size=3), st.randoms())
+def test_stop_texts_are_found_whatever_the_boundaries_of_tokens(model, text, stops, random):
+    encoder = model[0]
+    ids = in_random_tokens(text, encoder, random)
+    assert "".join(cli.text_pieces(ids, encoder, stops)) == cut(text, stops)
+    stop = cli.stop_rule(stops, encoder)
+    stopped = next((n for n in range(1, len(ids) + 1) if stop(ids[:n])), None)
+    assert (stopped is not None) == (cut(text, stops) != text)
+    if stopped:
+        assert any(stop in encoder.decode(ids[:stopped]) for stop in stops)
+        assert not any(stop in encoder.decode(ids[: stopped - 1]) for stop in stops)
+
+
+def cut(text, stops):
+    """The definition: letter by letter, until the text so far ends with a stop text."""
+    for end in range(len(text) + 1):
+        lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if lengths:
+            return text[: end - max(lengths)]
+    return text
+
+
+def in_random_tokens(text, encoder, random):
+    """The ids of text, cut into pieces anywhere between its bytes before the merges."""
+    symbols, ids = [encoder.byte_encoder[byte] for byte in text.encode()], []
+    while symbols:
+        n = random.randint(1, 4)
+        token = "".join(symbols[:n])
+        n, token = (n, token) if token in encoder.encoder else (1, symbols[0])
+        ids.append(encoder.encoder[token])
+        del symbols[:n]
+    return ids
+
+
+# Streaming
+
+
+@given(
+    st.lists(st.integers(0, 498), max_size=40) | texts, st.lists(st.sampled_from(["é", "User:", "\n\n"])), st.randoms()
+)
+def test_streamed_pieces_make_up_the_text(model, ids, stops, random):
+    encoder = model[0]
+    ids = in_random_tokens(ids, encoder, random) if isinstance(ids, str) else ids
+    pieces = list(cli.text_pieces(ids, encoder, stops))
+    assert "".join(pieces) == cut(encoder.decode(ids), stops)
+
+
+def test_a_piece_is_given_out_as_soon_as_it_cannot_change(model):
+    encoder = model[0]
+    ids = [encoder.encoder[encoder.byte_encoder[byte]] for byte in "a😀b\nU\n".encode()]
+    pieces = list(cli.text_pieces(ids, encoder, ["\nUser:"]))
+    assert pieces == ["a", "", "", "", "😀", "b", "", "", "\nU", "\n"]
+
+
+def test_stream_prints_the_same_text(run, continuation):
+    result = run("平方 é 😀", "--stream", "--temperature=1", "--seed=1")
+    assert (result.stdout, result.stderr) == (continuation("平方 é 😀", temperature=1, seed=1) + "\n", "")
+
+
+def test_stream_prints_text_as_it_is_made(models_dir):
+    args = ["--model_size", "long", "--models_dir", str(models_dir), "--n_tokens_to_generate", "190000", "--stream"]
+    process = subprocess.Popen([*COMMAND, "Hello", *args], stdout=subprocess.PIPE)
+    assert len(process.stdout.read(5)) == 5  # while 190,000 tokens are far from done
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
+
+
+# Standard input
+
+
+@pytest.mark.parametrize("args", [["-"], []], ids=["-", "no prompt"])
+def test_the_prompt_may_come_from_standard_input(args, run, continuation):
+    assert run(*args, input="two\nlines\n").stdout == continuation("two\nlines") + "\n"
+
+
+def test_standard_input_that_is_no_text_is_an_error(options):
+    result = subprocess.run([*COMMAND, "-", *options], input=b"caf\xe9", capture_output=True)
+    assert result.returncode == 1
+    assert b"not UTF-8 text" in result.stderr
+    assert result.stderr.count(b"\n") == 1
+
+
+# A file of prompts
+
+
+PROMPTS = ["Hello", "", "平方 é 😀", "a much longer prompt than the others of this file are", "1984", "Hello", "x" * 30]
+PROMPTS += ["[1, 2]", "the ninth prompt begins another batch", "-"]
+
+
+def test_a_line_of_json_answers_each_line_as_if_it_were_alone(run, tmp_path, continuation):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", "utf-8")
+    result = run("--prompts_file", str(tmp_path / "prompts.txt"))
+    assert result.stderr == ""
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+        {"prompt": prompt, "text": continuation(prompt), "n_tokens": N, "finish_reason": "length"} for prompt in PROMPTS
+    ]
+
+
+def test_prompts_may_come_from_standard_input_and_be_sampled(run, continuation):
+    result = run("--prompts_file=-", "--temperature=1", "--seed=2", input="one\ntwo\n")
+    texts = [json.loads(line)["text"] for line in result.stdout.splitlines()]
+    assert texts == [continuation(prompt, temperature=1, seed=2) for prompt in ("one", "two")]
+
+
+def test_the_reason_for_stopping_is_told(run, continuation):
+    stop = continuation("one")[4:7]
+    first, second = map(json.loads, run("--prompts_file=-", "--stop", stop, input="one\ntwo\n").stdout.splitlines())
+    assert first["finish_reason"] == "stop"
+    assert first["n_tokens"] < N
+    assert first["text"] == continuation("one").split(stop)[0]
+    assert second["finish_reason"] == ("stop" if stop in continuation("two") else "length")
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_that_names_its_line(run):
+    assert_one_line_error(run("--prompts_file=-", input=f"one\n{'x y ' * 99}\n"), "line 2: the prompt's")
+
+
+def test_a_file_that_is_not_there_is_an_error(run):
+    assert_one_line_error(run("--prompts_file", "/nowhere"), "/nowhere cannot be read: No such file")
+
+
+def test_a_killed_job_loses_nothing_that_it_printed(models_dir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(200)))
+    args = ["--model_size", "long", "--models_dir", str(models_dir), "--n_tokens_to_generate", "300"]
+    with open(tmp_path / "out", "wb") as out:
+        process = subprocess.Popen([*COMMAND, f"--prompts_file={tmp_path / 'prompts.txt'}", *args], stdout=out)
+        deadline = time.monotonic() + 50
+        while (tmp_path / "out").read_bytes().count(b"\n") < 20 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    lines = (tmp_path / "out").read_text("utf-8").splitlines()
+    assert 20 <= len(lines) < 200
+    assert [json.loads(line)["prompt"] for line in lines] == [f"prompt {i}" for i in range(len(lines))]
+
+
+# The sliding window
+
+
+def test_without_the_sliding_window_the_error_names_it(models_dir):
+    args = ["--model_size", "tiny", "--models_dir", str(models_dir), "--n_tokens_to_generate", "150"]
+    result = command("Hello", *args)
+    assert_one_line_error(result, "sliding_window")
+
+
+def test_the_sliding_window_goes_on_past_the_context(models_dir, continuation):
+    args = [
+        "--model_size",
+        "tiny",
+        "--models_dir",
+        str(models_dir),
+        "--n_tokens_to_generate",
+        "150",
+        "--sliding_window",
+    ]
+    result = command("Hello", *args)
+    assert result.stdout == continuation("Hello", 150, sliding_window=True) + "\n"
+
+
+# Flags that do not go together
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["Hello", "--stream", "--n_samples=2"],
+        ["--interactive", "--n_samples=2"],
+        ["--interactive", "--prompts_file=x"],
+        ["--prompts_file=x", "--stream"],
+    ],
+    ids=str,
+)
+def test_flags_that_contradict_each_other_are_an_error(args, run):
+    assert_one_line_error(run(*args), "do not go together")
+
+
+@pytest.mark.parametrize("flag", ["--interactive", "--prompts_file=x"])
+def test_a_prompt_beside_another_source_of_prompts_is_an_error(flag, run):
+    assert_one_line_error(run("Hello", flag), "brings its own prompts")
+
+
+def test_a_switch_takes_no_word_behind_it(run, continuation):
+    assert run("--stream", "Hello").stdout == continuation("Hello") + "\n"
+    assert_one_line_error(run("Hello", "--stream=maybe"), "stream must be True or False, not 'maybe'")
+
+
+# Interactive
+
+
+@pytest.fixture
+def terminal(models_dir):
+    def start(model="tiny", n=N):
+        args = [
+            "--interactive",
+            "--model_size",
+            model,
+            "--models_dir",
+            str(models_dir),
+            "--n_tokens_to_generate",
+            str(n),
+        ]
+        return pexpect.spawn(COMMAND[0], [*COMMAND[1:], *args], encoding="utf-8", timeout=60, dimensions=(24, 200))
+
+    return start
+
+
+def shown(text):
+    """As a regular expression: a terminal shows a newline as return and newline."""
+    return re.escape(text.replace("\n", "\r\n"))
+
+
+def test_interactive_answers_prompt_after_prompt_until_ctrl_d(terminal, continuation):
+    process = terminal()
+    for prompt in ("Hello", "[1, 2]", ""):
+        process.expect_exact("Model prompt >>> ")
+        process.sendline(prompt)
+        if prompt:
+            process.expect(shown(continuation(prompt) + "\n"))
+    process.expect_exact("Model prompt >>> ")
+    process.sendeof()
+    process.expect(pexpect.EOF)
+    process.close()
+    assert process.exitstatus == 0
+
+
+def test_interactive_edits_the_line(terminal, continuation):
+    process = terminal()
+    process.expect_exact("Model prompt >>> ")
+    process.send("ello\x01H\n")  # Ctrl-A goes to the beginning of the line
+    process.expect(shown(continuation("Hello") + "\n"))
+
+
+def test_ctrl_c_stops_the_text_but_not_the_conversation(terminal):
+    process = terminal("long", 190_000)
+    for _ in range(2):
+        process.expect_exact("Model prompt >>> ")
+        process.sendline("Hello")
+        process.expect("Hello\r\n.")
+        process.sendintr()
+    process.expect_exact("Model prompt >>> ")
+    process.sendintr()  # at the prompt: a new one
+    process.expect_exact("Model prompt >>> ")
+    process.sendeof()
+    process.expect(pexpect.EOF)
+    assert "Traceback" not in process.before
+
+
+def test_a_mistake_in_one_prompt_does_not_end_the_conversation(terminal, continuation):
+    process = terminal()
+    process.expect_exact("Model prompt >>> ")
+    process.sendline("x y " * 99)
+    process.expect_exact("gpt2.py: the prompt's ")
+    process.expect_exact("Model prompt >>> ")
+    process.sendline("Hello")
+    process.expect(shown(continuation("Hello")))
+
+
+def test_interactive_reads_a_pipe_without_showing_its_own_prompt(run, continuation):
+    result = run("--interactive", input="Hello\nworld\n")
+    assert (result.stdout, result.stderr) == (continuation("Hello") + "\n" + continuation("world") + "\n", "")
+
+
+def test_a_stream_into_a_pipe_that_closes_ends_silently(models_dir):
+    args = ["--model_size", "long", "--models_dir", str(models_dir), "--n_tokens_to_generate", "190000", "--stream"]
+    reader, writer = os.pipe()
+    process = subprocess.Popen([*COMMAND, "Hello", *args], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)  # as `| head -c 1` does
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == 1
