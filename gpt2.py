@@ -90,11 +90,10 @@ def mha(x, c_attn, c_proj, n_head, kv_cache=None, pad_mask=None):  # [n_seq, n_e
     for start in range(0, n_seq, QUERY_BLOCK):
         q_block = q[..., start : start + QUERY_BLOCK, :]  # [n_head, n_q, n_embd/n_head]
         n_q, n_k = q_block.shape[-2], n_past + start + q_block.shape[-2]
-        # causal mask to hide future inputs from being attended to
-        causal_mask = xp.triu(xp.full((n_q, n_k), -1e10, dtype=x.dtype), k=n_k - n_q + 1)  # [n_q, n_k]
-        if pad_mask is not None:
-            causal_mask = causal_mask + pad_mask[..., :n_k]  # [n_rows, 1, n_q, n_k]
-        out.append(attention(q_block, k[..., :n_k, :], v[..., :n_k, :], causal_mask))  # [n_head, n_q, n_embd/n_head]
+        mask = 0 if pad_mask is None else pad_mask[..., :n_k]  # [n_rows, 1, 1, n_k]
+        if n_q > 1:  # causal mask to hide future inputs from being attended to; a lone query is the newest input
+            mask = mask + xp.triu(xp.full((n_q, n_k), -1e10, dtype=x.dtype), k=n_k - n_q + 1)  # [n_q, n_k]
+        out.append(attention(q_block, k[..., :n_k, :], v[..., :n_k, :], mask))  # [n_head, n_q, n_embd/n_head]
     x = xp.concat(out, axis=-2)  # [n_head, n_seq, n_embd/n_head]
 
     # merge heads
