@@ -38,7 +38,9 @@ def layer_norm(x, g, b, eps: float = 1e-5):
 
 def linear(x, w, b):  # [m, in], [in, out], [out] -> [m, out]
     """Projects the last axis of x from in to out features."""
-    return matmul(x, w) + b
+    x = matmul(x, w)
+    x += b
+    return x
 
 
 def matmul(x, w):  # [m, in], [in, out] -> [m, out]
