@@ -53,10 +53,7 @@ def main(
     check_arguments(prompts, gpt2_repo, n_tokens_to_generate, logits, docker)
     if docker:
         build_image()
-    try:
-        encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    except ModelError as error:
-        sys.exit(f"compare.py: {error}")
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     model_dir, n_head = os.path.join(models_dir, model_size), hparams["n_head"]
     if not os.path.exists(os.path.join(model_dir, "checkpoint")):
         sys.exit(f"compare.py: {model_dir} lacks the file named checkpoint, which the official code needs")
@@ -90,6 +87,8 @@ def main(
             difference = difference_of_ids(ids, ours, theirs, next_logits, official_logits, encoder)
             if ids != official_ids:
                 difference = f"the prompt's token ids differ: {ids}, officially {official_ids}"
+            elif difference is None and encoder.decode(ours) != text:
+                difference = f"the texts differ, though their ids are the same: {ours}"
         n_different += difference is not None
         print(f"{i + 1}. {prompt!r}\n   this project: {encoder.decode(ours)!r}\n   official:     {text!r}")
         print(f"   {difference or 'same'}")
@@ -157,8 +156,8 @@ def difference_of_texts(ids, ours, text, next_logits, encoder):
     if encoder.decode(ours) == text:
         return None
 
-    def agrees(ids):  # what ends within a character is still open
-        return text.startswith(encoder.decode(ids).rstrip("\ufffd"))
+    def agrees(tokens):  # what ends within a character is still open
+        return text.startswith(encoder.decode(tokens).rstrip("\ufffd"))
 
     at = next((i for i in range(len(ours)) if not agrees(ours[: i + 1])), len(ours) - 1)
     row = next_logits(ids + ours[:at])
@@ -248,7 +247,7 @@ def build_image():
         ["docker", "build", "--quiet", "--tag", IMAGE, os.path.dirname(os.path.abspath(__file__))], capture_output=True
     )
     if built.returncode:
-        sys.exit(f"compare.py: docker build failed: {last_line(built.stderr)} (without --docker, no engine is needed)")
+        sys.exit(f"compare.py: docker build failed: {reason(built.stderr)} (without --docker, no engine is needed)")
 
 
 def run_official(prompts, gpt2_repo, model_size, models_dir, n_tokens_to_generate):
@@ -281,11 +280,13 @@ def run_official(prompts, gpt2_repo, model_size, models_dir, n_tokens_to_generat
 def run_script(command, prompts):
     """Types the prompts and returns (output, how it ended). The interactive script always ends in an EOFError."""
     done = subprocess.run(command, input="".join(f"{prompt}\n" for prompt in prompts).encode(), capture_output=True)
-    return done.stdout.decode(errors="replace"), f"{last_line(done.stderr)} (exit status {done.returncode})"
+    return done.stdout.decode(errors="replace"), f"{reason(done.stderr)} (exit status {done.returncode})"
 
 
-def last_line(output):
-    return (output.decode(errors="replace").strip().splitlines() or ["it did not say why"])[-1]
+def reason(stderr):
+    """The line that says what went wrong: docker's own goes before advice, Python's is the last."""
+    lines = stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
+    return next((line for line in lines if line.startswith(("docker: ", "ERROR: "))), lines[-1])
 
 
 if __name__ == "__main__":
@@ -296,6 +297,9 @@ if __name__ == "__main__":
         fire.Fire(main, command=fire_arguments(sys.argv[1:], main), name="compare.py")
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModelError as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except SystemExit as error:
         if not isinstance(error.code, str):
             raise
