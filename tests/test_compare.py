@@ -192,12 +192,12 @@ def continuation(models_dir, prompt, n=8):
 
 
 def test_clone_that_agrees_is_the_same_for_every_prompt_and_left_as_it_is(models_dir, clone, tmp_path):
-    (tmp_path / "prompts.txt").write_text("1984\n\n日本 😀\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\n日本 😀\n", encoding="utf-8")
     prompts_file = f"--prompts_file={tmp_path / 'prompts.txt'}"
-    done = compare("--logits", "def f(x):\n    return", "--prompts=--hi", prompts_file, *flags(clone, models_dir))
+    done = compare("--logits", "1984", "x\n    y", "--prompts=--hi", prompts_file, *flags(clone, models_dir))
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^\d\. (.*)", done.stdout, re.M) == [
-        repr(prompt) for prompt in ("def f(x):\n    return", "--hi", "1984", "", "日本 😀")
+        repr(prompt) for prompt in ("1984", "x\n    y", "--hi", "", "日本 😀")
     ]
     assert done.stdout.count("\n   same\n") == 5
     _, output_ids, _ = continuation(models_dir, "1984")
