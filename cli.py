@@ -57,15 +57,15 @@ def main(
     with mistakes(ValueError):
         check_options(n_tokens_to_generate, temperature, top_k, top_p)
     if seed is not None and (type(seed) is not int or seed < 0):
-        sys.exit(f"gpt2.py: seed must be a whole number, 0 or more, not {seed!r}")
+        fail(f"seed must be a whole number, 0 or more, not {seed!r}")
     if type(n_samples) is not int or n_samples < 1:
-        sys.exit(f"gpt2.py: n_samples must be a whole number, 1 or more, not {n_samples!r}")
+        fail(f"n_samples must be a whole number, 1 or more, not {n_samples!r}")
     modes = {"interactive": interactive, "prompts_file": prompts_file, "stream": stream, "n_samples": n_samples > 1}
     modes = [mode for mode, wanted in modes.items() if wanted]
     if len(modes) > 1 and modes != ["interactive", "stream"]:
-        sys.exit(f"gpt2.py: --{modes[0]} and --{modes[1]} do not go together")
+        fail(f"--{modes[0]} and --{modes[1]} do not go together")
     if prompt is not None and (interactive or prompts_file):
-        sys.exit(f"gpt2.py: --{modes[0]} brings its own prompts, so {prompt!r} is one too many")
+        fail(f"--{modes[0]} brings its own prompts, so {prompt!r} is one too many")
     if not interactive and not prompts_file:
         prompt = read_prompt(prompt)
     stop = stop_texts(stop)
@@ -79,7 +79,7 @@ def main(
         try:
             ids = encoder.encode(prompt) if prompt else [encoder.encoder["<|endoftext|>"]]
         except UnicodeEncodeError:
-            sys.exit(f"gpt2.py: {where}the prompt is not valid Unicode text")
+            fail(f"{where}the prompt is not valid Unicode text")
         # make sure we are not surpassing the max sequence length of our model
         with mistakes(ValueError, where):
             if not sliding_window:
@@ -105,6 +105,11 @@ def main(
         return decode(outputs[0])
     for i, output_ids in enumerate(outputs, 1):
         print(f"{'=' * 40} SAMPLE {i} {'=' * 40}\n{decode(output_ids)}")
+
+
+def fail(message):
+    """Ends with one line on stderr and status 1."""
+    sys.exit(f"{os.path.basename(sys.argv[0])}: {message}")
 
 
 def text_pieces(ids, encoder, stop=()):
@@ -140,7 +145,7 @@ def stop_texts(stop):
             stop = texts
     texts = [stop] if isinstance(stop, str) else stop or []
     if "" in texts:
-        sys.exit("gpt2.py: stop must not be empty")
+        fail("stop must not be empty")
     return texts
 
 
@@ -194,7 +199,7 @@ def read_prompt(prompt):
         text = re.sub(r"\r?\n\Z", "", read_text("-"))
         prompt = text if text or prompt == "-" else None
     if prompt is None:
-        sys.exit("gpt2.py: no prompt: give one in quotes, pipe one in, or see --help")
+        fail("no prompt: give one in quotes, pipe one in, or see --help")
     return prompt
 
 
@@ -204,9 +209,9 @@ def read_text(path):
         with sys.stdin.buffer if path == "-" else open(path, "rb") as f:
             return f.read().decode("utf-8")
     except OSError as error:
-        sys.exit(f"gpt2.py: {path} cannot be read: {error.strerror}")
+        fail(f"{path} cannot be read: {error.strerror}")
     except UnicodeDecodeError as error:
-        sys.exit(f"gpt2.py: {path} is not UTF-8 text: {error.reason} at byte {error.start}")
+        fail(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
 
 
 @contextlib.contextmanager
@@ -215,7 +220,7 @@ def mistakes(kind, where=""):
     try:
         yield
     except kind as error:
-        sys.exit(f"gpt2.py: {where}{error}")
+        fail(f"{where}{error}")
 
 
 def fire_arguments(argv, function=main):
@@ -226,7 +231,7 @@ def fire_arguments(argv, function=main):
     word behind it; and Fire complains of what it cannot place only when function has run, so that ends here.
     """
     options = inspect.signature(function).parameters
-    program, text = os.path.basename(function.__code__.co_filename), next(iter(options))
+    text = next(iter(options))
     many = options[text].kind is inspect.Parameter.VAR_POSITIONAL
     command, argv = [], iter(argv)
     for arg in argv:
@@ -239,19 +244,19 @@ def fire_arguments(argv, function=main):
         names = [option for option in options if name.replace("-", "_") in (option, option[0])]
         if len(names) != 1:
             hint = f"a prompt that begins so is given as --{text}={arg!r}"
-            sys.exit(f"{program}: unknown flag {arg} (see --help); {hint}")
+            fail(f"unknown flag {arg} (see --help); {hint}")
         kind = options[names[0]].annotation
         if not equals:
             value = "True" if kind is bool else next(argv, None)
         if value is None:
-            sys.exit(f"{program}: {arg} needs a value")
+            fail(f"{arg} needs a value")
         if kind is bool and value not in ("True", "False"):
-            sys.exit(f"{program}: {names[0]} must be True or False, not {value!r}")
+            fail(f"{names[0]} must be True or False, not {value!r}")
         if names == [text] and many:
             command.append(repr(value))
             continue
         if names == [text] and any(word.startswith(f"--{text}=") for word in command):
-            sys.exit(f"{program}: more than one {text}: put quotes around a {text} of several words")
+            fail(f"more than one {text}: put quotes around a {text} of several words")
         command.append(f"--{names[0]}={value!r}" if kind in (str, str | None) else f"--{names[0]}={value}")
     return command
 
@@ -264,8 +269,7 @@ def run(function=main):
 
     try:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
-        program = os.path.basename(sys.argv[0])
-        fire.Fire(function, command=fire_arguments(sys.argv[1:], function), name=program)
+        fire.Fire(function, command=fire_arguments(sys.argv[1:], function), name=os.path.basename(sys.argv[0]))
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would complain

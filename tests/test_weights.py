@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from gpt2 import MODELS_DIR, generate, gpt2
+from cli import MODELS_DIR
+from gpt2 import generate, gpt2
 from utils import DATA, ENCODER, HPARAMS, INDEX, VOCAB, load_encoder_hparams_and_params
 
 pytestmark = pytest.mark.weights

@@ -18,7 +18,8 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from gpt2 import MODELS_DIR, check_room, fire_arguments, generate, gpt2
+from cli import MODELS_DIR, fail, read_text, run
+from gpt2 import check_room, generate, gpt2
 from utils import ModelError, import_tensorflow, load_encoder_hparams_and_params
 
 IMAGE = "gpt-2-official"
@@ -49,20 +50,20 @@ def main(
         logits: compare the logits of every position of the prompts as well
         docker: run the official code on TensorFlow 1.12, in a container
     """
-    prompts = [*prompts, *read_prompts(prompts_file)] if prompts_file else list(prompts)
+    prompts = [*prompts, *read_text(prompts_file).splitlines()] if prompts_file else list(prompts)
     check_arguments(prompts, gpt2_repo, n_tokens_to_generate, logits, docker)
     if docker:
         build_image()
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     model_dir, n_head = os.path.join(models_dir, model_size), hparams["n_head"]
     if not os.path.exists(os.path.join(model_dir, "checkpoint")):
-        sys.exit(f"compare.py: {model_dir} lacks the file named checkpoint, which the official code needs")
+        fail(f"{model_dir} lacks the file named checkpoint, which the official code needs")
     prompt_ids = [encode(encoder, prompt) for prompt in prompts]
     for number, ids in enumerate(prompt_ids, 1):
         try:
             check_room(len(ids), n_tokens_to_generate, hparams["n_ctx"])
         except ValueError as error:
-            sys.exit(f"compare.py: prompt {number}: {error}")
+            fail(f"prompt {number}: {error}")
 
     def next_logits(context):  # [n_seq] -> [n_vocab]
         return gpt2(context, **params, n_head=n_head, only_last=True)[-1]
@@ -100,36 +101,26 @@ def main(
         sys.exit(1)
 
 
-def read_prompts(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            return [line.removesuffix("\n") for line in f]
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"compare.py: {path} cannot be read: {error}")
-
-
 def check_arguments(prompts, gpt2_repo, n_tokens_to_generate, logits, docker):
     """Exits with a line for the user unless everything is there to begin with."""
     if not prompts:
-        sys.exit("compare.py: no prompts: give some, each in quotes, or a --prompts_file")
+        fail("no prompts: give some, each in quotes, or a --prompts_file")
     if type(n_tokens_to_generate) is not int or n_tokens_to_generate < 1:
-        sys.exit(f"compare.py: n_tokens_to_generate must be a whole number, 1 or more, not {n_tokens_to_generate!r}")
+        fail(f"n_tokens_to_generate must be a whole number, 1 or more, not {n_tokens_to_generate!r}")
     if not os.path.isfile(os.path.join(gpt2_repo, "src", "model.py")):
-        sys.exit(
-            f"compare.py: --gpt2_repo={gpt2_repo!r} is no clone of OpenAI's repository, for it has no src/model.py: "
+        fail(
+            f"--gpt2_repo={gpt2_repo!r} is no clone of OpenAI's repository, for it has no src/model.py: "
             "git clone https://github.com/openai/gpt-2"
         )
     if not docker:
         return
     if logits:
-        sys.exit("compare.py: the official script prints no logits: use --logits without --docker")
+        fail("the official script prints no logits: use --logits without --docker")
     for number, prompt in enumerate(prompts, 1):
         if "\n" in prompt or "\r" in prompt:
-            sys.exit(
-                f"compare.py: prompt {number} has a line break, but the official script reads lines: omit --docker"
-            )
+            fail(f"prompt {number} has a line break, but the official script reads lines: omit --docker")
     if not shutil.which("docker"):
-        sys.exit("compare.py: --docker needs the command docker, which is not on the PATH")
+        fail("--docker needs the command docker, which is not on the PATH")
 
 
 def encode(encoder, prompt):
@@ -137,7 +128,7 @@ def encode(encoder, prompt):
     try:
         return encoder.encode(prompt) if prompt else [encoder.encoder["<|endoftext|>"]]
     except UnicodeEncodeError:
-        sys.exit(f"compare.py: the prompt {prompt!r} is not valid Unicode text")
+        fail(f"the prompt {prompt!r} is not valid Unicode text")
 
 
 def difference_of_ids(ids, ours, theirs, next_logits, official_logits, encoder):
@@ -247,7 +238,7 @@ def build_image():
         ["docker", "build", "--quiet", "--tag", IMAGE, os.path.dirname(os.path.abspath(__file__))], capture_output=True
     )
     if built.returncode:
-        sys.exit(f"compare.py: docker build failed: {reason(built.stderr)} (without --docker, no engine is needed)")
+        fail(f"docker build failed: {reason(built.stderr)} (without --docker, no engine is needed)")
 
 
 def run_official(prompts, gpt2_repo, model_size, models_dir, n_tokens_to_generate):
@@ -266,12 +257,12 @@ def run_official(prompts, gpt2_repo, model_size, models_dir, n_tokens_to_generat
         output, error = run_script(script, asked)
         texts = [sample.partition(BEGIN)[2] for sample in output.split(END)[:-1]]
         if len(texts) != len(asked):
-            sys.exit(f"compare.py: the official script continued {len(texts)} of {len(asked)} prompts: {error}")
+            fail(f"the official script continued {len(texts)} of {len(asked)} prompts: {error}")
     if len(asked) < len(prompts):
         script = [*command, IMAGE, "python3", "src/generate_unconditional_samples.py", *flags, "--nsamples=1"]
         output, error = run_script(script, [])
         if BEGIN not in output:
-            sys.exit(f"compare.py: the official script generated nothing: {error}")
+            fail(f"the official script generated nothing: {error}")
         from_nothing = output.partition(BEGIN)[2].removesuffix("\n")
     texts = iter(texts)
     return [next(texts) if prompt else from_nothing for prompt in prompts]
@@ -290,13 +281,8 @@ def reason(stderr):
 
 
 if __name__ == "__main__":
-    import fire
-
     try:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
-        fire.Fire(main, command=fire_arguments(sys.argv[1:], main), name="compare.py")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        run(main)
     except ModelError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         sys.exit(2)
