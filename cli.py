@@ -239,7 +239,7 @@ def fire_arguments(argv, function=main):
         if not re.match("--|-[a-zA-Z]", arg):
             name, equals, value = text, "=", arg
         elif name in ("help", "h"):
-            return ["--help"]
+            return ["--", "--help"]
         # -n is short for the one option that begins with n
         names = [option for option in options if name.replace("-", "_") in (option, option[0])]
         if len(names) != 1:

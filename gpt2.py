@@ -300,6 +300,11 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 
 
 if __name__ == "__main__":
+    import os
+    import signal
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports of cli, too
+
     from cli import run
 
     run()
