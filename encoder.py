@@ -7,8 +7,10 @@ met most often first, until no known pair is left. Each of the 256 bytes is show
 
 import functools
 import heapq
+import itertools
 import json
 import os
+import re
 
 import regex
 
@@ -97,7 +99,45 @@ class Encoder:
 def get_encoder(model_size, models_dir):
     """Reads encoder.json and vocab.bpe of a model. Raises OSError, or ValueError that names the file and its fault."""
     with open(os.path.join(models_dir, model_size, "encoder.json"), encoding="utf-8") as f:
-        encoder = json.load(f)
+        encoder = read_vocabulary(f)
     with open(os.path.join(models_dir, model_size, "vocab.bpe"), encoding="utf-8") as f:
-        bpe_merges = [tuple(line.split()) for line in f.read().split("\n")[1:-1]]  # behind a line with the version
+        bpe_merges = read_merges(f, encoder)
     return Encoder(encoder, bpe_merges)
+
+
+def read_vocabulary(f):
+    """encoder.json: {token: id}. Raises ValueError unless it gives each id from 0 on to one token."""
+    try:
+        encoder = json.load(f)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"encoder.json is no JSON: {error}") from error
+    if type(encoder) is not dict or {*map(type, encoder.values())} != {int}:  # bool is no int here
+        raise ValueError("encoder.json must hold an object of whole numbers")
+    if sorted(encoder.values()) != [*range(len(encoder))]:
+        raise ValueError("encoder.json must give each of the ids 0, 1, 2, ... to one token")
+    if missing := {*bytes_to_unicode().values(), "<|endoftext|>"} - encoder.keys():
+        raise ValueError(f"encoder.json lacks {len(missing)} of the 256 bytes and <|endoftext|>")
+    return encoder
+
+
+def read_merges(f, encoder):
+    """vocab.bpe: [(left, right)]. Raises ValueError unless they make just the tokens of the vocabulary.
+
+    A token is then a byte, or two tokens joined, or a special one in <|...|>: so every token is made of known bytes.
+    """
+    try:
+        version, *lines, end = f.read().split("\n")
+    except ValueError as error:
+        raise ValueError(f"vocab.bpe is empty or no UTF-8: {error}") from error
+    if not version.startswith("#version") or end:
+        raise ValueError("vocab.bpe must begin with a line #version and end with a line break: it is damaged")
+    bpe_merges = [tuple(line.split(" ")) for line in lines]
+    if {*map(len, bpe_merges)} - {2}:
+        raise ValueError("vocab.bpe must have two tokens on each line")
+    made = {*map("".join, bpe_merges)}
+    if unknown := (made | {*itertools.chain.from_iterable(bpe_merges)}) - encoder.keys():
+        raise ValueError(f"vocab.bpe has tokens that encoder.json lacks, such as {unknown.pop()!r}")
+    lost = encoder.keys() - made - {*bytes_to_unicode().values()}
+    if lost := [token for token in lost if not re.fullmatch(r"<\|[!-~]*\|>", token)]:
+        raise ValueError(f"vocab.bpe has no merge for {len(lost)} tokens of encoder.json, such as {lost[0]!r}")
+    return bpe_merges

@@ -6,24 +6,52 @@ TensorFlow reads a checkpoint once, to verify it; the file SHA256SUMS then vouch
 milliseconds and do without TensorFlow.
 """
 
+import base64
 import contextlib
+import email.utils
+import functools
 import hashlib
+import ipaddress
 import json
 import math
 import os
+import queue
+import random
 import re
+import shutil
+import subprocess
 import sys
+import threading
+import time
+import urllib.parse
 
 import numpy as np
 
 from encoder import get_encoder
 
-MODEL_SIZES = ("124M", "355M", "774M", "1558M")
-BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 HPARAMS, ENCODER, VOCAB = "hparams.json", "encoder.json", "vocab.bpe"
 INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 FILES = ("checkpoint", HPARAMS, ENCODER, VOCAB, INDEX, "model.ckpt.meta", DATA)
 SUMS = "SHA256SUMS"
+LIMITS = {HPARAMS: 2**16, ENCODER: 2**24, VOCAB: 2**24, INDEX: 2**24, SUMS: 2**16}  # bytes; GPT-2's largest has 1 MB
+
+SOURCES = (
+    "https://openaipublic.blob.core.windows.net/gpt-2/models",
+    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",  # a mirror
+)
+MODEL_SIZES = {
+    "124M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12},
+    "355M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1024, "n_head": 16, "n_layer": 24},
+    "774M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1280, "n_head": 20, "n_layer": 36},
+    "1558M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48},
+}
+SHA256 = {  # of the files that are the same for all MODEL_SIZES
+    ENCODER: "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    VOCAB: "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+MD5 = {"124M": "f48b9cf1a525a603be52258f69bf9162"}  # of the data file, where it is known
+ATTEMPTS = 6  # in a row, before a source is given up
+LONGEST_PAUSE = 60  # seconds, also where a server asks for more
 
 
 class ModelError(Exception):
@@ -33,15 +61,14 @@ class ModelError(Exception):
 def load_encoder_hparams_and_params(model_size, models_dir):
     """Loads a model, downloading it first if it is one of MODEL_SIZES and not there yet.
 
-    model_size: the name of a folder in models_dir. Returns (encoder, hparams, params), where params is the nested dict
-    {"wte", "wpe", "blocks": [{"ln_1", "attn", "ln_2", "mlp"}], "ln_f"} of float32 arrays, mapped copy-on-write: changes
-    to them stay in memory. Raises ModelError.
+    model_size: the name of a folder in models_dir, or of a link to one. Returns (encoder, hparams, params), where params
+    is the nested dict {"wte", "wpe", "blocks": [{"ln_1", "attn", "ln_2", "mlp"}], "ln_f"} of float32 arrays, mapped
+    copy-on-write: changes to them stay in memory. Raises ModelError.
     """
-    if model_size in ("", ".", "..") or re.search(r"[/\\:\0]", model_size):
+    if re.search(r"[/\\:\0]|[. ]$|^$", model_size):  # Windows drops dots and spaces at the end
         raise ModelError(f"{model_size!r} is no model name: it must be a folder inside {models_dir}")
     model_dir = os.path.join(models_dir, model_size)
-    needed = (HPARAMS, ENCODER, VOCAB, INDEX, DATA)
-    missing = [name for name in needed if not os.path.exists(os.path.join(model_dir, name))]
+    missing = missing_files(model_dir, (HPARAMS, ENCODER, VOCAB, INDEX, DATA))
     if missing and model_size in MODEL_SIZES:
         download_gpt2_files(model_size, model_dir)
     elif missing and os.path.isdir(model_dir):
@@ -49,37 +76,400 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     elif missing:
         raise ModelError(f"no model {model_size!r}: choose {', '.join(MODEL_SIZES)} or a folder in {models_dir}")
 
+    for name, limit in LIMITS.items():
+        path = os.path.join(model_dir, name)
+        if os.path.exists(path) and os.path.getsize(path) > limit:
+            raise ModelError(f"{path} has {os.path.getsize(path)} bytes: too many for such a file")
+        if model_size in MODEL_SIZES and (fault := unlike_published(model_size, name, path)):
+            raise ModelError(f"{path} is damaged: {fault}: delete it to fetch it anew")
     hparams = load_hparams(os.path.join(model_dir, HPARAMS))
     try:
         encoder = get_encoder(model_size, models_dir)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{model_dir}: the tokenizer cannot be read: {error}") from error
+        raise ModelError(f"{model_dir}: the tokenizer cannot be read: {one_line(error)}") from error
+    if len(encoder.encoder) != hparams["n_vocab"]:
+        n_tokens = len(encoder.encoder)
+        raise ModelError(f"{model_dir}: {ENCODER} has {n_tokens} tokens, {HPARAMS} implies {hparams['n_vocab']}")
     return encoder, hparams, load_params(model_dir, hparams)
 
 
-def download_gpt2_files(model_size, model_dir):
-    """Downloads the files of one of MODEL_SIZES that model_dir lacks. Raises ModelError."""
+def missing_files(model_dir, names=FILES):
+    return [name for name in names if not os.path.isfile(os.path.join(model_dir, name))]
+
+
+def unlike_published(model_size, name, path):
+    """What tells the file at path from the one that OpenAI published under that name, as far as is known; or None."""
+    if name in SHA256 and sha256(path) != SHA256[name]:
+        return "its SHA-256 is not that of OpenAI's file"
+    if name == HPARAMS:
+        try:
+            hparams = load_hparams(path)
+        except ModelError as error:
+            return str(error)
+        if any(hparams[key] != value for key, value in MODEL_SIZES[model_size].items()):
+            return f"OpenAI's has {MODEL_SIZES[model_size]}"
+    return None
+
+
+class SourceError(Exception):
+    """A source does not deliver a file: the message is the cause."""
+
+
+class PassingError(SourceError):
+    """A failure that may pass: worth another attempt, after retry_after seconds if the server says so."""
+
+    def __init__(self, message, retry_after=0):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DamagedError(SourceError):
+    """What arrived is not the file: worth another download from its start."""
+
+
+def download_gpt2_files(model_size, model_dir, n_connections=8, range_bytes=2**23, timeout=30, pause=1):
+    """Downloads the files of one of MODEL_SIZES that model_dir lacks; after an interruption, the next call goes on.
+
+    A file arrives in ranges of range_bytes, n_connections of them at once, as FILE.part, while FILE.part.ranges records
+    those that are finished; it gets its name once it is verified. GPT2_BASE_URL in the environment names another server
+    with files at GPT2_BASE_URL/<size>/<file>.
+    timeout: seconds to wait for a connection, and for the next bytes. pause: seconds before the first retry; they grow.
+    Raises ModelError.
+    """
+    sources = (os.environ["GPT2_BASE_URL"],) if os.environ.get("GPT2_BASE_URL") else SOURCES
+    failures = []
+    try:
+        os.makedirs(model_dir, exist_ok=True)
+        with locked(model_dir):
+            for source in sources:
+                try:
+                    url = f"{source.rstrip('/')}/{model_size}/"
+                    fetch_missing(url, model_size, model_dir, n_connections, range_bytes, timeout, pause)
+                    return
+                except SourceError as error:
+                    failures.append(one_line(error))
+    except OSError as error:
+        raise ModelError(f"{model_size} cannot be stored in {model_dir}: {error}") from error
+    advice = f"run it again to go on from here, or put {', '.join(missing_files(model_dir))} into {model_dir} by hand"
+    if os.path.isdir(os.path.join(os.path.dirname(model_dir), "shakespeare")):
+        advice += ", or use the bundled model: --model_size shakespeare"
+    raise ModelError(f"could not download {'; nor '.join(failures)}; {advice}")
+
+
+@contextlib.contextmanager
+def locked(model_dir):
+    """Keeps other processes from downloading into model_dir; the system takes the lock back from one that dies."""
+    with open(os.path.join(model_dir, ".lock"), "w") as f:
+        if not try_lock(f):
+            print(f"waiting for another process that downloads into {model_dir}", file=sys.stderr, flush=True)
+            while not try_lock(f):
+                time.sleep(0.1)
+        yield
+
+
+def try_lock(f):
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # as POSIX and Windows say that another process has it
+        return False
+    return True
+
+
+def fetch_missing(base_url, model_size, model_dir, n_connections, range_bytes, timeout, pause):
+    """Fetches, verifies and names the files that model_dir lacks. Raises SourceError, and OSError for this end's faults."""
     import requests
     from tqdm import tqdm
 
-    os.makedirs(model_dir, exist_ok=True)
-    for name in FILES:
-        path, url = os.path.join(model_dir, name), f"{BASE_URL}/{model_size}/{name}"
-        if os.path.exists(path):
-            continue
+    paths = {name: os.path.join(model_dir, name) for name in FILES}
+    with requests.Session() as session:
+        request = functools.partial(open_url, session, timeout)
+
+        def plan(name, in_ranges=True):  # what the source says of the file, and the ranges still to come
+            with named(name, base_url):
+                remote = describe(request, base_url + name, pause)
+                check_size(model_size, name, remote["size"])
+            remote["in_ranges"] &= in_ranges
+            return remote, unfinished(remote, paths[name], range_bytes)
+
+        plans = {name: plan(name) for name in missing_files(model_dir)}
+        n_left = sum(stop - start for _, todo in plans.values() for start, stop in todo)
+        n_bytes = sum(plans[name][0]["size"] if name in plans else os.path.getsize(paths[name]) for name in FILES)
+        n_free = shutil.disk_usage(model_dir).free
+        if n_left > n_free:
+            raise OSError(f"{n_left:,} bytes are still to come, and that disk has {n_free:,} free")
+
+        # one bar for the whole model; None: silent unless on a terminal
+        bar = tqdm(total=n_bytes, initial=n_bytes - n_left, unit="B", unit_scale=True, desc=model_size, disable=None)
+        with bar:
+            for name, (remote, todo) in plans.items():
+                n_before = bar.n - remote["size"] + sum(stop - start for start, stop in todo)  # without this file
+                for last_try in (False, True):
+                    try:
+                        with named(name, base_url):
+                            fetch_file(request, remote, todo, paths[name], n_connections, pause, bar)
+                            verify_and_name(model_size, name, paths[name], remote["md5"])
+                        break
+                    except DamagedError as error:
+                        for suffix in (".part", ".part.ranges"):
+                            os.remove(paths[name] + suffix)
+                        if last_try:
+                            raise
+                        tqdm.write(f"{error}: fetching it once more", file=sys.stderr)
+                        bar.update(n_before - bar.n)
+                        remote, todo = plan(name, remote["in_ranges"])
+
+
+@contextlib.contextmanager
+def named(name, base_url):
+    """Puts the file and its URL before the cause of a SourceError."""
+    try:
+        yield
+    except SourceError as error:
+        raise type(error)(f"{name} from {base_url}{name}: {error}") from error
+
+
+@contextlib.contextmanager
+def open_url(session, timeout, method, url, headers=()):
+    """The response to an HTTP request, redirects followed. Raises SourceError, PassingError where a retry may help."""
+    import requests
+
+    try:
+        for _ in range(6):
+            local = check_url(url)
+            headers = {"Accept-Encoding": "identity", **dict(headers)}
+            proxies = {"http": None, "https": None, "all": None} if local else None  # None: as the environment says
+            with session.request(
+                method, url, headers=headers, stream=True, timeout=timeout, allow_redirects=False, proxies=proxies
+            ) as response:
+                if not response.is_redirect:
+                    code = response.status_code
+                    if code in (408, 429) or code >= 500:
+                        raise PassingError(f"HTTP {code}", retry_after(response.headers.get("Retry-After", "")))
+                    if code not in (200, 206):
+                        raise SourceError(f"HTTP {code}")
+                    yield response
+                    return
+                url = urllib.parse.urljoin(url, response.headers["Location"])
+        raise SourceError("too many redirects")
+    except requests.RequestException as error:
+        lasting = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)
+        raise (SourceError if isinstance(error, lasting) else PassingError)(root_cause(error)) from error
+
+
+def check_url(url):
+    """Whether url leads to this machine. Raises SourceError unless it is https, or http to this machine."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError as error:
+        raise SourceError(f"{url!r} is no URL: {error}") from error
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    # parsers differ in what they make of odd characters
+    if not host or re.search(r"[^!-~]|\\", url) or not (parts.scheme == "https" or (parts.scheme == "http" and local)):
+        raise SourceError(f"{url!r} is refused: files are fetched over https only, or from this machine")
+    return local
+
+
+def retry_after(value):
+    """Seconds that a Retry-After header asks to wait, given as a number or as a date; 0 if it is neither."""
+    with contextlib.suppress(ValueError):
+        return int(value)
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    return 0
+
+
+def root_cause(error):
+    """One short line from the bottom of a chain of exceptions: requests' own texts are long."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return one_line(error) or type(error).__name__
+
+
+def persist(attempt, pause, stopped=None, progress=lambda: 0):
+    """attempt(), repeated after growing pauses while it raises PassingError; gives up after ATTEMPTS without progress."""
+    stopped, n_failures = stopped or threading.Event(), 0
+    while True:
+        before = progress()
         try:
-            with requests.get(url, stream=True, timeout=30) as response, open(path + ".part", "wb") as f:
-                response.raise_for_status()
-                n_bytes = int(response.headers["content-length"])
-                with tqdm(desc=f"Fetching {name}", total=n_bytes, unit="B", unit_scale=True, disable=None) as bar:
-                    for chunk in response.iter_content(chunk_size=2**16):
-                        f.write(chunk)
-                        bar.update(len(chunk))
-                if f.tell() != n_bytes:
-                    raise requests.ConnectionError(f"{f.tell()} of {n_bytes} bytes arrived")
-        except (requests.RequestException, OSError) as error:
-            raise ModelError(f"{name} could not be downloaded from {url}: {error}") from error
-        os.replace(path + ".part", path)
+            return attempt()
+        except PassingError as error:
+            n_failures = 1 if progress() - before >= 2**16 else n_failures + 1
+            if n_failures == ATTEMPTS or stopped.is_set():
+                raise
+            stopped.wait(pause_before(n_failures, error.retry_after, pause))
+
+
+def pause_before(n_failures, retry_after, pause):
+    """Seconds to wait: doubled with every failure, never less than the server asks, of random length so that clients part."""
+    seconds = max(pause * 2 ** (n_failures - 1), retry_after) * random.uniform(1, 1.5)  # noqa: S311
+    return min(seconds, LONGEST_PAUSE)
+
+
+def describe(request, url, pause):
+    """What the source says of a file: its size, ETag and MD5 (as Content-MD5 has it), and whether it serves ranges."""
+
+    def attempt():
+        with request("HEAD", url) as response:
+            headers = response.headers
+            if not re.fullmatch("[0-9]{1,15}", headers.get("Content-Length", "")):
+                raise PassingError("the server does not say how long the file is")
+            return {
+                "url": url,
+                "size": int(headers["Content-Length"]),
+                "etag": headers.get("ETag") or headers.get("Last-Modified", ""),
+                "md5": headers.get("Content-MD5", ""),
+                "in_ranges": headers.get("Accept-Ranges") == "bytes",
+            }
+
+    return persist(attempt, pause)
+
+
+def unfinished(remote, path, range_bytes):
+    """The ranges [(start, stop), ...] of a file that FILE.part does not hold yet.
+
+    Each line of FILE.part.ranges claims one to be there, and is believed if its SHA-256 agrees with FILE.part, whatever
+    happened to the two; and not if the file has since changed where it came from.
+    """
+    step = range_bytes if remote["in_ranges"] else max(remote["size"], 1)
+    todo = {(start, min(start + step, remote["size"])) for start in range(0, remote["size"], step)}
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open(path + ".part", "rb") as part,
+        open(path + ".part.ranges", "rb") as f,
+    ):
+        for line in f.read(2**22).splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                claim = json.loads(line)
+                start, stop = claim["start"], claim["stop"]
+                changed = claim["url"] == remote["url"] and claim["etag"] != remote["etag"]
+                if (start, stop) in todo and not changed:
+                    part.seek(start)
+                    if hashlib.sha256(part.read(stop - start)).hexdigest() == claim["sha256"]:
+                        todo.remove((start, stop))
+    return sorted(todo)
+
+
+def fetch_file(request, remote, todo, path, n_connections, pause, bar):
+    """Fetches the ranges in todo into FILE.part, n_connections at once; FILE.part.ranges tells of each that is there.
+
+    The threads are daemons, so that none that waits for the network keeps an interrupted process alive; what they get
+    after this function has ended is written nowhere.
+    """
+    jobs, results, stopped, lock = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event(), threading.Lock()
+    for job in [*todo, *[None] * n_connections]:  # None: no more
+        jobs.put(job)
+    new = not os.path.exists(path + ".part")
+    with open(path + ".part", "w+b" if new else "r+b") as part, open(path + ".part.ranges", "ab") as record:
+        part.truncate(remote["size"])
+
+        def write(position, block):
+            with lock:
+                if stopped.is_set():
+                    raise SourceError("stopped")
+                part.seek(position)
+                part.write(block)
+                bar.update(len(block))
+
+        def work():
+            try:
+                for start, stop in iter(jobs.get, None):
+                    results.put((start, stop, fetch_range(request, remote, start, stop, write, pause, stopped, bar)))
+            except Exception as error:  # raised anew in the main thread
+                results.put(error)
+
+        try:
+            for _ in range(min(n_connections, len(todo))):
+                threading.Thread(target=work, daemon=True).start()
+            for _ in todo:
+                result = results.get()
+                if isinstance(result, Exception):
+                    raise result
+                claim = dict(
+                    zip(("start", "stop", "sha256"), result, strict=True), url=remote["url"], etag=remote["etag"]
+                )
+                with lock:
+                    part.flush()
+                record.write(b"\n" + json.dumps(claim).encode())  # the line before may have been cut short
+                record.flush()
+        finally:
+            with lock:
+                stopped.set()
+
+
+def fetch_range(request, remote, start, stop, write, pause, stopped, bar):
+    """Fetches bytes start to stop of a file, hands them to write(position, block) and returns their SHA-256."""
+    digest, position = hashlib.sha256(), start
+
+    def attempt():
+        nonlocal digest, position
+        if not remote["in_ranges"]:  # from the start again
+            bar.update(start - position)
+            digest, position = hashlib.sha256(), start
+        headers = {"Range": f"bytes={position}-{stop - 1}"} if remote["in_ranges"] else {}
+        with request("GET", remote["url"], headers=headers) as response:
+            check_range(response, remote, position)
+            for block in response.iter_content(2**14):
+                if len(block) > stop - position:
+                    raise DamagedError("more bytes came than were announced")
+                write(position, block)
+                digest.update(block)
+                position += len(block)
+        if position < stop:
+            raise PassingError(f"{stop - position} bytes are missing")
+
+    persist(attempt, pause, stopped, lambda: position)
+    return digest.hexdigest()
+
+
+def check_range(response, remote, position):
+    """Raises DamagedError unless a response holds what follows position in the file that remote describes."""
+    headers = response.headers
+    if remote["in_ranges"] and response.status_code == 200:
+        remote["in_ranges"] = False
+        raise DamagedError("the server ignores ranges")
+    if remote["in_ranges"]:
+        length = re.fullmatch(rf"bytes {position}-\d+/(\d+)", headers.get("Content-Range", ""), re.ASCII)
+        length = length and length[1]
+    else:
+        length, remote["md5"] = headers.get("Content-Length"), headers.get("Content-MD5", remote["md5"])
+    if length != str(remote["size"]) or (headers.get("ETag") or remote["etag"]) != remote["etag"]:
+        raise DamagedError("the file changes on the server, or lies about its length")
+
+
+def check_size(model_size, name, size):
+    """Raises SourceError for a file that cannot be the right one."""
+    expected = 4 * n_params(MODEL_SIZES[model_size])
+    if name == DATA and size != expected:
+        raise SourceError(f"it has {size} bytes there, where {model_size} has {expected}")
+    if size > LIMITS.get(name, expected):
+        raise SourceError(f"it has {size} bytes there, too many for such a file")
+
+
+def verify_and_name(model_size, name, path, content_md5):
+    """Gives FILE.part its name if it is what it should be. Raises DamagedError."""
+    fault = unlike_published(model_size, name, path + ".part")
+    md5 = hashed(path + ".part", hashlib.md5(usedforsecurity=False))
+    if content_md5 and base64.b64encode(md5.digest()).decode() != content_md5:
+        fault = fault or "its MD5 is not that which the server states"
+    if name == DATA and MD5.get(model_size, md5.hexdigest()) != md5.hexdigest():
+        fault = fault or "its MD5 is not that of OpenAI's file"
+    if fault:
+        raise DamagedError(fault)
+    with open(path + ".part", "r+b") as f:
+        os.fsync(f.fileno())  # so that not even a power cut can leave less under the final name
+    os.replace(path + ".part", path)
+    os.remove(path + ".part.ranges")
 
 
 def load_hparams(path):
@@ -91,8 +481,8 @@ def load_hparams(path):
         raise ModelError(f"{path} cannot be read: {error}") from error
     for key in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
         value = hparams.get(key) if isinstance(hparams, dict) else None
-        if type(value) is not int or value < 1:
-            raise ModelError(f"{path}: {key} must be a positive integer, not {value!r}")
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ModelError(f"{path}: {key} must be a positive integer below 2**31, not {value!r:.40}")
     if hparams["n_embd"] % hparams["n_head"]:
         raise ModelError(f"{path}: n_embd {hparams['n_embd']} is not divisible by n_head {hparams['n_head']}")
     return hparams
@@ -148,22 +538,73 @@ def nest(arrays):  # {"h0/attn/c_attn/w": array, ...} -> {"blocks": [{"attn": {"
 
 
 def load_params(model_dir, hparams):
-    """The weights of a checkpoint as params, mapped into memory once it is verified. Raises ModelError."""
-    data_path = os.path.join(model_dir, DATA)
+    """The weights of a checkpoint as params, mapped into memory once it is verified. Raises ModelError.
+
+    What SHA256SUMS vouches for is used as it is. If the checkpoint has changed since, TensorFlow reads it again, whose
+    own checksums tell damage from new weights. The other files have no checksums of their own: if one has changed, that
+    is an error until the user restores it or accepts it by deleting SHA256SUMS. Before there is a SHA256SUMS, a
+    change to them that leaves them well-formed goes unnoticed, except in MODEL_SIZES.
+    """
+    data_path, sums_path = os.path.join(model_dir, DATA), os.path.join(model_dir, SUMS)
     n_bytes, expected = os.path.getsize(data_path), 4 * n_params(hparams)
     if n_bytes < expected:
         raise ModelError(f"{data_path} has {n_bytes} bytes where {HPARAMS} implies {expected}: delete it to start anew")
 
+    recorded = read_sums(model_dir)
+    sums = {name: sha256(os.path.join(model_dir, name)) for name in (HPARAMS, ENCODER, VOCAB, INDEX)}
+    for name in (HPARAMS, ENCODER, VOCAB):
+        if recorded.get(name, sums[name]) != sums[name]:
+            raise ModelError(f"{model_dir}: {name} is not as {SUMS} has it: restore it, or delete {SUMS} to accept it")
+    # the data file is hashed only if its time is not that of SHA256SUMS, which was set to it after the last success
+    changed = os.stat(data_path).st_mtime_ns
+    unchanged = DATA in recorded and os.stat(sums_path).st_mtime_ns == changed
+    sums[DATA] = recorded[DATA] if unchanged else sha256(data_path)
+    if any(recorded.get(name) != sums[name] for name in (HPARAMS, INDEX, DATA)) or n_bytes != expected:
+        if not is_mappable(model_dir):
+            print(
+                f"{model_dir}: laid out unlike OpenAI's models, so TensorFlow reads it at every start", file=sys.stderr
+            )
+            return nest(dict(read_checkpoint(model_dir, hparams)))
+    if recorded != sums:
+        write_sums(model_dir, sums, changed)
+    elif not unchanged:
+        with contextlib.suppress(OSError):  # a read-only folder: hashed at every start
+            os.utime(sums_path, ns=(changed, changed))
+    return nest(map_data(data_path, hparams))
+
+
+def map_data(data_path, hparams):
     # "c" is copy-on-write: readers may change weights, files stay as they are
-    mapped = split(np.memmap(data_path, np.float32, mode="c"), hparams) if n_bytes == expected else None
-    if mapped and is_verified(model_dir):
-        return nest(mapped)
-    as_saved = read_checkpoint(model_dir, hparams)
-    if mapped and all(np.array_equal(array.view(np.uint32), mapped[name].view(np.uint32)) for name, array in as_saved):
-        write_sums(model_dir)
-        return nest(mapped)
-    print(f"{model_dir}: laid out unlike OpenAI's models, so TensorFlow reads it at every start", file=sys.stderr)
-    return nest(dict(read_checkpoint(model_dir, hparams)))
+    return split(np.memmap(data_path, np.float32, mode="c"), hparams)
+
+
+def is_mappable(model_dir):
+    """Whether the data file holds the weights just as map_data() cuts them. Raises ModelError for a damaged checkpoint.
+
+    TensorFlow reads it in a process of its own, which runs the end of this file: a crafted index can crash TensorFlow.
+    """
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:surrogateescape"}
+    command = [sys.executable, os.path.abspath(__file__), model_dir]
+    child = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", errors="surrogateescape")  # noqa: S603
+    if child.returncode == 1:  # a traceback
+        raise RuntimeError(child.stderr)
+    if child.returncode == 2:
+        raise ModelError(child.stdout)
+    if child.returncode not in (0, 3):
+        raise ModelError(f"{model_dir}: TensorFlow crashes on this checkpoint, as it does on some damaged ones")
+    return child.returncode == 0
+
+
+def agrees_with_tensorflow(model_dir):
+    """As is_mappable(), in this process."""
+    hparams, data_path = load_hparams(os.path.join(model_dir, HPARAMS)), os.path.join(model_dir, DATA)
+    mapped = os.path.getsize(data_path) == 4 * n_params(hparams) and map_data(data_path, hparams)
+    agree = [mapped and same_bits(array, mapped[name]) for name, array in read_checkpoint(model_dir, hparams)]
+    return all(agree)
+
+
+def same_bits(a, b):  # NaNs too
+    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 def read_checkpoint(model_dir, hparams):
@@ -172,7 +613,7 @@ def read_checkpoint(model_dir, hparams):
     try:
         reader = tf.train.load_checkpoint(prefix)
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-    except (tf.errors.OpError, ValueError, RuntimeError) as error:
+    except Exception as error:  # besides its own, TensorFlow raises IndexError, TypeError, MemoryError and others
         raise ModelError(f"{prefix}.index is damaged: {one_line(error)}") from error
     for name, shape in variables(hparams):
         variable = f"model/{name}"
@@ -183,9 +624,10 @@ def read_checkpoint(model_dir, hparams):
         if tuple(shapes[variable]) not in (shape, (1, *shape)):  # OpenAI's w have a leading 1
             raise ModelError(f"{prefix}.index: {variable} has shape {shapes[variable]}, {HPARAMS} implies {[*shape]}")
         try:
-            yield name, reader.get_tensor(variable).reshape(shape)
-        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+            array = reader.get_tensor(variable).reshape(shape)
+        except Exception as error:
             raise ModelError(f"{os.path.join(model_dir, DATA)}: {variable} is damaged: {one_line(error)}") from error
+        yield name, array
 
 
 def import_tensorflow():
@@ -206,46 +648,36 @@ def import_tensorflow():
 
 
 def one_line(error):
-    return " ".join(str(error).split())
+    """The text of an error without line breaks, and without the control characters of whoever sent it."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
 
 
 def sha256(path):
-    digest = hashlib.sha256()
+    return hashed(path, hashlib.sha256()).hexdigest()
+
+
+def hashed(path, digest):
     with open(path, "rb") as f:
         while chunk := f.read(2**20):
             digest.update(chunk)
-    return digest.hexdigest()
+    return digest
 
 
-def is_verified(model_dir):
-    """Whether SHA256SUMS, as `sha256sum` writes it, vouches for the checkpoint as it is now.
-
-    The data file is hashed only when its time differs from that of SHA256SUMS, which is set to it after a success.
-    """
-    data_path, sums_path = os.path.join(model_dir, DATA), os.path.join(model_dir, SUMS)
+def read_sums(model_dir):
+    """SHA256SUMS as {name: SHA-256}; empty if it is missing or damaged. The file is as `sha256sum` writes it."""
     try:
-        with open(sums_path, encoding="ascii") as f:
-            sums = dict(line.split("  ")[::-1] for line in f.read().splitlines())
+        with open(os.path.join(model_dir, SUMS), encoding="ascii") as f:
+            return dict(line.split("  ")[::-1] for line in f.read().splitlines())
     except (OSError, ValueError):
-        return False
-    if any(sums.get(name) != sha256(os.path.join(model_dir, name)) for name in (HPARAMS, INDEX)):
-        return False
-    changed = os.stat(data_path).st_mtime_ns
-    if os.stat(sums_path).st_mtime_ns != changed:
-        if sums.get(DATA) != sha256(data_path):
-            return False
-        with contextlib.suppress(OSError):  # a read-only folder: hashed at every start
-            os.utime(sums_path, ns=(changed, changed))
-    return True
+        return {}
 
 
-def write_sums(model_dir):
-    """Records in SHA256SUMS that the checkpoint is whole."""
-    changed, path = os.stat(os.path.join(model_dir, DATA)).st_mtime_ns, os.path.join(model_dir, SUMS)
-    lines = (f"{sha256(os.path.join(model_dir, name))}  {name}\n" for name in (HPARAMS, INDEX, DATA))
+def write_sums(model_dir, sums, changed):
+    """Records in SHA256SUMS that a model is whole, at the time at which its data file changed, in ns."""
+    path = os.path.join(model_dir, SUMS)
     try:
         with open(f"{path}.{os.getpid()}", "w", encoding="ascii") as f:
-            f.writelines(lines)
+            f.writelines(f"{digest}  {name}\n" for name, digest in sums.items())
         os.utime(f.name, ns=(changed, changed))
         os.replace(f.name, path)
     except OSError as error:
@@ -285,3 +717,15 @@ def save_checkpoint(model_dir, hparams, params):
     tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=[""] * len(names), tensors=tensors)
     with open(os.path.join(model_dir, "checkpoint"), "w", encoding="utf-8") as f:
         f.write('model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n')
+    if agrees_with_tensorflow(model_dir):
+        names = (HPARAMS, INDEX, DATA)
+        sums = {name: sha256(os.path.join(model_dir, name)) for name in names}
+        write_sums(model_dir, sums, os.stat(os.path.join(model_dir, DATA)).st_mtime_ns)
+
+
+if __name__ == "__main__":  # for is_mappable()
+    try:
+        sys.exit(0 if agrees_with_tensorflow(sys.argv[1]) else 3)
+    except ModelError as error:
+        print(error, end="")
+        sys.exit(2)

@@ -1,0 +1,121 @@
+"""A web server on 127.0.0.1 that holds a few files and misbehaves as it is told to."""
+
+import base64
+import contextlib
+import hashlib
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Server(ThreadingHTTPServer):
+    """files: {name: bytes}, served under any folder.
+
+    faults: {name: [fault, ...]}, spent on one GET after another; head_faults, on HEADs; always: {name: fault}, on every
+    GET; the name "*" stands for all files. A fault is a dict of some of:
+        status, headers: what to answer instead; drop, stall: to stop, or to pause for stall_seconds, after as many bytes;
+        flip: to change that byte of the file; ignore_range; length: the Content-Length to claim.
+    log: [(method, name, Range header or None), ...]; most_at_once: of GETs that were being answered together.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, files, ranges=True, seconds_per_block=0.0):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.ranges, self.seconds_per_block = files, ranges, seconds_per_block
+        self.faults, self.head_faults, self.always = {}, {}, {}
+        self.headers, self.stall_seconds, self.etag = {}, 30, '"1"'
+        self.log, self.lock, self.n_at_once, self.most_at_once = [], threading.Lock(), 0, 0
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request, client_address):
+        pass  # clients that hang up are what this is about
+
+    def fault(self, method, name):
+        with self.lock:
+            waiting = (self.faults if method == "GET" else self.head_faults).get(name)
+            if waiting:
+                return waiting.pop(0)
+            return self.always.get(name, self.always.get("*", {})) if method == "GET" else {}
+
+    def asked(self, name, method="GET"):
+        return [what for how, which, what in self.log if (how, which) == (method, name)]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):  # noqa: N802
+        server, name = self.server, self.path.rsplit("/", 1)[-1]
+        asked = self.headers["Range"]
+        with server.lock:
+            server.log.append((self.command, name, asked))
+            server.n_at_once += self.command == "GET"
+            server.most_at_once = max(server.most_at_once, server.n_at_once)
+        try:
+            self.answer(server, name, asked, server.fault(self.command, name))
+        finally:
+            with server.lock:
+                server.n_at_once -= self.command == "GET"
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def answer(self, server, name, asked, fault):
+        data = server.files.get(name)
+        status = fault.get("status", 200 if data is not None else 404)
+        headers = {"ETag": server.etag, **server.headers}
+        if status != 200:
+            self.close_connection = True
+            self.reply(status, {"Content-Length": "0", **fault.get("headers", {})})
+            return
+        if "flip" in fault:
+            data = bytes(byte ^ (i == fault["flip"]) for i, byte in enumerate(data))
+        start, body = 0, data
+        if server.ranges:
+            headers["Accept-Ranges"] = "bytes"
+        if asked and server.ranges and not fault.get("ignore_range"):
+            start, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", asked).groups())
+            status, body = 206, data[start : last + 1]
+            headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{len(data)}"
+        else:
+            headers["Content-MD5"] = base64.b64encode(hashlib.md5(server.files[name]).digest()).decode()  # noqa: S324
+        self.reply(status, {**headers, "Content-Length": fault.get("length", len(body)), **fault.get("headers", {})})
+        if self.command == "HEAD":
+            return
+        for i in range(0, len(body), 1024):
+            block = body[i : i + 1024]
+            if "drop" in fault and i + len(block) > fault["drop"]:
+                self.wfile.write(block[: fault["drop"] - i])
+                self.close_connection = True
+                return
+            if "stall" in fault and i + len(block) > fault["stall"]:
+                time.sleep(server.stall_seconds)
+            time.sleep(server.seconds_per_block)
+            self.wfile.write(block)
+        if "length" in fault:
+            self.close_connection = True
+
+    def reply(self, status, headers):
+        self.send_response(status)
+        for key, value in headers.items():
+            if value is not None:
+                self.send_header(key, str(value))
+        self.end_headers()
+
+
+@contextlib.contextmanager
+def serving(files, **kwargs):
+    server = Server(files, **kwargs)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
