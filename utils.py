@@ -78,8 +78,8 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 
     for name, limit in LIMITS.items():
         path = os.path.join(model_dir, name)
-        if os.path.exists(path) and os.path.getsize(path) > limit:
-            raise ModelError(f"{path} has {os.path.getsize(path)} bytes: too many for such a file")
+        if os.path.lexists(path) and (not os.path.isfile(path) or os.path.getsize(path) > limit):
+            raise ModelError(f"{path} is no file, or larger than any of its kind")
         if model_size in MODEL_SIZES and (fault := unlike_published(model_size, name, path)):
             raise ModelError(f"{path} is damaged: {fault}: delete it to fetch it anew")
     hparams = load_hparams(os.path.join(model_dir, HPARAMS))

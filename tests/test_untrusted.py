@@ -1,0 +1,491 @@
+"""Models folders that are damaged or made with ill will: each ends in a clear error or in the right output."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import utils
+from encoder import bytes_to_unicode, get_encoder
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("é", "in")]
+TOKENS = [*bytes_to_unicode().values(), *map("".join, MERGES), "<|endoftext|>"]
+HPARAMS = {"n_vocab": len(TOKENS), "n_ctx": 8, "n_embd": 4, "n_head": 2, "n_layer": 1}
+INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
+TEXTS = ["hparams.json", "encoder.json", "vocab.bpe"]
+READ = [*TEXTS, INDEX, DATA, "SHA256SUMS"]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    rng = np.random.default_rng(0)
+    return utils.split(rng.standard_normal(utils.n_params(HPARAMS), dtype=np.float32), HPARAMS)
+
+
+@pytest.fixture(scope="module")
+def pristine(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "small"
+    utils.save_checkpoint(str(folder), HPARAMS, utils.nest(weights))
+    (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(TOKENS)}))
+    lines = ["#version: 0.2", *map(" ".join, MERGES)]
+    (folder / "vocab.bpe").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    utils.load_encoder_hparams_and_params("small", str(folder.parent))
+    assert (folder / "SHA256SUMS").exists()
+    return folder
+
+
+@pytest.fixture
+def folder(pristine, tmp_path, monkeypatch):
+    # in this process, since that takes milliseconds: of the faults here, none crashes TensorFlow but those crafted to
+    monkeypatch.setattr(utils, "is_mappable", utils.agrees_with_tensorflow)
+    return shutil.copytree(pristine, tmp_path / "models" / "small")
+
+
+def load(folder):
+    return utils.load_encoder_hparams_and_params(folder.name, str(folder.parent))
+
+
+def check(folder, weights):
+    """Whether the model loads; it must then be the right one, and the error must otherwise be one line."""
+    try:
+        encoder, hparams, params = load(folder)
+    except utils.ModelError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 1000
+        return False
+    assert hparams == HPARAMS
+    assert list(encoder.encoder.items()) == [(token, i) for i, token in enumerate(TOKENS)]
+    assert encoder.bpe_ranks == {pair: i for i, pair in enumerate(MERGES)}
+    flat = {**params["blocks"][0], "wte": params["wte"], "wpe": params["wpe"], "ln_f": params["ln_f"]}
+    for name, array in weights.items():
+        found = flat
+        for key in name.removeprefix("h0/").split("/"):
+            found = found[key]
+        assert np.array_equal(found, array)
+    return True
+
+
+def flipped(data, rng):
+    bit = rng.randrange(8 * len(data))
+    return bytes(byte ^ ((i == bit // 8) << bit % 8) for i, byte in enumerate(data))
+
+
+def test_the_pristine_model_is_right(folder, weights):
+    assert check(folder, weights)
+
+
+# damage
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_flipped_bit_after_the_first_start_is_an_error_or_harmless(pristine, folder, weights, name):
+    good, rng = (folder / name).read_bytes(), random.Random(name)  # noqa: S311
+    for _ in range(150):
+        (folder / name).write_bytes(flipped(good, rng))
+        check(folder, weights)
+        shutil.copy(pristine / "SHA256SUMS", folder)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_file_cut_anywhere_after_the_first_start_is_an_error_or_harmless(pristine, folder, weights, name):
+    good = (folder / name).read_bytes()
+    for length in [*range(0, len(good), max(1, len(good) // 150)), len(good) - 1]:
+        (folder / name).write_bytes(good[:length])
+        loaded = check(folder, weights)
+        assert loaded == (name == "SHA256SUMS" and loaded)
+        shutil.copy(pristine / "SHA256SUMS", folder)
+
+
+@pytest.mark.parametrize("name", [INDEX, DATA])
+def test_a_flipped_bit_before_the_first_start_is_an_error_or_harmless(folder, weights, name):
+    good, rng = (folder / name).read_bytes(), random.Random(name)  # noqa: S311
+    outcomes = []
+    for _ in range(150):
+        (folder / "SHA256SUMS").unlink(missing_ok=True)
+        (folder / name).write_bytes(flipped(good, rng))
+        outcomes.append(check(folder, weights))
+    assert not all(outcomes)
+    assert name == INDEX or not any(outcomes)  # parts of an index are never looked at
+
+
+@pytest.mark.parametrize("name", [*TEXTS, INDEX, DATA])
+def test_a_file_cut_anywhere_before_the_first_start_is_an_error(folder, weights, name):
+    good = (folder / name).read_bytes()
+    for length in [*range(0, len(good), max(1, len(good) // 150)), len(good) - 1]:
+        (folder / "SHA256SUMS").unlink(missing_ok=True)
+        (folder / name).write_bytes(good[:length])
+        assert not check(folder, weights)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_flipped_bit_in_a_text_before_the_first_start_never_crashes(folder, name):
+    good, rng = (folder / name).read_bytes(), random.Random(name)  # noqa: S311
+    for _ in range(300):
+        (folder / "SHA256SUMS").unlink(missing_ok=True)
+        (folder / name).write_bytes(flipped(good, rng))
+        try:
+            encoder, hparams, _ = load(folder)
+        except utils.ModelError as error:
+            assert "\n" not in str(error)
+        else:  # a well-formed change: it must at least be a working model
+            assert len(encoder.decode(range(hparams["n_vocab"]))) > 256
+            encoder.encode("the thin end, été")
+
+
+@pytest.mark.parametrize("name", [*TEXTS, INDEX, DATA])
+def test_random_bytes_are_an_error(folder, name):
+    rng = random.Random(name)  # noqa: S311
+    for n_bytes in (0, 1, 48, 1000, (folder / name).stat().st_size):
+        (folder / "SHA256SUMS").unlink(missing_ok=True)
+        (folder / name).write_bytes(rng.randbytes(n_bytes))
+        with pytest.raises(utils.ModelError):
+            load(folder)
+
+
+# what SHA256SUMS is for
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_changed_text_is_an_error_until_sha256sums_is_deleted(folder, weights, name):
+    with (folder / name).open("a") as f:
+        f.write(" " if name.endswith("json") else "")
+    if name == "vocab.bpe":
+        (folder / name).write_bytes((folder / name).read_bytes().replace(b"0.2", b"0.3"))
+    with pytest.raises(utils.ModelError, match=f"{name} is not as SHA256SUMS has it: restore it, or delete SHA256SUMS"):
+        load(folder)
+    (folder / "SHA256SUMS").unlink()
+    assert check(folder, weights)
+
+
+def test_new_weights_are_accepted_once_tensorflow_has_checked_them(folder, weights):
+    new = {name: array + 1 for name, array in weights.items()}
+    utils.save_checkpoint(str(folder), HPARAMS, utils.nest(new))
+    assert check(folder, new)
+
+
+def test_weights_changed_in_place_are_noticed(folder):
+    with (folder / DATA).open("r+b") as f:
+        f.write(b"\0\0\0\0")
+    with pytest.raises(utils.ModelError, match="is damaged: "):
+        load(folder)
+
+
+def test_a_second_start_does_without_tensorflow(folder, weights, monkeypatch):
+    monkeypatch.setattr(utils, "import_tensorflow", None)
+    assert check(folder, weights)
+
+
+# crafted files
+
+BOMB = "[" * 10**6
+
+BAD_HPARAMS = {
+    "10 GB": json.dumps({**HPARAMS, "n_vocab": 10**10}),
+    "a 2 GB context": json.dumps({**HPARAMS, "n_ctx": 2**31 - 1}),
+    "many layers": json.dumps({**HPARAMS, "n_layer": 2**31 - 1}),
+    "4000 digits": json.dumps({**HPARAMS, "n_embd": 10**4000, "n_ctx": 10**4000}),
+    "100000 digits": '{"n_vocab": ' + "9" * 60000 + "}",
+    "zero": json.dumps({**HPARAMS, "n_layer": 0}),
+    "negative": json.dumps({**HPARAMS, "n_embd": -4}),
+    "no heads": json.dumps({**HPARAMS, "n_head": 0}),
+    "heads that do not divide": json.dumps({**HPARAMS, "n_head": 3}),
+    "true": json.dumps({**HPARAMS, "n_layer": True}),
+    "a float": json.dumps({**HPARAMS, "n_layer": 1.0}),
+    "infinity": '{"n_vocab": 1e999}',
+    "NaN": '{"n_vocab": NaN}',
+    "a long string": json.dumps({**HPARAMS, "n_layer": "x" * 60000}),
+    "a number missing": json.dumps({"n_vocab": 262}),
+    "a list": "[1, 2]",
+    "null": "null",
+    "empty": "",
+    "a byte order mark": "\ufeff" + json.dumps(HPARAMS),
+    "nested deeply": BOMB[:60000],
+    "larger than any": " " * 10**6 + json.dumps(HPARAMS),
+    "fewer tokens than encoder.json": json.dumps({**HPARAMS, "n_vocab": HPARAMS["n_vocab"] - 1}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HPARAMS)
+def test_bad_hparams_are_a_clear_error(folder, weights, case):
+    (folder / "SHA256SUMS").unlink()
+    (folder / "hparams.json").write_text(BAD_HPARAMS[case], encoding="utf-8")
+    assert not check(folder, weights)
+
+
+IDS = {token: i for i, token in enumerate(TOKENS)}
+
+BAD_ENCODERS = {
+    "an id twice": {**IDS, "th": 0},
+    "an id too large": {**IDS, "th": len(IDS)},
+    "a negative id": {**IDS, "th": -1},
+    "a huge id": {**IDS, "th": 10**4000},
+    "a float": {**IDS, "!": 0.0},
+    "true": {**IDS, TOKENS[1]: True},
+    "a string": {**IDS, "th": "256"},
+    "null": {**IDS, "th": None},
+    "a list as id": {**IDS, "th": [1]},
+    "a byte missing": {("xx" if token == "q" else token): i for token, i in IDS.items()},
+    "no <|endoftext|>": {("<|end|>" if "end" in token else token): i for token, i in IDS.items()},
+    "a character that stands for no byte": {("\u2028" if token == "th" else token): i for token, i in IDS.items()},
+    "half a surrogate pair": {("\ud800" if token == "th" else token): i for token, i in IDS.items()},
+    "an empty token": {("" if token == "th" else token): i for token, i in IDS.items()},
+    "a special token that stands for no bytes": {("<|日|>" if token == "th" else token): i for token, i in IDS.items()},
+    "a token that no merge makes": {("zz" if token == "th" else token): i for token, i in IDS.items()},
+    "no object": [*IDS],
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("case", BAD_ENCODERS)
+def test_a_bad_encoder_json_is_a_clear_error(folder, weights, case):
+    (folder / "SHA256SUMS").unlink()
+    (folder / "encoder.json").write_text(json.dumps(BAD_ENCODERS[case]))
+    assert not check(folder, weights)
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, '{"a":' * 10**5, "", "{", "\ufeff{}", '{"!": ' + "9" * 5000 + "}", "NaN", '"x"']
+)
+def test_an_encoder_json_that_is_no_vocabulary_is_a_clear_error(folder, weights, text):
+    (folder / "SHA256SUMS").unlink()
+    (folder / "encoder.json").write_text(text, encoding="utf-8")
+    assert not check(folder, weights)
+
+
+GOOD_MERGES = "#version: 0.2\nt h\nth e\nĠ the\ni n\né in\n"
+BAD_MERGES = {
+    "a part that is no token": GOOD_MERGES.replace("i n", "i zz"),
+    "parts that make no token": GOOD_MERGES.replace("i n", "i q"),
+    "three parts": GOOD_MERGES.replace("i n", "i n n"),
+    "one part": GOOD_MERGES.replace("i n", "in"),
+    "two spaces": GOOD_MERGES.replace("i n", "i  n"),
+    "an empty line": GOOD_MERGES.replace("i n", ""),
+    "an empty line at the end": GOOD_MERGES + "\n",
+    "a merge missing": GOOD_MERGES.replace("th e\n", ""),
+    "no version": GOOD_MERGES.removeprefix("#version: 0.2\n"),
+    "no last line break": GOOD_MERGES[:-1],
+    "a byte order mark": "\ufeff" + GOOD_MERGES,
+    "nothing": "",
+    "a line break": "\n",
+    "larger than any": GOOD_MERGES * 10**6,
+}
+
+
+@pytest.mark.parametrize("case", BAD_MERGES)
+def test_a_bad_vocab_bpe_is_a_clear_error(folder, weights, case):
+    (folder / "SHA256SUMS").unlink()
+    (folder / "vocab.bpe").write_text(BAD_MERGES[case], encoding="utf-8")
+    assert not check(folder, weights)
+
+
+def test_windows_line_breaks_in_vocab_bpe_change_nothing(folder, weights):
+    (folder / "SHA256SUMS").unlink()
+    (folder / "vocab.bpe").write_bytes(GOOD_MERGES.replace("\n", "\r\n").encode())
+    assert check(folder, weights)
+
+
+def test_a_vocabulary_may_have_other_special_tokens(folder):
+    (folder / "encoder.json").write_text(json.dumps({**IDS, "<|pad|>": len(IDS)}))
+    assert get_encoder("small", str(folder.parent)).decode([len(IDS)]) == "<|pad|>"
+
+
+class Mark:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("name", [*READ, "checkpoint"])
+@pytest.mark.parametrize("form", ["pickle", "npy"])
+def test_pickled_objects_are_never_run(folder, tmp_path, name, form):
+    mark = str(tmp_path / "mark")
+    if form == "npy":
+        np.save(tmp_path / "objects.npy", np.array([Mark(mark)], dtype=object), allow_pickle=True)
+        data = (tmp_path / "objects.npy").read_bytes()
+    else:
+        data = pickle.dumps(Mark(mark))
+    (folder / name).write_bytes(data)
+    try:
+        load(folder)
+    except utils.ModelError:
+        pass
+    else:
+        assert name in ("SHA256SUMS", "checkpoint")  # one is made anew, the other not read
+    assert not os.path.exists(mark)
+
+
+@pytest.mark.parametrize("name", [*TEXTS, INDEX, DATA])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "endless", "dangling", "circle"])
+def test_what_is_no_file_is_a_clear_error(folder, name, kind):
+    (folder / name).unlink()
+    {
+        "folder": os.mkdir,
+        "pipe": os.mkfifo,
+        "endless": lambda path: os.symlink("/dev/zero", path),
+        "dangling": lambda path: os.symlink("nowhere", path),
+        "circle": lambda path: os.symlink(name, path),
+    }[kind](folder / name)
+    with pytest.raises(utils.ModelError, match=f"lacks {name}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_a_sha256sums_that_is_no_file_is_a_clear_error(folder, make):
+    (folder / "SHA256SUMS").unlink()
+    make(folder / "SHA256SUMS")
+    with pytest.raises(utils.ModelError, match="SHA256SUMS is no file"):
+        load(folder)
+
+
+# OpenAI's sizes are known
+
+
+def official(folder, monkeypatch):
+    monkeypatch.setattr(utils, "MODEL_SIZES", {"small": HPARAMS})
+    monkeypatch.setattr(utils, "SHA256", {name: utils.sha256(folder / name) for name in TEXTS[1:]})
+    (folder / "SHA256SUMS").unlink()
+
+
+def test_files_of_openais_sizes_are_recognized(folder, weights, monkeypatch):
+    official(folder, monkeypatch)
+    assert check(folder, weights)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_flipped_bit_in_a_text_of_openais_sizes_is_an_error_even_at_the_first_start(
+    folder, weights, monkeypatch, name
+):
+    official(folder, monkeypatch)
+    good, rng = (folder / name).read_bytes(), random.Random(name)  # noqa: S311
+    for _ in range(100):
+        (folder / "SHA256SUMS").unlink(missing_ok=True)
+        (folder / name).write_bytes(flipped(good, rng))
+        loaded = check(folder, weights)
+        assert not loaded or name == "hparams.json"
+
+
+def test_another_number_of_heads_is_noticed_for_openais_sizes(folder, monkeypatch):
+    official(folder, monkeypatch)
+    (folder / "hparams.json").write_text(json.dumps({**HPARAMS, "n_head": 4}))
+    with pytest.raises(utils.ModelError, match="hparams.json is damaged: .*delete it to fetch it anew"):
+        load(folder)
+
+
+# an index that crashes TensorFlow
+
+
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def index_of(entries):
+    """A checkpoint's index, a table as of LevelDB, with one block of (key, value) entries and right checksums."""
+    table = b""
+
+    def add(entries):
+        nonlocal table
+        begin, block = len(table), b"".join(bytes([0, len(key), len(value)]) + key + value for key, value in entries)
+        block += struct.pack("<II", 0, 1) + b"\0"
+        crc = crc32c(block)
+        table += block + struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32)
+        n = len(block) - 1
+        return bytes([begin & 127 | 128, begin >> 7, n & 127 | 128, n >> 7])
+
+    handles = add([]) + add([(b"z", add(entries))])
+    return table + handles.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
+
+
+ENTRY = b"\x08\x01\x12\x04\x12\x02\x08\x04\x28\x10"  # float32, of shape [4], 16 bytes
+
+
+def test_the_crafted_index_is_one(folder):
+    tf = utils.import_tensorflow()
+    (folder / INDEX).write_bytes(index_of([(b"", b"\x08\x01\x1a\x02\x08\x01"), (b"model/ln_f/b", ENTRY)]))
+    reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
+    assert reader.get_variable_to_shape_map() == {"model/ln_f/b": [4]}
+
+
+def test_an_index_that_crashes_tensorflow_is_a_clear_error(folder, monkeypatch):
+    monkeypatch.undo()  # TensorFlow in a process of its own, as users have it
+    no_entry = b"\xff" * 20
+    (folder / INDEX).write_bytes(index_of([(b"", b"\x08\x01\x1a\x02\x08\x01"), (b"model/ln_f/b", no_entry)]))
+    with pytest.raises(utils.ModelError, match="TensorFlow crashes"):
+        load(folder)
+
+
+def test_the_process_of_its_own_reports_damage(folder, monkeypatch):
+    monkeypatch.undo()
+    with (folder / DATA).open("r+b") as f:
+        f.write(b"\0\0\0\0")
+    with pytest.raises(utils.ModelError, match="is damaged: Checksum does not match"):
+        load(folder)
+
+
+# names of models
+
+ODD_NAMES = [
+    "", ".", "..", "...", "a/b", "../small", "../../x", "small/", "small/.", "/", "/etc", "a\\b", "..\\x", "C:", "C:x",
+    "C:\\x", "small\0", "\0", "small.", "small ", ".. ", "small/../small", "~/../x\0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_that_could_leave_the_folder_is_refused(folder, name):
+    with pytest.raises(utils.ModelError, match="is no model name"):
+        utils.load_encoder_hparams_and_params(name, str(folder.parent))
+    assert os.listdir(folder.parent) == ["small"]
+
+
+@pytest.mark.parametrize("name", ["nothing", "~", "$HOME", "-x", "x" * 5000, "日本", "\udcff", "a\nb", "*", "124m"])
+def test_a_name_that_is_no_model_is_an_error(folder, name):
+    with pytest.raises(utils.ModelError, match="no model .*choose 124M, 355M, 774M, 1558M or a folder in"):
+        utils.load_encoder_hparams_and_params(name, str(folder.parent))
+    assert os.listdir(folder.parent) == ["small"]
+
+
+def test_a_link_to_a_folder_elsewhere_is_a_model(folder, weights, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "mine").symlink_to(folder)
+    assert check(tmp_path / "linked" / "mine", weights)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc", "a\\b", "C:x"])
+def test_the_command_says_so_in_one_line(folder, name):
+    command = [sys.executable, os.path.join(ROOT, "gpt2.py"), "Hi", "--model_size", name, "--models_dir", folder.parent]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert process.stderr == f"gpt2.py: {name!r} is no model name: it must be a folder inside {folder.parent}\n"
+
+
+def test_the_command_says_in_one_line_that_a_file_is_damaged(folder):
+    (folder / "encoder.json").write_bytes(b"[" * 10**6)
+    command = [
+        sys.executable,
+        os.path.join(ROOT, "gpt2.py"),
+        "Hi",
+        "--model_size",
+        "small",
+        "--models_dir",
+        folder.parent,
+    ]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1)
+    assert "encoder.json" in process.stderr
