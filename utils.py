@@ -8,7 +8,6 @@ milliseconds and do without TensorFlow.
 
 import base64
 import contextlib
-import email.utils
 import functools
 import hashlib
 import ipaddress
@@ -61,9 +60,9 @@ class ModelError(Exception):
 def load_encoder_hparams_and_params(model_size, models_dir):
     """Loads a model, downloading it first if it is one of MODEL_SIZES and not there yet.
 
-    model_size: the name of a folder in models_dir, or of a link to one. Returns (encoder, hparams, params), where params
-    is the nested dict {"wte", "wpe", "blocks": [{"ln_1", "attn", "ln_2", "mlp"}], "ln_f"} of float32 arrays, mapped
-    copy-on-write: changes to them stay in memory. Raises ModelError.
+    model_size: the name of a folder in models_dir, or of a link there to one elsewhere. Returns (encoder, hparams,
+    params), where params is the nested dict {"wte", "wpe", "blocks": [{"ln_1", "attn", "ln_2", "mlp"}], "ln_f"} of
+    float32 arrays, mapped copy-on-write: changes to them stay in memory. Raises ModelError.
     """
     if re.search(r"[/\\:\0]|[. ]$|^$", model_size):  # Windows drops dots and spaces at the end
         raise ModelError(f"{model_size!r} is no model name: it must be a folder inside {models_dir}")
@@ -116,9 +115,9 @@ class SourceError(Exception):
 
 
 class PassingError(SourceError):
-    """A failure that may pass: worth another attempt, after retry_after seconds if the server says so."""
+    """A failure that may pass: worth another attempt; retry_after: the header of that name."""
 
-    def __init__(self, message, retry_after=0):
+    def __init__(self, message, retry_after=""):
         super().__init__(message)
         self.retry_after = retry_after
 
@@ -183,18 +182,21 @@ def try_lock(f):
 
 
 def fetch_missing(base_url, model_size, model_dir, n_connections, range_bytes, timeout, pause):
-    """Fetches, verifies and names the files that model_dir lacks. Raises SourceError, and OSError for this end's faults."""
+    """Fetches, verifies and names what model_dir lacks. Raises SourceError; OSError for faults at this end."""
     import requests
     from tqdm import tqdm
 
     paths = {name: os.path.join(model_dir, name) for name in FILES}
+    data_bytes = 4 * n_params(MODEL_SIZES[model_size])
     with requests.Session() as session:
         request = functools.partial(open_url, session, timeout)
 
         def plan(name, in_ranges=True):  # what the source says of the file, and the ranges still to come
             with named(name, base_url):
-                remote = describe(request, base_url + name, pause)
-                check_size(model_size, name, remote["size"])
+                remote = persist(functools.partial(describe, request, base_url + name), pause)
+                size = remote["size"]
+                if (name == DATA and size != data_bytes) or size > LIMITS.get(name, data_bytes):
+                    raise SourceError(f"it has {size} bytes there, which cannot be right")
             remote["in_ranges"] &= in_ranges
             return remote, unfinished(remote, paths[name], range_bytes)
 
@@ -251,7 +253,7 @@ def open_url(session, timeout, method, url, headers=()):
                 if not response.is_redirect:
                     code = response.status_code
                     if code in (408, 429) or code >= 500:
-                        raise PassingError(f"HTTP {code}", retry_after(response.headers.get("Retry-After", "")))
+                        raise PassingError(f"HTTP {code}", response.headers.get("Retry-After", ""))
                     if code not in (200, 206):
                         raise SourceError(f"HTTP {code}")
                     yield response
@@ -280,15 +282,6 @@ def check_url(url):
     return local
 
 
-def retry_after(value):
-    """Seconds that a Retry-After header asks to wait, given as a number or as a date; 0 if it is neither."""
-    with contextlib.suppress(ValueError):
-        return int(value)
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    return 0
-
-
 def root_cause(error):
     """One short line from the bottom of a chain of exceptions: requests' own texts are long."""
     while error.__cause__ or error.__context__:
@@ -297,7 +290,7 @@ def root_cause(error):
 
 
 def persist(attempt, pause, stopped=None, progress=lambda: 0):
-    """attempt(), repeated after growing pauses while it raises PassingError; gives up after ATTEMPTS without progress."""
+    """attempt(), repeated after growing pauses while it raises PassingError, up to ATTEMPTS times without progress."""
     stopped, n_failures = stopped or threading.Event(), 0
     while True:
         before = progress()
@@ -307,55 +300,47 @@ def persist(attempt, pause, stopped=None, progress=lambda: 0):
             n_failures = 1 if progress() - before >= 2**16 else n_failures + 1
             if n_failures == ATTEMPTS or stopped.is_set():
                 raise
-            stopped.wait(pause_before(n_failures, error.retry_after, pause))
+            stopped.wait(pause_before(n_failures, pause, error.retry_after))
 
 
-def pause_before(n_failures, retry_after, pause):
-    """Seconds to wait: doubled with every failure, never less than the server asks, of random length so that clients part."""
-    seconds = max(pause * 2 ** (n_failures - 1), retry_after) * random.uniform(1, 1.5)  # noqa: S311
-    return min(seconds, LONGEST_PAUSE)
+def pause_before(n_failures, pause, retry_after=""):
+    """Seconds to wait: twice as long after each failure, but as the server asks, and random, so that clients part."""
+    asked = int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 0
+    return min(max(pause * 2 ** (n_failures - 1), asked) * random.uniform(1, 1.5), LONGEST_PAUSE)  # noqa: S311
 
 
-def describe(request, url, pause):
+def describe(request, url):
     """What the source says of a file: its size, ETag and MD5 (as Content-MD5 has it), and whether it serves ranges."""
-
-    def attempt():
-        with request("HEAD", url) as response:
-            headers = response.headers
-            if not re.fullmatch("[0-9]{1,15}", headers.get("Content-Length", "")):
-                raise PassingError("the server does not say how long the file is")
-            return {
-                "url": url,
-                "size": int(headers["Content-Length"]),
-                "etag": headers.get("ETag") or headers.get("Last-Modified", ""),
-                "md5": headers.get("Content-MD5", ""),
-                "in_ranges": headers.get("Accept-Ranges") == "bytes",
-            }
-
-    return persist(attempt, pause)
+    with request("HEAD", url) as response:
+        headers = response.headers
+        if not re.fullmatch("[0-9]{1,15}", headers.get("Content-Length", "")):
+            raise SourceError("the server does not say how long the file is")
+        return {
+            "url": url,
+            "size": int(headers["Content-Length"]),
+            "etag": headers.get("ETag") or headers.get("Last-Modified", ""),
+            "md5": headers.get("Content-MD5", ""),
+            "in_ranges": headers.get("Accept-Ranges") == "bytes",
+        }
 
 
 def unfinished(remote, path, range_bytes):
     """The ranges [(start, stop), ...] of a file that FILE.part does not hold yet.
 
-    Each line of FILE.part.ranges claims one to be there, and is believed if its SHA-256 agrees with FILE.part, whatever
-    happened to the two; and not if the file has since changed where it came from.
+    A line [start, stop, SHA-256, URL, ETag] of FILE.part.ranges is believed if its SHA-256 is right, whatever happened
+    to the two files, unless the URL has another ETag by now.
     """
     step = range_bytes if remote["in_ranges"] else max(remote["size"], 1)
     todo = {(start, min(start + step, remote["size"])) for start in range(0, remote["size"], step)}
-    with (
-        contextlib.suppress(FileNotFoundError),
-        open(path + ".part", "rb") as part,
-        open(path + ".part.ranges", "rb") as f,
-    ):
-        for line in f.read(2**22).splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                claim = json.loads(line)
-                start, stop = claim["start"], claim["stop"]
-                changed = claim["url"] == remote["url"] and claim["etag"] != remote["etag"]
-                if (start, stop) in todo and not changed:
+    if not (os.path.isfile(path + ".part") and os.path.isfile(path + ".part.ranges")):
+        return sorted(todo)
+    with open(path + ".part", "rb") as part, open(path + ".part.ranges", "rb") as record:
+        for line in record.read(2**22).splitlines():
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                start, stop, digest, url, etag = json.loads(line)
+                if (start, stop) in todo and (url != remote["url"] or etag == remote["etag"]):
                     part.seek(start)
-                    if hashlib.sha256(part.read(stop - start)).hexdigest() == claim["sha256"]:
+                    if hashlib.sha256(part.read(stop - start)).hexdigest() == digest:
                         todo.remove((start, stop))
     return sorted(todo)
 
@@ -370,21 +355,22 @@ def fetch_file(request, remote, todo, path, n_connections, pause, bar):
     for job in [*todo, *[None] * n_connections]:  # None: no more
         jobs.put(job)
     new = not os.path.exists(path + ".part")
-    with open(path + ".part", "w+b" if new else "r+b") as part, open(path + ".part.ranges", "ab") as record:
+    with open(path + ".part", "w+b" if new else "r+b") as part, open(path + ".part.ranges", "a") as record:
         part.truncate(remote["size"])
 
-        def write(position, block):
+        def write(position, block, n_new):
             with lock:
                 if stopped.is_set():
                     raise SourceError("stopped")
                 part.seek(position)
                 part.write(block)
-                bar.update(len(block))
+                bar.update(n_new)
 
         def work():
             try:
                 for start, stop in iter(jobs.get, None):
-                    results.put((start, stop, fetch_range(request, remote, start, stop, write, pause, stopped, bar)))
+                    digest = fetch_range(request, remote, start, stop, write, pause, stopped)
+                    results.put([start, stop, digest, remote["url"], remote["etag"]])
             except Exception as error:  # raised anew in the main thread
                 results.put(error)
 
@@ -395,26 +381,23 @@ def fetch_file(request, remote, todo, path, n_connections, pause, bar):
                 result = results.get()
                 if isinstance(result, Exception):
                     raise result
-                claim = dict(
-                    zip(("start", "stop", "sha256"), result, strict=True), url=remote["url"], etag=remote["etag"]
-                )
                 with lock:
                     part.flush()
-                record.write(b"\n" + json.dumps(claim).encode())  # the line before may have been cut short
+                record.write("\n" + json.dumps(result))  # begins a line: the one before may have been cut short
                 record.flush()
         finally:
             with lock:
                 stopped.set()
 
 
-def fetch_range(request, remote, start, stop, write, pause, stopped, bar):
-    """Fetches bytes start to stop of a file, hands them to write(position, block) and returns their SHA-256."""
+def fetch_range(request, remote, start, stop, write, pause, stopped):
+    """Fetches bytes start to stop of a file, hands them to write() and returns their SHA-256."""
     digest, position = hashlib.sha256(), start
 
     def attempt():
         nonlocal digest, position
         if not remote["in_ranges"]:  # from the start again
-            bar.update(start - position)
+            write(start, b"", start - position)
             digest, position = hashlib.sha256(), start
         headers = {"Range": f"bytes={position}-{stop - 1}"} if remote["in_ranges"] else {}
         with request("GET", remote["url"], headers=headers) as response:
@@ -422,7 +405,7 @@ def fetch_range(request, remote, start, stop, write, pause, stopped, bar):
             for block in response.iter_content(2**14):
                 if len(block) > stop - position:
                     raise DamagedError("more bytes came than were announced")
-                write(position, block)
+                write(position, block, len(block))
                 digest.update(block)
                 position += len(block)
         if position < stop:
@@ -445,15 +428,6 @@ def check_range(response, remote, position):
         length, remote["md5"] = headers.get("Content-Length"), headers.get("Content-MD5", remote["md5"])
     if length != str(remote["size"]) or (headers.get("ETag") or remote["etag"]) != remote["etag"]:
         raise DamagedError("the file changes on the server, or lies about its length")
-
-
-def check_size(model_size, name, size):
-    """Raises SourceError for a file that cannot be the right one."""
-    expected = 4 * n_params(MODEL_SIZES[model_size])
-    if name == DATA and size != expected:
-        raise SourceError(f"it has {size} bytes there, where {model_size} has {expected}")
-    if size > LIMITS.get(name, expected):
-        raise SourceError(f"it has {size} bytes there, too many for such a file")
 
 
 def verify_and_name(model_size, name, path, content_md5):

@@ -12,10 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Server(ThreadingHTTPServer):
     """files: {name: bytes}, served under any folder.
 
-    faults: {name: [fault, ...]}, spent on one GET after another; head_faults, on HEADs; always: {name: fault}, on every
-    GET; the name "*" stands for all files. A fault is a dict of some of:
-        status, headers: what to answer instead; drop, stall: to stop, or to pause for stall_seconds, after as many bytes;
-        flip: to change that byte of the file; ignore_range; length: the Content-Length to claim.
+    faults: {name: [fault, ...]}, spent on one GET after another; head_faults, on HEADs; always: {name: fault}, on all
+    other GETs; the name "*" stands for all files. A fault is a dict of some of:
+        status, headers: what to answer instead; drop, stall: to stop, or to pause for stall_seconds, after that many
+        bytes; flip: to change that byte of the file; ignore_range; length: the Content-Length to claim.
     log: [(method, name, Range header or None), ...]; most_at_once: of GETs that were being answered together.
     """
 
@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         server, name = self.server, self.path.rsplit("/", 1)[-1]
         asked = self.headers["Range"]
         with server.lock:
