@@ -132,7 +132,7 @@ def download_gpt2_files(model_size, model_dir, n_connections=8, range_bytes=2**2
     A file arrives in ranges of range_bytes, n_connections of them at once, as FILE.part, while FILE.part.ranges records
     those that are finished; it gets its name once it is verified. GPT2_BASE_URL in the environment names another server
     with files at GPT2_BASE_URL/<size>/<file>.
-    timeout: seconds to wait for a connection, and for the next bytes. pause: seconds before the first retry; they grow.
+    timeout: seconds to wait for the next bytes (for a connection, 10 at most). pause: seconds before the first retry.
     Raises ModelError.
     """
     sources = (os.environ["GPT2_BASE_URL"],) if os.environ.get("GPT2_BASE_URL") else SOURCES
@@ -147,6 +147,8 @@ def download_gpt2_files(model_size, model_dir, n_connections=8, range_bytes=2**2
                     return
                 except SourceError as error:
                     failures.append(one_line(error))
+                    if source != sources[-1]:
+                        print(f"{failures[-1]}: trying another source", file=sys.stderr)
     except OSError as error:
         raise ModelError(f"{model_size} cannot be stored in {model_dir}: {error}") from error
     advice = f"run it again to go on from here, or put {', '.join(missing_files(model_dir))} into {model_dir} by hand"
@@ -247,9 +249,8 @@ def open_url(session, timeout, method, url, headers=()):
             local = check_url(url)
             headers = {"Accept-Encoding": "identity", **dict(headers)}
             proxies = {"http": None, "https": None, "all": None} if local else None  # None: as the environment says
-            with session.request(
-                method, url, headers=headers, stream=True, timeout=timeout, allow_redirects=False, proxies=proxies
-            ) as response:
+            options = {"stream": True, "timeout": (min(timeout, 10), timeout), "allow_redirects": False}
+            with session.request(method, url, headers=headers, proxies=proxies, **options) as response:
                 if not response.is_redirect:
                     code = response.status_code
                     if code in (408, 429) or code >= 500:
@@ -533,12 +534,10 @@ def load_params(model_dir, hparams):
     changed = os.stat(data_path).st_mtime_ns
     unchanged = DATA in recorded and os.stat(sums_path).st_mtime_ns == changed
     sums[DATA] = recorded[DATA] if unchanged else sha256(data_path)
-    if any(recorded.get(name) != sums[name] for name in (HPARAMS, INDEX, DATA)) or n_bytes != expected:
-        if not is_mappable(model_dir):
-            print(
-                f"{model_dir}: laid out unlike OpenAI's models, so TensorFlow reads it at every start", file=sys.stderr
-            )
-            return nest(dict(read_checkpoint(model_dir, hparams)))
+    verified = n_bytes == expected and all(recorded.get(name) == sums[name] for name in (HPARAMS, INDEX, DATA))
+    if not verified and not is_mappable(model_dir):
+        print(f"{model_dir}: laid out unlike OpenAI's models, so TensorFlow reads it at every start", file=sys.stderr)
+        return nest(dict(read_checkpoint(model_dir, hparams)))
     if recorded != sums:
         write_sums(model_dir, sums, changed)
     elif not unchanged:

@@ -525,12 +525,14 @@ def test_a_lock_that_is_free_is_taken_at_once(model_dir, capsys):
 # where from
 
 
-def test_the_mirror_is_tried_after_the_first_source(server, files, model_dir, monkeypatch):
+def test_the_mirror_is_tried_after_the_first_source(server, files, model_dir, monkeypatch, capsys):
     monkeypatch.delenv("GPT2_BASE_URL")
     with serving({}) as broken:
         monkeypatch.setattr(utils, "SOURCES", (broken.url, server.url))
         download(model_dir)
     assert contents(model_dir) == files
+    message = f"checkpoint from {broken.url}/124M/checkpoint: HTTP 404: trying another source\n"
+    assert capsys.readouterr().err == message
 
 
 def test_the_sources_are_openais_and_the_mirror():
