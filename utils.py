@@ -587,7 +587,7 @@ def read_checkpoint(model_dir, hparams):
         reader = tf.train.load_checkpoint(prefix)
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     except Exception as error:  # besides its own, TensorFlow raises IndexError, TypeError, MemoryError and others
-        raise ModelError(f"{prefix}.index is damaged: {one_line(error)}") from error
+        raise ModelError(f"{prefix}.index is damaged and must be replaced: {one_line(error)}") from error
     for name, shape in variables(hparams):
         variable = f"model/{name}"
         if variable not in shapes:
@@ -599,7 +599,8 @@ def read_checkpoint(model_dir, hparams):
         try:
             array = reader.get_tensor(variable).reshape(shape)
         except Exception as error:
-            raise ModelError(f"{os.path.join(model_dir, DATA)}: {variable} is damaged: {one_line(error)}") from error
+            path = os.path.join(model_dir, DATA)
+            raise ModelError(f"{path} is damaged and must be replaced: {variable}: {one_line(error)}") from error
         yield name, array
 
 

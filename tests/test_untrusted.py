@@ -182,7 +182,7 @@ def test_new_weights_are_accepted_once_tensorflow_has_checked_them(folder, weigh
 def test_weights_changed_in_place_are_noticed(folder):
     with (folder / DATA).open("r+b") as f:
         f.write(b"\0\0\0\0")
-    with pytest.raises(utils.ModelError, match="is damaged: "):
+    with pytest.raises(utils.ModelError, match="is damaged and must be replaced: "):
         load(folder)
 
 
@@ -447,7 +447,7 @@ def test_the_process_of_its_own_reports_damage(folder, monkeypatch):
     monkeypatch.undo()
     with (folder / DATA).open("r+b") as f:
         f.write(b"\0\0\0\0")
-    with pytest.raises(utils.ModelError, match=r"is damaged: .*Checksum does not match"):
+    with pytest.raises(utils.ModelError, match=r"is damaged and must be replaced: .*Checksum does not match"):
         load(folder)
 
 
