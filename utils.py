@@ -49,7 +49,6 @@ SHA256 = {  # of the files that are the same for all MODEL_SIZES
     VOCAB: "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 MD5 = {"124M": "f48b9cf1a525a603be52258f69bf9162"}  # of the data file, where it is known
-ATTEMPTS = 6  # in a row, before a source is given up
 LONGEST_PAUSE = 60  # seconds, also where a server asks for more
 
 
@@ -195,7 +194,8 @@ def fetch_missing(base_url, model_size, model_dir, n_connections, range_bytes, t
 
         def plan(name, in_ranges=True):  # what the source says of the file, and the ranges still to come
             with named(name, base_url):
-                remote = persist(functools.partial(describe, request, base_url + name), pause)
+                # less patience than later: most likely this machine is offline
+                remote = persist(functools.partial(describe, request, base_url + name), 4, pause)
                 size = remote["size"]
                 if (name == DATA and size != data_bytes) or size > LIMITS.get(name, data_bytes):
                     raise SourceError(f"it has {size} bytes there, which cannot be right")
@@ -210,8 +210,8 @@ def fetch_missing(base_url, model_size, model_dir, n_connections, range_bytes, t
             raise OSError(f"{n_left:,} bytes are still to come, and that disk has {n_free:,} free")
 
         # one bar for the whole model; None: silent unless on a terminal
-        bar = tqdm(total=n_bytes, initial=n_bytes - n_left, unit="B", unit_scale=True, desc=model_size, disable=None)
-        with bar:
+        options = {"initial": n_bytes - n_left, "unit": "B", "unit_scale": True, "disable": None}
+        with tqdm(desc=f"Fetching {model_size}", total=n_bytes, **options) as bar:
             for name, (remote, todo) in plans.items():
                 n_before = bar.n - remote["size"] + sum(stop - start for start, stop in todo)  # without this file
                 for last_try in (False, True):
@@ -290,8 +290,8 @@ def root_cause(error):
     return one_line(error) or type(error).__name__
 
 
-def persist(attempt, pause, stopped=None, progress=lambda: 0):
-    """attempt(), repeated after growing pauses while it raises PassingError, up to ATTEMPTS times without progress."""
+def persist(attempt, n_attempts, pause, stopped=None, progress=lambda: 0):
+    """attempt(), repeated after growing pauses while it raises PassingError, n_attempts times without progress."""
     stopped, n_failures = stopped or threading.Event(), 0
     while True:
         before = progress()
@@ -299,7 +299,7 @@ def persist(attempt, pause, stopped=None, progress=lambda: 0):
             return attempt()
         except PassingError as error:
             n_failures = 1 if progress() - before >= 2**16 else n_failures + 1
-            if n_failures == ATTEMPTS or stopped.is_set():
+            if n_failures == n_attempts or stopped.is_set():
                 raise
             stopped.wait(pause_before(n_failures, pause, error.retry_after))
 
@@ -412,7 +412,7 @@ def fetch_range(request, remote, start, stop, write, pause, stopped):
         if position < stop:
             raise PassingError(f"{stop - position} bytes are missing")
 
-    persist(attempt, pause, stopped, lambda: position)
+    persist(attempt, 6, pause, stopped, lambda: position)
     return digest.hexdigest()
 
 
@@ -517,8 +517,9 @@ def load_params(model_dir, hparams):
 
     What SHA256SUMS vouches for is used as it is. If the checkpoint has changed since, TensorFlow reads it again, whose
     own checksums tell damage from new weights. The other files have no checksums of their own: if one has changed, that
-    is an error until the user restores it or accepts it by deleting SHA256SUMS. Before there is a SHA256SUMS, a
-    change to them that leaves them well-formed goes unnoticed, except in MODEL_SIZES.
+    is an error until the user restores it or accepts it by deleting SHA256SUMS. What goes unnoticed: well-formed changes
+    to those before there is a SHA256SUMS, except in MODEL_SIZES; and weights that change while their file's time does
+    not, since hashing them takes longer than all the rest.
     """
     data_path, sums_path = os.path.join(model_dir, DATA), os.path.join(model_dir, SUMS)
     n_bytes, expected = os.path.getsize(data_path), 4 * n_params(hparams)
