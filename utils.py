@@ -517,7 +517,7 @@ def load_params(model_dir, hparams):
 
     What SHA256SUMS vouches for is used as it is. If the checkpoint has changed since, TensorFlow reads it again, whose
     own checksums tell damage from new weights. The other files have no checksums of their own: if one has changed, that
-    is an error until the user restores it or accepts it by deleting SHA256SUMS. What goes unnoticed: well-formed changes
+    is an error until the user restores it or accepts it by deleting SHA256SUMS. Unnoticed go: well-formed changes
     to those before there is a SHA256SUMS, except in MODEL_SIZES; and weights that change while their file's time does
     not, since hashing them takes longer than all the rest.
     """
