@@ -249,7 +249,7 @@ def save_as_transformers(folder, converted):
     state = {}
     for name, array in weights.items():  # h0/attn/c_attn/w -> transformer.h.0.attn.c_attn.weight
         name = re.sub(r"^h(\d+)", r"h/\1", name)
-        name = re.sub("/[gw]$|(?<=^w[tp]e)$", "/weight", name).removesuffix("/b")
+        name = re.sub("/[gw]$|(?<=^w[tp]e)$", "/weight", re.sub("/b$", "/bias", name))
         state["transformer." + name.replace("/", ".")] = torch.tensor(array)
     model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
     model.save_pretrained(converted)
@@ -430,7 +430,7 @@ def spread(values, digits):
 
 def markdown(result):
     names = list(result["samples"])
-    lines = [f"# GPT-2 {result['model_size']}, {result['runs']} runs", ""]
+    lines = [f"# GPT-2 {result['model_size']}, runs: {result['runs']}", ""]
     lines += [f"- {key}: {value}" for key, value in result["machine"].items()]
     lines += [f"- {note}" for note in result["notes"]]
     lines += ["", "Medians (minimum-maximum).", ""]
