@@ -458,7 +458,7 @@ def plot(result, out):
         if points:
             axes.plot(*zip(*points, strict=True), line, label=name, color=shade, linewidth=width)
     axes.set(xlabel="tokens in the context", ylabel="tokens per second", ylim=(0, None))
-    axes.set_title(f"Decoding, GPT-2 {result['model_size']}, float32")
+    axes.set_title(f"Decoding, GPT-2 {result['model_size']}")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(os.path.join(out, "decode.png"), dpi=150, bbox_inches="tight")
