@@ -95,7 +95,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_with_the_same_seed(models_di
 def test_another_seed_gives_other_first_weights_and_another_order():
     first, other = (train.initial_params(SMALL, seed)["wte"] for seed in (0, 1))
     assert not np.array_equal(first, other)
-    first, other = (next(train.batches(np.arange(1000), 10, 7, seed, step=0)) for seed in (0, 1))
+    first, other = (next(train.batches(np.arange(1000), 40, 7, seed, step=0, n_steps=9)) for seed in (0, 1))
     assert not np.array_equal(first, other)
 
 
@@ -134,21 +134,30 @@ def test_the_tokenizer_learns_from_the_first_nine_tenths_alone(tmp_path, monkeyp
 
 def test_an_epoch_cuts_the_text_into_shuffled_windows_that_do_not_overlap():
     ids = np.arange(1000)
-    steps = train.batches(ids, n_ctx=10, batch_size=7, seed=0, step=0)
-    epochs = [np.concatenate([next(steps) for _ in range(14)]) for _ in range(2)]  # 98 windows, 14 batches of 7
+    steps = train.batches(ids, n_ctx=40, batch_size=7, seed=0, step=0, n_steps=1000)
+    epochs = [np.concatenate([next(steps) for _ in range(3)]) for _ in range(2)]  # 98 windows of 10, batches of 28
     for windows in epochs:
         assert (np.diff(windows, axis=1) == 1).all()  # consecutive ids
-        assert len(np.unique(windows[:, :-1])) == 98 * 10
+        assert len(np.unique(windows[:, :-1])) == 84 * 10
     assert not np.array_equal(epochs[0], epochs[1])
 
 
+def test_windows_are_short_for_three_quarters_of_the_steps_and_whole_in_the_last():
+    shapes = [windows.shape for windows in train.batches(np.arange(1000), 40, 7, seed=0, step=0, n_steps=8)]
+    assert shapes == [(28, 11)] * 6 + [(7, 41)] * 2
+
+
+@pytest.mark.parametrize("n_ids", [321, 330, 1000])
+def test_every_window_lies_within_the_text(n_ids):  # 321: the shortest text that main accepts for 7 windows of 40
+    for windows in train.batches(np.arange(n_ids), 40, 7, seed=0, step=0, n_steps=60):
+        assert 0 <= windows.min() <= windows.max() < n_ids
+
+
 def test_batches_go_on_at_any_step_as_if_they_had_begun_at_the_first():
-    ids = np.arange(1000)
-    from_first, from_20th = (train.batches(ids, 10, 7, seed=3, step=step) for step in (0, 20))
-    for _ in range(20):
-        next(from_first)
-    for _ in range(20):
-        np.testing.assert_array_equal(next(from_first), next(from_20th))
+    every = list(train.batches(np.arange(1000), 40, 7, seed=3, step=0, n_steps=40))
+    for step in (20, 29, 30, 35):
+        for expected, got in zip(every[step:], train.batches(np.arange(1000), 40, 7, 3, step, 40), strict=True):
+            np.testing.assert_array_equal(expected, got)
 
 
 @pytest.mark.parametrize("n_ids", [2, 9, 10, 12, 13, 14, 30])
