@@ -56,22 +56,23 @@ def initial_params(hparams, seed):
 
 
 def batches(ids, n_ctx, batch_size, seed, step, n_steps):
-    """Yields the ids for every step from step to n_steps; each epoch cuts the text elsewhere and shuffles it.
+    """Yields (windows, position) for every step from step to n_steps; each epoch cuts the text elsewhere, and shuffles.
 
-    First [4*batch_size, n_ctx/4 + 1], then, for the last quarter of the steps, [batch_size, n_ctx+1]: short windows
-    teach most of it, and faster (Shortformer, https://arxiv.org/abs/2012.15832). The order follows from seed and step
-    alone, so that a resumed run sees what an uninterrupted one would have.
+    windows: ids, [4*batch_size, n_ctx/4 + 1] for the first half of the steps, [batch_size, n_ctx+1] for the second:
+        short windows teach most of it, and faster (Shortformer, https://arxiv.org/abs/2012.15832).
+    position: where in the context they lie, at random, so that short ones teach the model all of its positions.
+    The order follows from seed and step alone, so that a resumed run sees what an uninterrupted one would have.
     """
-    n_short = n_steps * 3 // 4
     while step < n_steps:
         length, n_rows, i = n_ctx // 4, 4 * batch_size, step
-        if step >= n_short:
-            length, n_rows, i = n_ctx, batch_size, step - n_short
+        if step >= n_steps // 2:
+            length, n_rows, i = n_ctx, batch_size, step - n_steps // 2
         n_windows = (len(ids) - 1) // length - 1  # one less: wherever the first begins, the last is whole
         epoch, i = divmod(i, n_windows // n_rows)
         rng = np.random.default_rng([seed, length, epoch])
         starts = rng.integers(length) + length * rng.permutation(n_windows)
-        yield ids[starts[i * n_rows : (i + 1) * n_rows, None] + np.arange(length + 1)]
+        windows = ids[starts[i * n_rows : (i + 1) * n_rows, None] + np.arange(length + 1)]
+        yield windows, np.random.default_rng([seed, step]).integers(n_ctx - length + 1)
         step += 1
 
 
@@ -81,8 +82,9 @@ def token_losses(params, windows, n_head):  # [..., n_ctx+1] -> [..., n_ctx]
     return -jnp.take_along_axis(log_probs, windows[..., 1:, None], axis=-1)[..., 0]
 
 
-def mean_loss(params, windows, n_head):
-    return token_losses(params, windows, n_head).mean()
+def mean_loss(params, windows, position, n_head):
+    wpe = jax.lax.dynamic_slice_in_dim(params["wpe"], position, windows.shape[-1] - 1)
+    return token_losses({**params, "wpe": wpe}, windows, n_head).mean()
 
 
 def held_out_nats(params, ids, n_ctx, n_head):
@@ -149,11 +151,11 @@ def main(
     n_embd=128,
     n_head=4,
     n_layer=4,
-    n_steps=7000,
+    n_steps=10_000,
     batch_size=2,
     learning_rate=3e-3,
     weight_decay=0.1,
-    evaluate_every=700,
+    evaluate_every=1000,
     seed=0,
     resume=False,
     **unknown,
@@ -227,21 +229,21 @@ def main(
         step, history, (params, optimizer_state) = load_state(state_path, settings, (params, optimizer_state))
 
     @jax.jit
-    def update(params, optimizer_state, windows):  # windows: [batch_size, length+1]
-        loss, gradients = jax.value_and_grad(mean_loss)(params, windows, n_head)
+    def update(params, optimizer_state, windows, position):
+        loss, gradients = jax.value_and_grad(mean_loss)(params, windows, position, n_head)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         return loss, optax.apply_updates(params, updates), optimizer_state
 
     losses = []
-    all_windows = batches(train_ids, n_ctx, batch_size, seed, step, n_steps)
-    for windows in tqdm(all_windows, "training", n_steps, initial=step, unit="step"):
-        loss, params, optimizer_state = update(params, optimizer_state, windows)
+    steps = batches(train_ids, n_ctx, batch_size, seed, step, n_steps)
+    for windows, position in tqdm(steps, "training", n_steps, initial=step, unit="step"):
+        loss, params, optimizer_state = update(params, optimizer_state, windows, position)
         step += 1
         losses.append(loss)
         if step % evaluate_every and step < n_steps:
             continue
 
-        nats = held_out_nats(params, held_out_ids, windows.shape[1] - 1, n_head)
+        nats = held_out_nats(params, held_out_ids, n_ctx, n_head)
         per_token, per_char = nats / (len(held_out_ids) - 1), nats / len(held_out_text)
         tqdm.write(f"step {step}: held out {per_token:.4f} nats per token, {per_char:.4f} per character", sys.stderr)
         if all(per_char < earlier for _, _, earlier in history):

@@ -95,7 +95,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_with_the_same_seed(models_di
 def test_another_seed_gives_other_first_weights_and_another_order():
     first, other = (train.initial_params(SMALL, seed)["wte"] for seed in (0, 1))
     assert not np.array_equal(first, other)
-    first, other = (next(train.batches(np.arange(1000), 40, 7, seed, step=0, n_steps=9)) for seed in (0, 1))
+    first, other = (next(train.batches(np.arange(1000), 40, 7, seed, step=0, n_steps=9))[0] for seed in (0, 1))
     assert not np.array_equal(first, other)
 
 
@@ -135,29 +135,44 @@ def test_the_tokenizer_learns_from_the_first_nine_tenths_alone(tmp_path, monkeyp
 def test_an_epoch_cuts_the_text_into_shuffled_windows_that_do_not_overlap():
     ids = np.arange(1000)
     steps = train.batches(ids, n_ctx=40, batch_size=7, seed=0, step=0, n_steps=1000)
-    epochs = [np.concatenate([next(steps) for _ in range(3)]) for _ in range(2)]  # 98 windows of 10, batches of 28
+    epochs = [np.concatenate([next(steps)[0] for _ in range(3)]) for _ in range(2)]  # 98 windows of 10, batches of 28
     for windows in epochs:
         assert (np.diff(windows, axis=1) == 1).all()  # consecutive ids
         assert len(np.unique(windows[:, :-1])) == 84 * 10
     assert not np.array_equal(epochs[0], epochs[1])
 
 
-def test_windows_are_short_for_three_quarters_of_the_steps_and_whole_in_the_last():
-    shapes = [windows.shape for windows in train.batches(np.arange(1000), 40, 7, seed=0, step=0, n_steps=8)]
-    assert shapes == [(28, 11)] * 6 + [(7, 41)] * 2
+def test_windows_are_short_for_half_of_the_steps_and_whole_from_then_on():
+    shapes = [windows.shape for windows, _ in train.batches(np.arange(1000), 40, 7, seed=0, step=0, n_steps=8)]
+    assert shapes == [(28, 11)] * 4 + [(7, 41)] * 4
+
+
+def test_short_windows_lie_anywhere_in_the_context():
+    every = list(train.batches(np.arange(1000), 40, 7, seed=0, step=0, n_steps=1000))
+    assert {position for _, position in every[:500]} == set(range(31))
+    assert {position for _, position in every[500:]} == {0}
+
+
+def test_a_window_is_trained_at_its_position():
+    hparams = {"n_vocab": 50, "n_ctx": 8, "n_embd": 16, "n_head": 2, "n_layer": 1}
+    params = train.jax.tree.map(train.jnp.asarray, random_params(hparams))
+    gradient = train.jax.grad(train.mean_loss)(params, np.array([[1, 2, 3]]), 5, n_head=2)["wpe"]
+    assert [bool(row.any()) for row in gradient] == [False] * 5 + [True] * 2 + [False]
 
 
 @pytest.mark.parametrize("n_ids", [321, 330, 1000])
 def test_every_window_lies_within_the_text(n_ids):  # 321: the shortest text that main accepts for 7 windows of 40
-    for windows in train.batches(np.arange(n_ids), 40, 7, seed=0, step=0, n_steps=60):
+    for windows, _ in train.batches(np.arange(n_ids), 40, 7, seed=0, step=0, n_steps=60):
         assert 0 <= windows.min() <= windows.max() < n_ids
 
 
 def test_batches_go_on_at_any_step_as_if_they_had_begun_at_the_first():
     every = list(train.batches(np.arange(1000), 40, 7, seed=3, step=0, n_steps=40))
     for step in (20, 29, 30, 35):
-        for expected, got in zip(every[step:], train.batches(np.arange(1000), 40, 7, 3, step, 40), strict=True):
+        resumed = train.batches(np.arange(1000), 40, 7, seed=3, step=step, n_steps=40)
+        for (expected, position), (got, resumed_position) in zip(every[step:], resumed, strict=True):
             np.testing.assert_array_equal(expected, got)
+            assert position == resumed_position
 
 
 @pytest.mark.parametrize("n_ids", [2, 9, 10, 12, 13, 14, 30])
@@ -196,7 +211,7 @@ def test_first_weights_have_the_spread_of_gpt2():
 def test_a_first_model_predicts_almost_uniformly():
     hparams = {"n_vocab": 300, "n_ctx": 64, "n_embd": 64, "n_head": 2, "n_layer": 2}
     windows = np.random.default_rng(0).integers(0, 300, (4, 65))
-    loss = train.mean_loss(train.initial_params(hparams, seed=0), windows, n_head=2)
+    loss = train.mean_loss(train.initial_params(hparams, seed=0), windows, 0, n_head=2)
     assert float(loss) == pytest.approx(math.log(300), abs=0.05)
 
 
