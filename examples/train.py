@@ -184,11 +184,15 @@ def main(
     name = str(name)  # Fire makes 1984 a number
     if not re.fullmatch(r"\w[\w.-]*", name):
         sys.exit(f"train.py: {name!r} is no model name: use letters, digits, dots and dashes")
-    if not (n_vocab > 256 and n_embd % n_head == 0 and n_ctx % 4 == 0):
-        sys.exit("train.py: n_vocab must be 257 or more, n_ctx divisible by 4, and n_embd divisible by n_head")
     hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
     settings = {**hparams, "n_steps": n_steps, "batch_size": batch_size, "learning_rate": learning_rate}
     settings |= {"weight_decay": weight_decay, "evaluate_every": evaluate_every, "seed": seed}
+    for key, value in settings.items():
+        is_number = type(value) is int or (type(value) is float and key in ("learning_rate", "weight_decay"))
+        if not is_number or value < 0 or (value == 0 and key not in ("weight_decay", "seed")):
+            sys.exit(f"train.py: {key} must be a positive number, not {value!r}")
+    if n_vocab < 257 or n_embd % n_head or n_ctx % 4:
+        sys.exit("train.py: n_vocab must be 257 or more, n_embd divisible by n_head, and n_ctx by 4")
     model_dir = os.path.join(models_dir, name)
     state_path, plot_path = os.path.join(model_dir, "state.npz"), os.path.join(model_dir, "loss.png")
 
