@@ -6,6 +6,7 @@ met most often first, until no known pair is left. Each of the 256 bytes is show
 """
 
 import functools
+import hashlib
 import heapq
 import itertools
 import json
@@ -13,6 +14,11 @@ import os
 import re
 
 import regex
+
+SHA256 = {  # of GPT-2's own vocabulary, which is the same for all four sizes
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
 
 # contractions, then letters, digits or anything else with the space before them, then white space on its own
 PATTERN = regex.compile(r"'(?:[stdm]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -98,40 +104,43 @@ class Encoder:
 
 def get_encoder(model_size, models_dir):
     """Reads encoder.json and vocab.bpe of a model. Raises OSError, or ValueError that names the file and its fault."""
-    with open(os.path.join(models_dir, model_size, "encoder.json"), encoding="utf-8") as f:
-        encoder = read_vocabulary(f)
-    with open(os.path.join(models_dir, model_size, "vocab.bpe"), encoding="utf-8") as f:
-        bpe_merges = read_merges(f, encoder)
+    data = {}
+    for name in SHA256:
+        with open(os.path.join(models_dir, model_size, name), "rb") as f:
+            data[name] = f.read()
+    genuine = all(hashlib.sha256(data[name]).hexdigest() == digest for name, digest in SHA256.items())
+    try:
+        encoder = json.loads(data["encoder.json"].decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"encoder.json is no JSON: {error}") from error
+    try:
+        version, *lines, end = data["vocab.bpe"].decode("utf-8").replace("\r\n", "\n").split("\n")
+    except ValueError as error:
+        raise ValueError(f"vocab.bpe is empty or no UTF-8: {error}") from error
+    if not version.startswith("#version") or end:
+        raise ValueError("vocab.bpe must begin with a line #version and end with a line break: it is damaged")
+    bpe_merges = [tuple(line.split(" ")) for line in lines]
+    if not genuine:  # checks take as long as all the rest
+        check_vocabulary(encoder)
+        check_merges(bpe_merges, encoder)
     return Encoder(encoder, bpe_merges)
 
 
-def read_vocabulary(f):
-    """encoder.json: {token: id}. Raises ValueError unless it gives each id from 0 on to one token."""
-    try:
-        encoder = json.load(f)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"encoder.json is no JSON: {error}") from error
+def check_vocabulary(encoder):
+    """Raises ValueError unless encoder, as it came from JSON, gives each id from 0 on to one token, {token: id}."""
     if type(encoder) is not dict or {*map(type, encoder.values())} != {int}:  # bool is no int here
         raise ValueError("encoder.json must hold an object of whole numbers")
     if sorted(encoder.values()) != [*range(len(encoder))]:
         raise ValueError("encoder.json must give each of the ids 0, 1, 2, ... to one token")
     if missing := {*bytes_to_unicode().values(), "<|endoftext|>"} - encoder.keys():
         raise ValueError(f"encoder.json lacks {len(missing)} of the 256 bytes and <|endoftext|>")
-    return encoder
 
 
-def read_merges(f, encoder):
-    """vocab.bpe: [(left, right)]. Raises ValueError unless they make just the tokens of the vocabulary.
+def check_merges(bpe_merges, encoder):
+    """Raises ValueError unless the merges, [(left, right)], make just the tokens of the vocabulary.
 
     A token is then a byte, or two tokens joined, or a special one in <|...|>: so every token is made of known bytes.
     """
-    try:
-        version, *lines, end = f.read().split("\n")
-    except ValueError as error:
-        raise ValueError(f"vocab.bpe is empty or no UTF-8: {error}") from error
-    if not version.startswith("#version") or end:
-        raise ValueError("vocab.bpe must begin with a line #version and end with a line break: it is damaged")
-    bpe_merges = [tuple(line.split(" ")) for line in lines]
     if {*map(len, bpe_merges)} - {2}:
         raise ValueError("vocab.bpe must have two tokens on each line")
     made = {*map("".join, bpe_merges)}
@@ -140,4 +149,3 @@ def read_merges(f, encoder):
     lost = encoder.keys() - made - {*bytes_to_unicode().values()}
     if lost := [token for token in lost if not re.fullmatch(r"<\|[!-~]*\|>", token)]:
         raise ValueError(f"vocab.bpe has no merge for {len(lost)} tokens of encoder.json, such as {lost[0]!r}")
-    return bpe_merges

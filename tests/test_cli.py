@@ -108,7 +108,7 @@ def test_text_that_the_terminal_cannot_show_is_no_error(run):
 
 
 def test_models_are_found_beside_gpt2_py_from_any_working_directory(models_dir, tmp_path, continuation):
-    for name in ("gpt2.py", "cli.py", "encoder.py", "utils.py"):
+    for name in ("gpt2.py", "cli.py", "encoder.py", "utils.py", "download.py"):
         shutil.copy(REPO / name, tmp_path)
     (tmp_path / "models").symlink_to(models_dir)
     program = [sys.executable, tmp_path / "gpt2.py", "Hello", "--n_tokens_to_generate", str(N), "--model_size", "tiny"]

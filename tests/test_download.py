@@ -19,6 +19,7 @@ import time
 import pytest
 from flaky_server import serving
 
+import download
 import utils
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -32,9 +33,10 @@ COMMAND = """
 import json, runpy, sys
 root, facts, timeout, *arguments = sys.argv[1:]
 sys.path.insert(0, root)
-import utils
-vars(utils).update(json.loads(facts))
-utils.download_gpt2_files.__defaults__ = (8, 4096, float(timeout), 0.01)
+import download, utils
+for module in (download, utils):
+    vars(module).update({name: fact for name, fact in json.loads(facts).items() if hasattr(module, name)})
+download.download_gpt2_files.__defaults__ = (8, 4096, float(timeout), 0.01)
 sys.argv[:] = ["gpt2.py", *arguments]
 runpy.run_path(root + "/gpt2.py", run_name="__main__")
 """
@@ -42,7 +44,7 @@ runpy.run_path(root + "/gpt2.py", run_name="__main__")
 
 @pytest.fixture(scope="module")
 def files():
-    rng = random.Random(1)  # noqa: S311
+    rng = random.Random(1)
     files = {name: rng.randbytes(1000 + 10 * i) for i, name in enumerate(utils.FILES)}
     return {**files, "hparams.json": json.dumps(HPARAMS).encode(), DATA: rng.randbytes(N_BYTES)}
 
@@ -59,7 +61,9 @@ def facts(files):
 @pytest.fixture
 def server(files, facts, monkeypatch):
     for name, value in facts.items():
-        monkeypatch.setattr(utils, name, value)
+        for module in (download, utils):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
     with serving(dict(files)) as server:
         monkeypatch.setenv("GPT2_BASE_URL", server.url)
         yield server
@@ -70,8 +74,8 @@ def model_dir(tmp_path):
     return str(tmp_path / "models" / "124M")
 
 
-def download(model_dir, **kwargs):
-    utils.download_gpt2_files("124M", model_dir, **{"range_bytes": RANGE, "timeout": 0.5, "pause": 0.005, **kwargs})
+def fetch(model_dir, **kwargs):
+    download.download_gpt2_files("124M", model_dir, **{"range_bytes": RANGE, "timeout": 0.5, "pause": 0.005, **kwargs})
 
 
 def contents(model_dir):
@@ -108,13 +112,13 @@ def wait_until(condition, seconds=30):
 
 
 def test_every_file_arrives_as_the_server_has_it(server, files, model_dir):
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir) == files
 
 
 def test_a_large_file_arrives_in_ranges_over_several_connections(server, model_dir):
     server.seconds_per_block = 0.01
-    download(model_dir)
+    fetch(model_dir)
     asked = server.asked(DATA)
     assert sorted(asked) == sorted(f"bytes={i}-{min(i + RANGE, N_BYTES) - 1}" for i in range(0, N_BYTES, RANGE))
     assert server.most_at_once == 8
@@ -124,21 +128,21 @@ def test_files_that_are_there_are_not_fetched(server, files, model_dir):
     os.makedirs(model_dir)
     with open(os.path.join(model_dir, "vocab.bpe"), "wb") as f:
         f.write(files["vocab.bpe"])
-    download(model_dir)
+    fetch(model_dir)
     assert "vocab.bpe" not in {name for _, name, _ in server.log}
     assert contents(model_dir) == files
 
 
 def test_a_server_without_ranges_gives_one_plain_stream(server, files, model_dir):
     server.ranges = False
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir) == files
     assert server.asked(DATA) == [None]
 
 
 def test_a_server_that_promises_ranges_and_ignores_them_gives_one_plain_stream(server, files, model_dir, capsys):
     server.always["*"] = {"ignore_range": True}
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir) == files
     assert server.asked(DATA)[-1] is None
     assert "the server ignores ranges" in capsys.readouterr().err
@@ -146,7 +150,7 @@ def test_a_server_that_promises_ranges_and_ignores_them_gives_one_plain_stream(s
 
 def test_an_empty_file_is_a_file(server, files, model_dir):
     server.files["checkpoint"] = b""
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir) == {**files, "checkpoint": b""}
 
 
@@ -172,20 +176,20 @@ PASSING = {
 def test_a_fault_that_passes_is_outlived(server, files, model_dir, fault, name, ranges):
     server.ranges, server.stall_seconds = ranges, 1
     server.faults = {name: [PASSING[fault]] * (2 if ranges else 1)}
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir) == files
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_head_request_that_fails_is_repeated(server, files, model_dir, status):
     server.head_faults = {DATA: [{"status": status}] * 3}
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir) == files
 
 
 def test_a_dropped_range_goes_on_where_it_stopped(server, files, model_dir):
     server.faults = {DATA: [{"drop": 60_000}]}
-    download(model_dir, range_bytes=2**17)
+    fetch(model_dir, range_bytes=2**17)
     again = [asked for asked in server.asked(DATA) if not asked.startswith(("bytes=0-", "bytes=131072-"))]
     assert [re.fullmatch(r"bytes=(\d+)-131071", asked) is not None for asked in again] == [True]
     assert 40_000 < int(again[0][6:-7]) <= 60_000
@@ -194,7 +198,7 @@ def test_a_dropped_range_goes_on_where_it_stopped(server, files, model_dir):
 
 def test_a_network_that_drops_every_connection_after_a_while_is_outlived(server, files, model_dir):
     server.always = {DATA: {"drop": 100_000}}
-    download(model_dir, range_bytes=2**23)
+    fetch(model_dir, range_bytes=2**23)
     assert contents(model_dir) == files
     assert len(server.asked(DATA)) == 2
 
@@ -202,18 +206,18 @@ def test_a_network_that_drops_every_connection_after_a_while_is_outlived(server,
 def test_retry_after_is_honoured(server, files, model_dir):
     server.faults = {"vocab.bpe": [{"status": 429, "headers": {"Retry-After": "1"}}]}
     begin = time.monotonic()
-    download(model_dir)
+    fetch(model_dir)
     assert 1 <= time.monotonic() - begin < 5
     assert contents(model_dir) == files
 
 
 def test_pauses_grow_and_differ_and_are_bounded():
-    pauses = [[utils.pause_before(n, 1) for _ in range(50)] for n in range(1, 6)]
+    pauses = [[download.pause_before(n, 1) for _ in range(50)] for n in range(1, 6)]
     assert all(max(shorter) < min(longer) for shorter, longer in itertools.pairwise(pauses))
     assert all(len(set(some)) > 40 for some in pauses)
-    assert 7 <= utils.pause_before(1, 1, "7") <= 11
-    assert utils.pause_before(1, 1, "999999999") == 60
-    assert utils.pause_before(1, 1, "tomorrow") <= 1.5
+    assert 7 <= download.pause_before(1, 1, "7") <= 11
+    assert download.pause_before(1, 1, "999999999") == 60
+    assert download.pause_before(1, 1, "tomorrow") <= 1.5
 
 
 # faults that do not pass
@@ -225,14 +229,14 @@ def test_other_4xx_are_not_repeated(server, model_dir, method, status):
     server.head_faults = {DATA: [{"status": status}]} if method == "HEAD" else {}
     server.always = {DATA: {"status": status}} if method == "GET" else {}
     with pytest.raises(utils.ModelError, match=f"{DATA} from {server.url}/124M/{DATA}: HTTP {status};"):
-        download(model_dir, n_connections=1)
+        fetch(model_dir, n_connections=1)
     assert len(server.asked(DATA, method)) == 1
 
 
 def test_the_message_names_file_url_cause_and_what_to_do(server, model_dir):
     server.always = {"vocab.bpe": {"status": 503}}
     with pytest.raises(utils.ModelError) as failure:
-        download(model_dir)
+        fetch(model_dir)
     message = str(failure.value)
     assert f"vocab.bpe from {server.url}/124M/vocab.bpe: HTTP 503" in message
     assert "run it again" in message
@@ -246,25 +250,25 @@ def test_the_message_offers_the_bundled_model_where_there_is_one(server, model_d
     os.makedirs(os.path.join(os.path.dirname(model_dir), "shakespeare"))
     del server.files["checkpoint"]
     with pytest.raises(utils.ModelError, match="--model_size shakespeare"):
-        download(model_dir)
+        fetch(model_dir)
 
 
 def test_no_server_is_one_line(server, model_dir):
     server.server_close()
     with pytest.raises(utils.ModelError, match=r"checkpoint from http://127.0.0.1:\d+/124M/checkpoint: .*refused;"):
-        download(model_dir)
+        fetch(model_dir)
 
 
 def test_a_server_that_never_answers_is_one_line(server, model_dir):
     server.always, server.stall_seconds = {"vocab.bpe": {"stall": 0}}, 2
     with pytest.raises(utils.ModelError, match=r"vocab\.bpe.*timed out"):
-        download(model_dir, timeout=0.05)
+        fetch(model_dir, timeout=0.05)
 
 
 def test_failing_at_one_file_keeps_those_before_it(server, files, model_dir):
     server.always = {DATA: {"status": 404}}
     with pytest.raises(utils.ModelError, match="404"):
-        download(model_dir)
+        fetch(model_dir)
     kept = contents(model_dir)
     assert {name: kept.get(name) for name in files} == {**files, DATA: None}
 
@@ -277,7 +281,7 @@ def test_failing_at_one_file_keeps_those_before_it(server, files, model_dir):
 def test_a_flipped_byte_is_noticed_and_the_file_fetched_once_more(server, files, model_dir, name, ranges, capsys):
     server.ranges = ranges
     server.faults = {name: [{"flip": 20}]}
-    download(model_dir, n_connections=1)
+    fetch(model_dir, n_connections=1)
     assert contents(model_dir) == files
     message = capsys.readouterr().err
     assert message.startswith(f"{name} from {server.url}/124M/{name}: ")
@@ -292,7 +296,7 @@ def test_what_stays_wrong_is_given_up_and_removed(server, model_dir, name):
     if name == "hparams.json":
         server.files[name] = json.dumps({**HPARAMS, "n_head": 4}).encode()
     with pytest.raises(utils.ModelError, match=re.escape(f"{name} from ") + ".*OpenAI's"):
-        download(model_dir)
+        fetch(model_dir)
     assert not {name, name + ".part", name + ".part.ranges"} & contents(model_dir).keys()
 
 
@@ -300,13 +304,13 @@ def test_a_wrong_content_md5_is_noticed(server, model_dir):
     server.always = {"model.ckpt.meta": {}}
     server.head_faults = {"model.ckpt.meta": [{"headers": {"Content-MD5": "AAAA"}}] * 2}
     with pytest.raises(utils.ModelError, match=r"model\.ckpt\.meta from .*MD5"):
-        download(model_dir)
+        fetch(model_dir)
     assert not {"model.ckpt.meta", "model.ckpt.meta.part"} & contents(model_dir).keys()
 
 
 def test_a_content_md5_is_not_needed(server, files, model_dir):
     server.head_faults = {name: [{"headers": {"Content-MD5": None}}] for name in files}
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir) == files
 
 
@@ -317,7 +321,7 @@ def test_a_head_that_lies_about_the_length_is_noticed(server, model_dir, differe
     length = len(server.files["vocab.bpe"]) + difference
     server.head_faults = {"vocab.bpe": [{"length": length}] * 2}
     with pytest.raises(utils.ModelError, match=r"vocab\.bpe from .*length"):
-        download(model_dir)
+        fetch(model_dir)
     assert not {"vocab.bpe", "vocab.bpe.part"} & contents(model_dir).keys()
 
 
@@ -325,20 +329,20 @@ def test_a_head_that_lies_about_the_length_is_noticed(server, model_dir, differe
 def test_a_head_without_a_sensible_length_is_a_clear_error(server, model_dir, length):
     server.head_faults = {"vocab.bpe": [{"headers": {"Content-Length": length}}] * 9}
     with pytest.raises(utils.ModelError, match=r"vocab\.bpe from .*how long"):
-        download(model_dir)
+        fetch(model_dir)
 
 
 def test_a_data_file_of_the_wrong_size_is_not_even_begun(server, model_dir):
     server.files[DATA] = server.files[DATA][:-4]
     with pytest.raises(utils.ModelError, match=f"{DATA}: it has {N_BYTES - 4} bytes there"):
-        download(model_dir)
+        fetch(model_dir)
     assert server.asked(DATA) == []
 
 
 def test_more_bytes_than_asked_for_are_refused(server, model_dir):
     server.always = {"vocab.bpe": {"headers": {"Content-Range": "bytes 0-9/10"}}}
     with pytest.raises(utils.ModelError, match=r"vocab\.bpe from "):
-        download(model_dir)
+        fetch(model_dir)
     assert "vocab.bpe" not in contents(model_dir)
 
 
@@ -348,10 +352,10 @@ def test_more_bytes_than_asked_for_are_refused(server, model_dir):
 def test_a_second_call_fetches_only_what_is_missing(server, files, model_dir):
     server.faults = {DATA: [{}] * 10 + [{"status": 404}]}
     with pytest.raises(utils.ModelError, match="404"):
-        download(model_dir, n_connections=1)
+        fetch(model_dir, n_connections=1)
     assert len(finished_ranges(model_dir)) == 10
     server.log.clear()
-    download(model_dir)
+    fetch(model_dir)
     assert sorted(server.asked(DATA)) == sorted(
         f"bytes={i}-{min(i + RANGE, N_BYTES) - 1}" for i in range(10 * RANGE, N_BYTES, RANGE)
     )
@@ -361,7 +365,7 @@ def test_a_second_call_fetches_only_what_is_missing(server, files, model_dir):
 def interrupted(server, model_dir):
     server.faults = {DATA: [{}] * 10 + [{"status": 404}]}
     with pytest.raises(utils.ModelError):
-        download(model_dir, n_connections=1)
+        fetch(model_dir, n_connections=1)
     server.log.clear()
     return os.path.join(model_dir, DATA + ".part"), os.path.join(model_dir, DATA + ".part.ranges")
 
@@ -371,14 +375,14 @@ def test_a_file_that_changed_on_the_server_is_fetched_anew(server, files, facts,
     server.etag = '"2"'
     server.files[DATA] = files[DATA][::-1]
     facts["MD5"]["124M"] = hashlib.md5(files[DATA][::-1]).hexdigest()  # noqa: S324
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir)[DATA] == files[DATA][::-1]
     assert len(server.asked(DATA)) == 34
 
 
 def test_a_file_that_changes_during_the_download_is_fetched_anew(server, files, model_dir, capsys):
     server.faults = {DATA: [{}] * 10 + [{"headers": {"ETag": '"2"'}}]}
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir) == files
     assert "changes on the server" in capsys.readouterr().err
 
@@ -388,7 +392,7 @@ def test_another_source_goes_on_where_the_first_gave_up(server, files, model_dir
     with serving(files) as mirror:
         mirror.etag = '"of the mirror"'
         os.environ["GPT2_BASE_URL"] = mirror.url
-        download(model_dir)
+        fetch(model_dir)
         assert len(mirror.asked(DATA)) == 24
     assert contents(model_dir) == files
 
@@ -396,7 +400,7 @@ def test_another_source_goes_on_where_the_first_gave_up(server, files, model_dir
 def test_a_record_that_is_damaged_never_spoils_the_file(server, files, model_dir):
     part, record = interrupted(server, model_dir)
     good, half = open(record, "rb").read(), open(part, "rb").read()  # noqa: SIM115
-    rng = random.Random(2)  # noqa: S311
+    rng = random.Random(2)
     for i in range(40):
         bad = bytearray(good)
         bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
@@ -404,7 +408,7 @@ def test_a_record_that_is_damaged_never_spoils_the_file(server, files, model_dir
             f.write(bad if i % 2 else good[: rng.randrange(len(good))])
         with open(part, "wb") as f:
             f.write(half)
-        download(model_dir)
+        fetch(model_dir)
         assert contents(model_dir) == files
         os.remove(os.path.join(model_dir, DATA))
 
@@ -425,7 +429,7 @@ def test_a_record_of_nonsense_counts_for_nothing(server, files, model_dir, recor
     _, path = interrupted(server, model_dir)
     with open(path, "wb") as f:
         f.write(record)
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir) == files
     assert len(server.asked(DATA)) == 34
 
@@ -437,13 +441,13 @@ def test_a_part_that_is_damaged_is_fetched_again_where_it_is(server, files, mode
     part, _ = interrupted(server, model_dir)
     with open(part, "r+b") as f:
         damage(f)
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir) == files
 
 
 def test_kill_9_at_any_moment_loses_only_the_ranges_in_flight(server, files, facts, model_dir):
     server.seconds_per_block = 0.03
-    rng, n_kills, done = random.Random(), 0, set()  # noqa: S311
+    rng, n_kills, done = random.Random(), 0, set()
     while not os.path.exists(os.path.join(model_dir, DATA)):
         process = start(server, facts, model_dir)
         wait_until(lambda process=process: server.asked(DATA) or process.poll() is not None)
@@ -472,7 +476,7 @@ def test_ctrl_c_ends_at_once_even_if_the_server_stalls(server, files, facts, mod
     assert (stdout, stderr) == (b"", b"")
     server.log.clear()
     server.faults = {}
-    download(model_dir)
+    fetch(model_dir)
     assert len(server.asked(DATA)) == 34 - 12
     assert contents(model_dir) == files
 
@@ -515,7 +519,7 @@ def test_one_that_waits_goes_on_when_the_other_is_killed(server, files, facts, m
 
 def test_a_lock_that_is_free_is_taken_at_once(model_dir, capsys):
     os.makedirs(model_dir)
-    with utils.locked(model_dir):
+    with download.locked(model_dir):
         pass
     with open(os.path.join(model_dir, ".lock"), "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -528,15 +532,15 @@ def test_a_lock_that_is_free_is_taken_at_once(model_dir, capsys):
 def test_the_mirror_is_tried_after_the_first_source(server, files, model_dir, monkeypatch, capsys):
     monkeypatch.delenv("GPT2_BASE_URL")
     with serving({}) as broken:
-        monkeypatch.setattr(utils, "SOURCES", (broken.url, server.url))
-        download(model_dir)
+        monkeypatch.setattr(download, "SOURCES", (broken.url, server.url))
+        fetch(model_dir)
     assert contents(model_dir) == files
     message = f"checkpoint from {broken.url}/124M/checkpoint: HTTP 404: trying another source\n"
     assert capsys.readouterr().err == message
 
 
 def test_the_sources_are_openais_and_the_mirror():
-    assert utils.SOURCES == (
+    assert download.SOURCES == (
         "https://openaipublic.blob.core.windows.net/gpt-2/models",
         "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
     )
@@ -546,11 +550,11 @@ def test_when_all_sources_fail_each_is_named(server, model_dir, monkeypatch):
     monkeypatch.delenv("GPT2_BASE_URL")
     del server.files["checkpoint"]
     with serving({}) as other:
-        monkeypatch.setattr(utils, "SOURCES", (other.url, server.url))
+        monkeypatch.setattr(download, "SOURCES", (other.url, server.url))
         with pytest.raises(
             utils.ModelError, match=f"{other.url}/124M/checkpoint: HTTP 404; nor checkpoint from {server.url}"
         ):
-            download(model_dir)
+            fetch(model_dir)
 
 
 @pytest.mark.parametrize(
@@ -564,14 +568,14 @@ def test_when_all_sources_fail_each_is_named(server, model_dir, monkeypatch):
 def test_only_https_or_this_machine(model_dir, monkeypatch, url):
     monkeypatch.setenv("GPT2_BASE_URL", url)
     with pytest.raises(utils.ModelError, match=r"checkpoint from .*(is refused|is no URL|port)"):
-        download(model_dir)
+        fetch(model_dir)
 
 
 @pytest.mark.parametrize(
     "url", ["https://example.com/x", "http://localhost:1/x", "http://127.8.9.1/x", "http://[::1]:8/x"]
 )
 def test_https_anywhere_and_http_on_this_machine_are_allowed(url):
-    assert utils.check_url(url) == (not url.startswith("https"))
+    assert download.check_url(url) == (not url.startswith("https"))
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -581,7 +585,7 @@ def test_redirects_are_followed(server, files, model_dir, status):
             redirect = {"status": status, "headers": {"Location": f"{server.url}/124M/{name}"}}
             front.always[name], front.head_faults[name] = redirect, [redirect]
         os.environ["GPT2_BASE_URL"] = front.url
-        download(model_dir)
+        fetch(model_dir)
     assert contents(model_dir) == files
 
 
@@ -591,13 +595,13 @@ def test_redirects_are_followed(server, files, model_dir, status):
 def test_a_redirect_to_where_files_may_not_come_from_is_refused(server, model_dir, location):
     server.head_faults = {"checkpoint": [{"status": 302, "headers": {"Location": location}}]}
     with pytest.raises(utils.ModelError, match="is refused"):
-        download(model_dir)
+        fetch(model_dir)
 
 
 def test_redirects_in_a_circle_end(server, model_dir):
     server.head_faults = {"checkpoint": [{"status": 302, "headers": {"Location": "/124M/checkpoint"}}] * 99}
     with pytest.raises(utils.ModelError, match="too many redirects"):
-        download(model_dir)
+        fetch(model_dir)
 
 
 def test_proxies_are_not_asked_for_this_machine(server, files, model_dir, monkeypatch):
@@ -605,7 +609,7 @@ def test_proxies_are_not_asked_for_this_machine(server, files, model_dir, monkey
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("NO_PROXY", "")
-    download(model_dir)
+    fetch(model_dir)
     assert contents(model_dir) == files
 
 
@@ -613,16 +617,16 @@ def test_proxies_are_not_asked_for_this_machine(server, files, model_dir, monkey
 
 
 def test_a_full_disk_is_noticed_before_the_download(server, model_dir, monkeypatch):
-    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: type("usage", (), {"free": 100_000}))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: type("usage", (), {"free": 100_000}))
     with pytest.raises(utils.ModelError, match="100,000 free"):
-        download(model_dir)
+        fetch(model_dir)
     assert server.asked(DATA) == []
 
 
 def test_only_the_bytes_still_to_come_need_room(server, files, model_dir, monkeypatch):
     interrupted(server, model_dir)
-    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: type("usage", (), {"free": 100_000}))
-    download(model_dir)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: type("usage", (), {"free": 100_000}))
+    fetch(model_dir)
     assert contents(model_dir) == files
 
 
@@ -637,7 +641,7 @@ def test_a_disk_that_fills_up_is_one_line(server, facts, model_dir):
 def test_a_folder_that_cannot_be_made_is_one_line(server, tmp_path):
     (tmp_path / "models").write_text("a file")
     with pytest.raises(utils.ModelError, match="cannot be stored in"):
-        download(str(tmp_path / "models" / "124M"))
+        fetch(str(tmp_path / "models" / "124M"))
 
 
 # what is shown
@@ -669,5 +673,5 @@ def test_one_bar_shows_the_whole_model_and_goes_on_where_it_was(server, files, f
 
 
 def test_nothing_is_shown_unless_on_a_terminal(server, model_dir, capsys):
-    download(model_dir)
+    fetch(model_dir)
     assert capsys.readouterr().err == ""

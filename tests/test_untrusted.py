@@ -98,7 +98,7 @@ def test_the_pristine_model_is_right_and_nothing_is_written_to_its_folder(folder
 
 @pytest.mark.parametrize("name", READ)
 def test_a_flipped_bit_after_the_first_start_is_an_error_or_harmless(pristine, folder, weights, name):
-    good, rng = (folder / name).read_bytes(), random.Random(name)  # noqa: S311
+    good, rng = (folder / name).read_bytes(), random.Random(name)
     for _ in range(150):
         (folder / name).write_bytes(flipped(good, rng))
         check(folder, weights)
@@ -117,7 +117,7 @@ def test_a_file_cut_anywhere_after_the_first_start_is_an_error_or_harmless(prist
 
 @pytest.mark.parametrize("name", [INDEX, DATA])
 def test_a_flipped_bit_before_the_first_start_is_an_error_or_harmless(folder, weights, name):
-    good, rng = (folder / name).read_bytes(), random.Random(name)  # noqa: S311
+    good, rng = (folder / name).read_bytes(), random.Random(name)
     outcomes = []
     for _ in range(150):
         (folder / "SHA256SUMS").unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def test_a_file_cut_anywhere_before_the_first_start_is_an_error(folder, weights,
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_flipped_bit_in_a_text_before_the_first_start_never_crashes(folder, name):
-    good, rng = (folder / name).read_bytes(), random.Random(name)  # noqa: S311
+    good, rng = (folder / name).read_bytes(), random.Random(name)
     for _ in range(300):
         (folder / "SHA256SUMS").unlink(missing_ok=True)
         (folder / name).write_bytes(flipped(good, rng))
@@ -150,7 +150,7 @@ def test_a_flipped_bit_in_a_text_before_the_first_start_never_crashes(folder, na
 
 @pytest.mark.parametrize("name", [*TEXTS, INDEX, DATA])
 def test_random_bytes_are_an_error(folder, name):
-    rng = random.Random(name)  # noqa: S311
+    rng = random.Random(name)
     for n_bytes in (0, 1, 48, 1000, (folder / name).stat().st_size):
         (folder / "SHA256SUMS").unlink(missing_ok=True)
         (folder / name).write_bytes(rng.randbytes(n_bytes))
@@ -381,7 +381,7 @@ def test_a_flipped_bit_in_a_text_of_openais_sizes_is_an_error_even_at_the_first_
     folder, weights, monkeypatch, name
 ):
     official(folder, monkeypatch)
-    good, rng = (folder / name).read_bytes(), random.Random(name)  # noqa: S311
+    good, rng = (folder / name).read_bytes(), random.Random(name)
     for _ in range(100):
         (folder / "SHA256SUMS").unlink(missing_ok=True)
         (folder / name).write_bytes(flipped(good, rng))
