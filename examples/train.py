@@ -22,8 +22,9 @@ import optax
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from cli import MODELS_DIR
 from encoder import bytes_to_unicode, get_encoder
-from gpt2 import MODELS_DIR, gpt2
+from gpt2 import gpt2
 from utils import load_encoder_hparams_and_params, random_params, save_checkpoint
 
 
@@ -55,25 +56,36 @@ def initial_params(hparams, seed):
     return jax.tree.map_with_path(lambda path, x: jnp.asarray(x * (path[-1].key != "b")), params)
 
 
-def batches(ids, n_ctx, batch_size, seed, step, n_steps):
-    """Yields (windows, position) for every step from step to n_steps; each epoch cuts the text elsewhere, and shuffles.
+def batches(ids, n_ctx, batch_size, seed, first_step, n_steps):
+    """Yields windows of ids, [batch_size, n_ctx+1], for every step from first_step to n_steps.
 
-    windows: ids, [4*batch_size, n_ctx/4 + 1] for the first half of the steps, [batch_size, n_ctx+1] for the second:
-        short windows teach most of it, and faster (Shortformer, https://arxiv.org/abs/2012.15832).
-    position: where in the context they lie, at random, so that short ones teach the model all of its positions.
-    The order follows from seed and step alone, so that a resumed run sees what an uninterrupted one would have.
+    Each epoch cuts the text elsewhere and shuffles it. The order follows from seed and step alone, so that a resumed
+    run sees what an uninterrupted one would have.
     """
-    while step < n_steps:
-        length, n_rows, i = n_ctx // 4, 4 * batch_size, step
-        if step >= n_steps // 2:
-            length, n_rows, i = n_ctx, batch_size, step - n_steps // 2
-        n_windows = (len(ids) - 1) // length - 1  # one less: wherever the first begins, the last is whole
-        epoch, i = divmod(i, n_windows // n_rows)
-        rng = np.random.default_rng([seed, length, epoch])
-        starts = rng.integers(length) + length * rng.permutation(n_windows)
-        windows = ids[starts[i * n_rows : (i + 1) * n_rows, None] + np.arange(length + 1)]
-        yield windows, np.random.default_rng([seed, step]).integers(n_ctx - length + 1)
-        step += 1
+    n_windows = (len(ids) - 1) // n_ctx - 1  # one less: wherever the first begins, the last is whole
+    for step in range(first_step, n_steps):
+        epoch, i = divmod(step, n_windows // batch_size)
+        rng = np.random.default_rng([seed, epoch])
+        starts = rng.integers(n_ctx) + n_ctx * rng.permutation(n_windows)
+        yield ids[starts[i * batch_size : (i + 1) * batch_size, None] + np.arange(n_ctx + 1)]
+
+
+def with_dropout(params, rate, key):
+    """Params whose layer norms silence a random part of their features: gpt2() needs no flag for training.
+
+    The mask is the same at all positions of a window (variational dropout, https://arxiv.org/abs/1512.05287).
+    """
+
+    def drop(ln, key):
+        mask = jax.random.bernoulli(key, 1 - rate, ln["g"].shape) / (1 - rate)
+        return {"g": ln["g"] * mask, "b": ln["b"] * mask}
+
+    key, *keys = jax.random.split(key, 1 + 2 * len(params["blocks"]))
+    blocks = [
+        {**block, "ln_1": drop(block["ln_1"], key_1), "ln_2": drop(block["ln_2"], key_2)}
+        for block, key_1, key_2 in zip(params["blocks"], keys[::2], keys[1::2], strict=True)
+    ]
+    return {**params, "blocks": blocks, "ln_f": drop(params["ln_f"], key)}
 
 
 def token_losses(params, windows, n_head):  # [..., n_ctx+1] -> [..., n_ctx]
@@ -82,9 +94,11 @@ def token_losses(params, windows, n_head):  # [..., n_ctx+1] -> [..., n_ctx]
     return -jnp.take_along_axis(log_probs, windows[..., 1:, None], axis=-1)[..., 0]
 
 
-def mean_loss(params, windows, position, n_head):
-    wpe = jax.lax.dynamic_slice_in_dim(params["wpe"], position, windows.shape[-1] - 1)
-    return token_losses({**params, "wpe": wpe}, windows, n_head).mean()
+def mean_loss(params, windows, key, dropout, n_head):
+    keys = jax.random.split(key, len(windows))  # a mask of its own for each window
+    return jax.vmap(lambda window, key: token_losses(with_dropout(params, dropout, key), window, n_head))(
+        windows, keys
+    ).mean()
 
 
 def held_out_nats(params, ids, n_ctx, n_head):
@@ -147,15 +161,16 @@ def main(
     name,
     models_dir=MODELS_DIR,
     n_vocab=512,
-    n_ctx=256,
+    n_ctx=128,
     n_embd=128,
     n_head=4,
     n_layer=4,
-    n_steps=10_000,
-    batch_size=2,
+    n_steps=3000,
+    batch_size=16,
     learning_rate=3e-3,
     weight_decay=0.1,
-    evaluate_every=1000,
+    dropout=0.1,
+    evaluate_every=500,
     seed=0,
     resume=False,
     **unknown,
@@ -172,9 +187,10 @@ def main(
         n_head: attention heads in a block
         n_layer: blocks
         n_steps: updates of the weights
-        batch_size: windows of n_ctx tokens that an update learns from, or four times as many of a quarter
+        batch_size: windows of n_ctx tokens that an update learns from
         learning_rate: the highest; it rises to that over the first 2 % of the steps and falls to 0 along a cosine
         weight_decay: AdamW's, of all weights but biases and layer norms
+        dropout: the part of the features behind each layer norm that training silences
         evaluate_every: steps from one evaluation to the next; each saves the run, and the model if it is the best yet
         seed: of the first weights and of the order of the text
         resume: go on from the last evaluation of a run with the same arguments
@@ -186,13 +202,13 @@ def main(
         sys.exit(f"train.py: {name!r} is no model name: use letters, digits, dots and dashes")
     hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
     settings = {**hparams, "n_steps": n_steps, "batch_size": batch_size, "learning_rate": learning_rate}
-    settings |= {"weight_decay": weight_decay, "evaluate_every": evaluate_every, "seed": seed}
+    settings |= {"weight_decay": weight_decay, "dropout": dropout, "evaluate_every": evaluate_every, "seed": seed}
     for key, value in settings.items():
-        is_number = type(value) is int or (type(value) is float and key in ("learning_rate", "weight_decay"))
-        if not is_number or value < 0 or (value == 0 and key not in ("weight_decay", "seed")):
+        is_number = type(value) is int or (type(value) is float and key in ("learning_rate", "weight_decay", "dropout"))
+        if not is_number or value < 0 or (value == 0 and key not in ("weight_decay", "dropout", "seed")):
             sys.exit(f"train.py: {key} must be a positive number, not {value!r}")
-    if n_vocab < 257 or n_embd % n_head or n_ctx % 4:
-        sys.exit("train.py: n_vocab must be 257 or more, n_embd divisible by n_head, and n_ctx by 4")
+    if n_vocab < 257 or n_embd % n_head or n_ctx < 2 or dropout >= 1:
+        sys.exit("train.py: n_vocab must be 257 or more, n_ctx 2 or more, n_embd divisible by n_head, dropout below 1")
     model_dir = os.path.join(models_dir, name)
     state_path, plot_path = os.path.join(model_dir, "state.npz"), os.path.join(model_dir, "loss.png")
 
@@ -233,15 +249,16 @@ def main(
         step, history, (params, optimizer_state) = load_state(state_path, settings, (params, optimizer_state))
 
     @jax.jit
-    def update(params, optimizer_state, windows, position):
-        loss, gradients = jax.value_and_grad(mean_loss)(params, windows, position, n_head)
+    def update(params, optimizer_state, windows, step):
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        loss, gradients = jax.value_and_grad(mean_loss)(params, windows, key, dropout, n_head)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         return loss, optax.apply_updates(params, updates), optimizer_state
 
     losses = []
     steps = batches(train_ids, n_ctx, batch_size, seed, step, n_steps)
-    for windows, position in tqdm(steps, "training", n_steps, initial=step, unit="step"):
-        loss, params, optimizer_state = update(params, optimizer_state, windows, position)
+    for windows in tqdm(steps, "training", n_steps, initial=step, unit="step"):
+        loss, params, optimizer_state = update(params, optimizer_state, windows, step)
         step += 1
         losses.append(loss)
         if step % evaluate_every and step < n_steps:

@@ -151,12 +151,17 @@ def test_missing_truncated_or_damaged_sums_are_made_anew(sums, model_dir, monkey
     assert path.read_text() == good
 
 
-def test_a_changed_checkpoint_is_verified_and_loaded_anew(model_dir, monkeypatch):
+def test_a_changed_checkpoint_is_verified_and_loaded_anew(model_dir, params, monkeypatch):
     load(model_dir)
-    others = wild_params(HPARAMS, seed=1)
-    utils.save_checkpoint(model_dir, HPARAMS, others)
+    save(model_dir, {name: 2 * tensor for name, tensor in tensors_of(model_dir).items()})
     assert verified_by_tensorflow(model_dir, monkeypatch)
-    assert_same(load(model_dir)[2], others)
+    np.testing.assert_array_equal(load(model_dir)[2]["wte"], 2 * params["wte"])
+
+
+def test_a_checkpoint_that_this_project_saved_is_verified_already(model_dir, monkeypatch):
+    utils.save_checkpoint(model_dir, HPARAMS, wild_params(HPARAMS, seed=1))
+    assert not verified_by_tensorflow(model_dir, monkeypatch)
+    assert_same(load(model_dir)[2], wild_params(HPARAMS, seed=1))
 
 
 def test_a_copied_checkpoint_is_recognised_by_its_contents(model_dir, monkeypatch):
