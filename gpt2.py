@@ -6,6 +6,7 @@ Each array brings its own namespace (the Python array API standard), so the same
 """
 
 import math
+import sys
 
 QUERY_BLOCK = 64  # rows of queries that attend together: their scores fit the processor's cache
 
@@ -290,10 +291,12 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 
     Returns a list, or for a batch of prompts a list of lists. The options and errors are those of generate_ids.
     """
-    from tqdm import tqdm
-
     steps = generate_ids(inputs, params, n_head, n_tokens_to_generate, **options)
-    steps = list(tqdm(steps, "generating", total=n_tokens_to_generate, disable=None))  # None: only on a terminal
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # only here: its import takes as long as a token or two
+
+        steps = tqdm(steps, "generating", total=n_tokens_to_generate)
+    steps = list(steps)
     if len(inputs) == 0 or not hasattr(inputs[0], "__len__"):
         return steps
     return [[step[row] for step in steps if step[row] is not None] for row in range(len(inputs))]
