@@ -3,6 +3,7 @@
 import ast
 import codecs
 import contextlib
+import errno
 import inspect
 import itertools
 import json
@@ -41,10 +42,10 @@ def main(
         model_size: 124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint
         models_dir: the folder that holds the models
         temperature: 0 always takes the likeliest token; 1 draws from the model's probabilities; more is more random
-        top_k: draw from the k likeliest tokens only (0: from all)
-        top_p: draw from the smallest set of likeliest tokens whose probabilities reach p
-        seed: makes the draws repeatable
-        n_samples: how many continuations to draw, at once
+        top_k: with a temperature, draw from the k likeliest tokens only (0: from all)
+        top_p: with a temperature, draw from the smallest set of likeliest tokens whose probabilities reach p
+        seed: with a temperature, makes the draws repeatable
+        n_samples: with a temperature, how many continuations to draw at once
         stop: end before this text appears; several are given as a list, '["User:", "Bot:"]'
         prompts_file: continue every line of this file (-: of standard input); prints a JSON object a line
         stream: print the text as it is made
@@ -58,11 +59,11 @@ def main(
         check_options(n_tokens_to_generate, temperature, top_k, top_p)
     if seed is not None and (type(seed) is not int or seed < 0):
         fail(f"seed must be a whole number, 0 or more, not {seed!r}")
-    if type(n_samples) is not int or n_samples < 1:
-        fail(f"n_samples must be a whole number, 1 or more, not {n_samples!r}")
+    if type(n_samples) is not int or not 1 <= n_samples <= 1000:
+        fail(f"n_samples must be a whole number from 1 to 1000, not {n_samples!r}")
     modes = {"interactive": interactive, "prompts_file": prompts_file, "stream": stream, "n_samples": n_samples > 1}
-    modes = [mode for mode, wanted in modes.items() if wanted]
-    if len(modes) > 1 and modes != ["interactive", "stream"]:
+    modes = [mode for mode, wanted in modes.items() if wanted and not (mode == "stream" and interactive)]
+    if len(modes) > 1:
         fail(f"--{modes[0]} and --{modes[1]} do not go together")
     if prompt is not None and (interactive or prompts_file):
         fail(f"--{modes[0]} brings its own prompts, so {prompt!r} is one too many")
@@ -97,7 +98,7 @@ def main(
     if interactive:
         return converse(lambda prompt: text_pieces(generate_ids(encode(prompt), **model), encoder, stop))
     if prompts_file:
-        return continue_lines(read_text(prompts_file).splitlines(), encode, decode, model)
+        return continue_lines(read_lines(prompts_file), encode, decode, model)
     if stream:
         return show(text_pieces(generate_ids(encode(prompt), **model), encoder, stop))
     outputs = generate([encode(prompt)] * n_samples, **model)
@@ -146,6 +147,8 @@ def stop_texts(stop):
     texts = [stop] if isinstance(stop, str) else stop or []
     if "" in texts:
         fail("stop must not be empty")
+    with mistakes(UnicodeEncodeError, "stop is not valid Unicode text: "):
+        "".join(texts).encode()
     return texts
 
 
@@ -161,9 +164,10 @@ def converse(continue_prompt):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input its line editing)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin.reconfigure(errors="surrogateescape")  # what is no text, encode says
     while True:
         try:
-            prompt = input("Model prompt >>> " if sys.stdin.isatty() else "")
+            prompt = input("Model prompt >>> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
             if prompt:
                 show(continue_prompt(prompt))
         except KeyboardInterrupt:
@@ -207,11 +211,16 @@ def read_text(path):
     """The text of a file, or of standard input for -."""
     try:
         with sys.stdin.buffer if path == "-" else open(path, "rb") as f:
-            return f.read().decode("utf-8")
+            return f.read().decode("utf-8-sig")  # without the byte order mark that some editors write
     except OSError as error:
         fail(f"{path} cannot be read: {error.strerror}")
     except UnicodeDecodeError as error:
         fail(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
+
+
+def read_lines(path):
+    """The lines of a file or of standard input; str.splitlines would also cut at odd characters within a line."""
+    return re.split(r"\r?\n", re.sub(r"\r?\n\Z", "", text)) if (text := read_text(path)) else []
 
 
 @contextlib.contextmanager
@@ -240,7 +249,7 @@ def fire_arguments(argv, function=main):
             name, equals, value = text, "=", arg
         elif name in ("help", "h"):
             return ["--", "--help"]
-        # -n is short for the one option that begins with n
+        # one letter is short for the one option that begins with it
         names = [option for option in options if name.replace("-", "_") in (option, option[0])]
         if len(names) != 1:
             hint = f"a prompt that begins so is given as --{text}={arg!r}"
@@ -248,7 +257,7 @@ def fire_arguments(argv, function=main):
         kind = options[names[0]].annotation
         if not equals:
             value = "True" if kind is bool else next(argv, None)
-        if value is None:
+        if value is None or (kind in (int, float) and not equals and value.startswith("--")):
             fail(f"{arg} needs a value")
         if kind is bool and value not in ("True", "False"):
             fail(f"{names[0]} must be True or False, not {value!r}")
@@ -267,10 +276,17 @@ def run(function=main):
 
     import fire
 
+    for name in ("stdin", "stdout", "stderr"):  # None where the shell has closed it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     try:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
         fire.Fire(function, command=fire_arguments(sys.argv[1:], function), name=os.path.basename(sys.argv[0]))
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would complain
+        if error.errno == errno.ENOSPC:
+            fail("no space left for the output")
         sys.exit(1)

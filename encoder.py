@@ -130,6 +130,8 @@ def check_vocabulary(encoder):
     """Raises ValueError unless encoder, as it came from JSON, gives each id from 0 on to one token, {token: id}."""
     if type(encoder) is not dict or {*map(type, encoder.values())} != {int}:  # bool is no int here
         raise ValueError("encoder.json must hold an object of whole numbers")
+    if "" in encoder:
+        raise ValueError("encoder.json must not have an empty token")
     if sorted(encoder.values()) != [*range(len(encoder))]:
         raise ValueError("encoder.json must give each of the ids 0, 1, 2, ... to one token")
     if missing := {*bytes_to_unicode().values(), "<|endoftext|>"} - encoder.keys():

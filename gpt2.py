@@ -6,6 +6,7 @@ Each array brings its own namespace (the Python array API standard), so the same
 """
 
 import math
+import numbers
 import sys
 
 QUERY_BLOCK = 64  # rows of queries that attend together: their scores fit the processor's cache
@@ -159,6 +160,7 @@ def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab]
 
     rng: a NumPy Generator. top_k keeps the k likeliest tokens (https://arxiv.org/abs/1805.04833), 0 all of them; of
     these, top_p keeps the smallest set whose probabilities reach p (nucleus sampling, https://arxiv.org/abs/1904.09751).
+    Tokens exactly as likely as the last one kept stay, too.
     """
     xp = logits.__array_namespace__()
     if temperature == 0:
@@ -175,18 +177,18 @@ def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab]
         logits = xp.where(p < least, -xp.inf, logits)
     # each token owns a stretch of the line from 0 to 1, as long as its probability: where does a random point fall?
     ends = xp.cumulative_sum(softmax(logits), axis=-1, dtype=xp.float64)  # 50,257 float32 additions would drift
-    point = rng.random((*logits.shape[:-1], 1)) * ends[..., -1:]  # [..., 1]
+    point = xp.asarray(rng.random((*logits.shape[:-1], 1))) * ends[..., -1:]  # [..., 1]
     return xp.argmax(ends > point, axis=-1)
 
 
 def check_options(n_tokens_to_generate, temperature=0, top_k=0, top_p=1):
     """Raises ValueError for a value that generate cannot take."""
     for name, value in {"n_tokens_to_generate": n_tokens_to_generate, "top_k": top_k}.items():
-        if type(value) is not int or value < 0:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{name} must be a whole number, 0 or more, not {value!r}")
-    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a number, 0 or more, not {temperature!r}")
-    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
+    if not isinstance(temperature, numbers.Real) or not (temperature == 0 or 1e-6 <= temperature <= 1e6):
+        raise ValueError(f"temperature must be 0, or a number from 1e-6 to 1e6, not {temperature!r}")
+    if not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must be a number above 0 and at most 1, not {top_p!r}")
 
 
@@ -217,6 +219,11 @@ def read_prompts(prompts, params, n_head, kv_cache):  # n_rows prompts -> [n_row
     return xp.stack(logits), xp.asarray(n_pad) if any(n_pad) else None
 
 
+def is_batch(inputs):
+    """Whether inputs are several prompts, not the ids of one."""
+    return len(inputs) > 0 and (isinstance(inputs[0], list | tuple) or getattr(inputs[0], "ndim", 0) > 0)
+
+
 def generate_ids(
     inputs,
     params,
@@ -236,7 +243,8 @@ def generate_ids(
     temperature, top_k, top_p: see sample; temperature 0 is greedy.
     seed: of the draws; the prompt at place i of a batch draws with seed + i, or with seed[i] of a list.
     stop: called with the ids generated so far for a prompt; a true result ends it.
-    sliding_window: where the context is full, go on with the newest half of it as the prompt.
+    sliding_window: where the context is full, go on with the newest half of it as the prompt (and read all prompts of a
+        batch again).
 
     The prompt goes through the model once; from then on every step feeds one token and finds the keys and values of the
     earlier ones in a cache. That is written in place, as NumPy's and CuPy's arrays can be, but not JAX's.
@@ -245,8 +253,8 @@ def generate_ids(
     from numpy.random import default_rng
 
     check_options(n_tokens_to_generate, temperature, top_k, top_p)
-    is_batch = len(inputs) > 0 and hasattr(inputs[0], "__len__")
-    windows = [[int(i) for i in prompt] for prompt in (inputs if is_batch else [inputs])]  # what the model sees of each
+    prompts = inputs if is_batch(inputs) else [inputs]
+    windows = [[int(i) for i in prompt] for prompt in prompts]  # what the model sees of each
     outputs, running = [[] for _ in windows], [True for _ in windows]
     longest, n_ctx = max(map(len, windows)), len(params["wpe"])
     if not all(windows):
@@ -283,7 +291,7 @@ def generate_ids(
             if not any(running):
                 return
 
-    return decode_loop() if is_batch else (next_id for (next_id,) in decode_loop())
+    return decode_loop() if is_batch(inputs) else (next_id for (next_id,) in decode_loop())
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
@@ -297,7 +305,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 
         steps = tqdm(steps, "generating", total=n_tokens_to_generate)
     steps = list(steps)
-    if len(inputs) == 0 or not hasattr(inputs[0], "__len__"):
+    if not is_batch(inputs):
         return steps
     return [[step[row] for step in steps if step[row] is not None] for row in range(len(inputs))]
 

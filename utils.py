@@ -22,7 +22,7 @@ from encoder import SHA256, get_encoder
 HPARAMS, ENCODER, VOCAB = "hparams.json", "encoder.json", "vocab.bpe"
 INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 FILES = ("checkpoint", HPARAMS, ENCODER, VOCAB, INDEX, "model.ckpt.meta", DATA)
-SUMS = "SHA256SUMS"
+SUMS, SUMMED = "SHA256SUMS", (HPARAMS, ENCODER, VOCAB, INDEX, DATA)
 LIMITS = {HPARAMS: 2**16, ENCODER: 2**24, VOCAB: 2**24, INDEX: 2**24, SUMS: 2**16}  # bytes; GPT-2's largest has 1 MB
 
 MODEL_SIZES = {
@@ -47,7 +47,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     if re.search(r"[/\\:\0]|[. ]$|^$", model_size):  # Windows drops dots and spaces at the end
         raise ModelError(f"{model_size!r} is no model name: it must be a folder inside {models_dir}")
     model_dir = os.path.join(models_dir, model_size)
-    missing = missing_files(model_dir, (HPARAMS, ENCODER, VOCAB, INDEX, DATA))
+    missing = missing_files(model_dir, SUMMED)
     if missing and model_size in MODEL_SIZES:
         from download import download_gpt2_files  # only here: most starts need no network
 
@@ -57,6 +57,15 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     elif missing:
         raise ModelError(f"no model {model_size!r}: choose {', '.join(MODEL_SIZES)} or a folder in {models_dir}")
 
+    try:
+        return load_files(model_size, models_dir)
+    except OSError as error:
+        raise ModelError(f"{model_dir} cannot be read: {error}") from error
+
+
+def load_files(model_size, models_dir):
+    """As load_encoder_hparams_and_params, for a model whose files are there. Raises OSError as well."""
+    model_dir = os.path.join(models_dir, model_size)
     for name, limit in LIMITS.items():
         path = os.path.join(model_dir, name)
         if os.path.lexists(path) and (not os.path.isfile(path) or os.path.getsize(path) > limit):
@@ -66,7 +75,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     hparams = load_hparams(os.path.join(model_dir, HPARAMS))
     try:
         encoder = get_encoder(model_size, models_dir)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ModelError(f"{model_dir}: the tokenizer cannot be read: {one_line(error)}") from error
     if len(encoder.encoder) != hparams["n_vocab"]:
         n_tokens = len(encoder.encoder)
@@ -321,7 +330,10 @@ def save_checkpoint(model_dir, hparams, params):
     """Writes hparams.json and, with TensorFlow, a checkpoint under OpenAI's variable names and shapes.
 
     With encoder.json and vocab.bpe beside them, the folder is a model that this project and OpenAI's code can load.
+    Raises ValueError for params that are not what hparams imply.
     """
+    if len(params["blocks"]) != hparams["n_layer"]:
+        raise ValueError(f"params have {len(params['blocks'])} blocks, the hparams imply {hparams['n_layer']}")
     tf = import_tensorflow()
     os.makedirs(model_dir, exist_ok=True)
     with open(os.path.join(model_dir, HPARAMS), "w", encoding="utf-8") as f:
@@ -331,6 +343,8 @@ def save_checkpoint(model_dir, hparams, params):
         array = params
         for key in name.split("/"):
             array = array["blocks"][int(key[1:])] if re.fullmatch(r"h\d+", key) else array[key]
+        if np.shape(array) != shape:
+            raise ValueError(f"{name} has shape {np.shape(array)}, the hparams imply {shape}")
         names.append(f"model/{name}")
         tensors.append(np.asarray(array, np.float32).reshape((1, *shape) if name.endswith("/w") else shape))
     prefix = os.path.join(model_dir, "model.ckpt")
@@ -338,8 +352,8 @@ def save_checkpoint(model_dir, hparams, params):
     with open(os.path.join(model_dir, "checkpoint"), "w", encoding="utf-8") as f:
         f.write('model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n')
     if agrees_with_tensorflow(model_dir):
-        names = (HPARAMS, INDEX, DATA)
-        sums = {name: sha256(os.path.join(model_dir, name)) for name in names}
+        names = set(SUMMED) - set(missing_files(model_dir))  # the tokenizer may come later
+        sums = {name: sha256(os.path.join(model_dir, name)) for name in SUMMED if name in names}
         write_sums(model_dir, sums, os.stat(os.path.join(model_dir, DATA)).st_mtime_ns)
 
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import pty
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -185,6 +186,25 @@ def test_help_explains_every_flag():
         flag = re.search(rf"--{name}=\w+\n(?: +(?:Type|Default).*\n)* +(.+)\n", result.stdout + result.stderr)
         assert flag, name
         assert len(flag[1]) > 20
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_the_shell_closed_is_no_error(closed, models_dir):
+    options = ["--n_tokens_to_generate", "3", "--model_size", "tiny", "--models_dir", str(models_dir)]
+    program = " ".join(map(shlex.quote, [*COMMAND, "Hello", *options]))
+    result = subprocess.run(["bash", "-c", f"{program} {closed}"], capture_output=True, text=True)
+    assert (result.stderr, result.returncode) == ("", 0)
+
+
+def test_a_full_disk_is_an_error(models_dir):
+    options = ["--n_tokens_to_generate", "3", "--model_size", "tiny", "--models_dir", str(models_dir)]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*COMMAND, "Hello", *options], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.stderr, result.returncode) == ("gpt2.py: no space left for the output\n", 1)
+
+
+def test_a_flag_in_the_place_of_a_number_is_an_error(run):
+    assert_one_line_error(run("Hello", "--temperature", "--seed", "1"), "--temperature needs a value")
 
 
 def test_a_bug_keeps_its_traceback(run, tmp_path):

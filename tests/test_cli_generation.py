@@ -81,9 +81,9 @@ def test_samples_stand_under_numbered_headings_and_are_drawn_with_seeds_in_a_row
     assert run("Hello", "--n_samples=3", "--temperature=1", "--seed=5").stdout == "".join(expected)
 
 
-@pytest.mark.parametrize("n", ["0", "-1", "2.5", "x", "True"])
+@pytest.mark.parametrize("n", ["0", "-1", "2.5", "x", "True", "9" * 20])
 def test_n_samples_must_be_a_positive_whole_number(n, run):
-    assert_one_line_error(run("Hello", f"--n_samples={n}"), "n_samples must be a whole number, 1 or more, not")
+    assert_one_line_error(run("Hello", f"--n_samples={n}"), "n_samples must be a whole number from 1 to 1000, not")
 
 
 # Stopping
@@ -113,6 +113,10 @@ def test_a_stop_text_stays_the_text_that_was_typed(typed):
 
 def test_a_list_of_texts_is_several():
     assert cli.stop_texts('["User:", "\\n"]') == ["User:", "\n"]
+
+
+def test_a_stop_text_that_is_no_unicode_is_an_error(run):
+    assert_one_line_error(run("Hello", "--stop", b"caf\xe9"), "stop is not valid Unicode")
 
 
 def test_endoftext_stops_at_its_token(model):
@@ -230,6 +234,15 @@ def test_prompts_may_come_from_standard_input_and_be_sampled(run, continuation):
     assert texts == [continuation(prompt, temperature=1, seed=2) for prompt in ("one", "two")]
 
 
+def test_a_line_ends_at_a_line_break_and_nowhere_else(run):
+    lines = run("--prompts_file=-", input="a\u2028b\x0cc\r\nd").stdout.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["a\u2028b\x0cc", "d"]
+
+
+def test_an_empty_file_of_prompts_is_done_at_once(run):
+    assert run("--prompts_file=-", input="").stdout == ""
+
+
 def test_the_reason_for_stopping_is_told(run, continuation):
     stop = continuation("one")[4:7]
     first, second = map(json.loads, run("--prompts_file=-", "--stop", stop, input="one\ntwo\n").stdout.splitlines())
@@ -295,6 +308,7 @@ def test_the_sliding_window_goes_on_past_the_context(models_dir, continuation):
         ["--interactive", "--n_samples=2"],
         ["--interactive", "--prompts_file=x"],
         ["--prompts_file=x", "--stream"],
+        ["--interactive", "--stream", "--n_samples=2"],
     ],
     ids=str,
 )
@@ -381,6 +395,15 @@ def test_a_mistake_in_one_prompt_does_not_end_the_conversation(terminal, continu
     process.expect_exact("Model prompt >>> ")
     process.sendline("Hello")
     process.expect(shown(continuation("Hello")))
+
+
+def test_a_line_that_is_no_text_does_not_end_the_conversation(options):
+    program = [*COMMAND, "--interactive", *options]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    result = subprocess.run(program, input=b"caf\xe9\nHello\n", capture_output=True, env=env)
+    assert b"not valid Unicode" in result.stderr
+    assert result.stderr.count(b"\n") == 1
+    assert result.stdout.count(b"\n") >= 1
 
 
 def test_interactive_reads_a_pipe_without_showing_its_own_prompt(run, continuation):

@@ -213,6 +213,9 @@ def test_nothing_is_computed_in_float64(params):
     logits = gpt2.gpt2(random_ids(64), **wrapped, n_head=N_HEAD)
     assert isinstance(logits, Float32)
     assert logits.dtype == np.float32
+    cache = [np.zeros((2, 2, N_HEAD, 10, 16), np.float32).view(Float32) for _ in params["blocks"]]
+    gpt2.read_prompts([[1, 2, 3], [4, 5, 6, 7]], wrapped, N_HEAD, cache)
+    gpt2.gpt2([[1], [2]], **wrapped, n_head=N_HEAD, kv_cache=cache, n_past=4, n_pad=np.array([1, 0]))
 
 
 # Errors

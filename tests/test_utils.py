@@ -243,6 +243,22 @@ def test_truncated_data_is_an_error(model_dir):
     assert f"{DATA} has 1000 bytes" in error_of(model_dir)
 
 
+def test_a_file_that_cannot_be_read_is_an_error(model_dir, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(utils, "sha256", refuse)  # permissions would not stop root, who may be running this
+    assert "cannot be read: [Errno 13] Permission denied" in error_of(model_dir)
+
+
+def test_params_that_are_not_what_hparams_imply_are_not_saved(tmp_path, params):
+    transposed = {**params, "wte": params["wte"].T}
+    with pytest.raises(ValueError, match=r"wte has shape \(80, 500\), the hparams imply \(500, 80\)"):
+        utils.save_checkpoint(tmp_path, HPARAMS, transposed)
+    with pytest.raises(ValueError, match="3 blocks, the hparams imply 2"):
+        utils.save_checkpoint(tmp_path, HPARAMS | {"n_layer": 2}, params)
+
+
 def test_a_truncated_index_is_an_error(model_dir):
     os.truncate(model_dir / INDEX, 100)
     assert f"{model_dir / INDEX} is damaged" in error_of(model_dir)

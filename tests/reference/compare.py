@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from cli import MODELS_DIR, fail, read_text, run
+from cli import MODELS_DIR, fail, read_lines, run
 from gpt2 import check_room, generate, gpt2
 from utils import ModelError, import_tensorflow, load_encoder_hparams_and_params
 
@@ -50,7 +50,7 @@ def main(
         logits: compare the logits of every position of the prompts as well
         docker: run the official code on TensorFlow 1.12, in a container
     """
-    prompts = [*prompts, *read_text(prompts_file).splitlines()] if prompts_file else list(prompts)
+    prompts = [*prompts, *read_lines(prompts_file)] if prompts_file else list(prompts)
     check_arguments(prompts, gpt2_repo, n_tokens_to_generate, logits, docker)
     if docker:
         build_image()
