@@ -67,7 +67,10 @@ def test_the_checkpoint_generates_through_the_command_line(models_dir):
 
 def test_a_trained_model_starts_without_tensorflow(models_dir):
     sums = (models_dir / "small" / "SHA256SUMS").read_text()
-    assert {line.split()[1] for line in sums.splitlines()} == {"hparams.json", "model.ckpt.index", DATA}
+    assert {line.split()[1] for line in sums.splitlines()} == {
+        *("hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"),
+        DATA,
+    }
 
 
 def test_the_loss_curve_is_drawn_beside_the_checkpoint(models_dir):
@@ -95,7 +98,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_with_the_same_seed(models_di
 def test_another_seed_gives_other_first_weights_and_another_order():
     first, other = (train.initial_params(SMALL, seed)["wte"] for seed in (0, 1))
     assert not np.array_equal(first, other)
-    first, other = (next(train.batches(np.arange(1000), 40, 7, seed, step=0, n_steps=9))[0] for seed in (0, 1))
+    first, other = (next(train.batches(np.arange(1000), 40, 7, seed, 0, n_steps=9)) for seed in (0, 1))
     assert not np.array_equal(first, other)
 
 
@@ -133,46 +136,53 @@ def test_the_tokenizer_learns_from_the_first_nine_tenths_alone(tmp_path, monkeyp
 
 
 def test_an_epoch_cuts_the_text_into_shuffled_windows_that_do_not_overlap():
-    ids = np.arange(1000)
-    steps = train.batches(ids, n_ctx=40, batch_size=7, seed=0, step=0, n_steps=1000)
-    epochs = [np.concatenate([next(steps)[0] for _ in range(3)]) for _ in range(2)]  # 98 windows of 10, batches of 28
+    steps = train.batches(np.arange(1000), n_ctx=40, batch_size=7, seed=0, first_step=0, n_steps=6)
+    epochs = [np.concatenate([next(steps) for _ in range(3)]) for _ in range(2)]  # 23 windows of 40, batches of 7
     for windows in epochs:
+        assert windows.shape == (21, 41)
         assert (np.diff(windows, axis=1) == 1).all()  # consecutive ids
-        assert len(np.unique(windows[:, :-1])) == 84 * 10
+        assert len(np.unique(windows[:, :-1])) == 21 * 40
     assert not np.array_equal(epochs[0], epochs[1])
-
-
-def test_windows_are_short_for_half_of_the_steps_and_whole_from_then_on():
-    shapes = [windows.shape for windows, _ in train.batches(np.arange(1000), 40, 7, seed=0, step=0, n_steps=8)]
-    assert shapes == [(28, 11)] * 4 + [(7, 41)] * 4
-
-
-def test_short_windows_lie_anywhere_in_the_context():
-    every = list(train.batches(np.arange(1000), 40, 7, seed=0, step=0, n_steps=1000))
-    assert {position for _, position in every[:500]} == set(range(31))
-    assert {position for _, position in every[500:]} == {0}
-
-
-def test_a_window_is_trained_at_its_position():
-    hparams = {"n_vocab": 50, "n_ctx": 8, "n_embd": 16, "n_head": 2, "n_layer": 1}
-    params = train.jax.tree.map(train.jnp.asarray, random_params(hparams))
-    gradient = train.jax.grad(train.mean_loss)(params, np.array([[1, 2, 3]]), 5, n_head=2)["wpe"]
-    assert [bool(row.any()) for row in gradient] == [False] * 5 + [True] * 2 + [False]
 
 
 @pytest.mark.parametrize("n_ids", [321, 330, 1000])
 def test_every_window_lies_within_the_text(n_ids):  # 321: the shortest text that main accepts for 7 windows of 40
-    for windows, _ in train.batches(np.arange(n_ids), 40, 7, seed=0, step=0, n_steps=60):
+    for windows in train.batches(np.arange(n_ids), 40, 7, seed=0, first_step=0, n_steps=60):
         assert 0 <= windows.min() <= windows.max() < n_ids
 
 
 def test_batches_go_on_at_any_step_as_if_they_had_begun_at_the_first():
-    every = list(train.batches(np.arange(1000), 40, 7, seed=3, step=0, n_steps=40))
-    for step in (20, 29, 30, 35):
-        resumed = train.batches(np.arange(1000), 40, 7, seed=3, step=step, n_steps=40)
-        for (expected, position), (got, resumed_position) in zip(every[step:], resumed, strict=True):
+    every = list(train.batches(np.arange(1000), 40, 7, seed=3, first_step=0, n_steps=40))
+    for step in (1, 20, 35):
+        resumed = train.batches(np.arange(1000), 40, 7, seed=3, first_step=step, n_steps=40)
+        for expected, got in zip(every[step:], resumed, strict=True):
             np.testing.assert_array_equal(expected, got)
-            assert position == resumed_position
+
+
+def test_dropout_silences_features_behind_each_layer_norm_and_scales_the_others():
+    params = train.jax.tree.map(train.jnp.asarray, random_params({**SMALL, "n_embd": 4000, "n_layer": 2}))
+    dropped = train.with_dropout(params, 0.25, train.jax.random.key(0))
+    norms = [(params["ln_f"], dropped["ln_f"])]
+    for before, after in zip(params["blocks"], dropped["blocks"], strict=True):
+        norms += [(before["ln_1"], after["ln_1"]), (before["ln_2"], after["ln_2"])]
+    masks = []
+    for before, after in norms:
+        mask = np.asarray(after["g"] / before["g"])
+        masks.append(mask > 0)
+        np.testing.assert_allclose(after["b"], before["b"] * mask, rtol=1e-5)
+        np.testing.assert_allclose(mask[mask > 0], 1 / 0.75, rtol=1e-5)
+        assert np.mean(mask > 0) == pytest.approx(0.75, abs=0.03)
+    assert len({mask.tobytes() for mask in masks}) == 5  # each its own
+
+
+def test_dropout_of_0_changes_nothing_and_each_window_has_a_mask_of_its_own():
+    params = train.jax.tree.map(train.jnp.asarray, random_params(SMALL))
+    params["wte"] *= 50  # far from uniform
+    windows, key = np.tile(np.arange(33), (2, 1)), train.jax.random.key(1)
+    plain = float(train.token_losses(params, windows, n_head=2).mean())
+    assert float(train.mean_loss(params, windows, key, 0.0, n_head=2)) == pytest.approx(plain, rel=1e-5)
+    one, both = (train.mean_loss(params, windows[:n], key, 0.5, n_head=2) for n in (1, 2))
+    assert not np.isclose(one, both, rtol=1e-4)
 
 
 @pytest.mark.parametrize("n_ids", [2, 9, 10, 12, 13, 14, 30])
@@ -211,7 +221,7 @@ def test_first_weights_have_the_spread_of_gpt2():
 def test_a_first_model_predicts_almost_uniformly():
     hparams = {"n_vocab": 300, "n_ctx": 64, "n_embd": 64, "n_head": 2, "n_layer": 2}
     windows = np.random.default_rng(0).integers(0, 300, (4, 65))
-    loss = train.mean_loss(train.initial_params(hparams, seed=0), windows, 0, n_head=2)
+    loss = train.token_losses(train.initial_params(hparams, seed=0), windows, n_head=2).mean()
     assert float(loss) == pytest.approx(math.log(300), abs=0.05)
 
 
@@ -229,7 +239,8 @@ def message(*args, **settings):
         ({"name": "../small"}, "no model name"),
         ({"n_vocab": 256}, "n_vocab must be 257 or more"),
         ({"n_head": 3}, "n_embd divisible by n_head"),
-        ({"n_ctx": 30}, "n_ctx by 4"),
+        ({"n_ctx": 1}, "n_ctx 2 or more"),
+        ({"dropout": 1.0}, "dropout below 1"),
         ({"n_steps": "many"}, "n_steps must be a positive number, not 'many'"),
         ({"n_layer": 1.5}, "n_layer must be"),
         ({"n_head": 0}, "n_head must be"),
