@@ -67,7 +67,9 @@ def main(
         fail(f"--{modes[0]} and --{modes[1]} do not go together")
     if prompt is not None and (interactive or prompts_file):
         fail(f"--{modes[0]} brings its own prompts, so {prompt!r} is one too many")
-    if not interactive and not prompts_file:
+    if prompts_file:
+        lines = read_lines(prompts_file)
+    elif not interactive:
         prompt = read_prompt(prompt)
     stop = stop_texts(stop)
 
@@ -98,7 +100,7 @@ def main(
     if interactive:
         return converse(lambda prompt: text_pieces(generate_ids(encode(prompt), **model), encoder, stop))
     if prompts_file:
-        return continue_lines(read_lines(prompts_file), encode, decode, model)
+        return continue_lines(lines, encode, decode, model)
     if stream:
         return show(text_pieces(generate_ids(encode(prompt), **model), encoder, stop))
     outputs = generate([encode(prompt)] * n_samples, **model)
