@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": server.etag, **server.headers}
         if status != 200:
             self.close_connection = True
-            self.reply(status, {"Content-Length": "0", **fault.get("headers", {})})
+            self.reply(status, {"Content-Length": "0", "Connection": "close", **fault.get("headers", {})})
             return
         if "flip" in fault:
             data = bytes(byte ^ (i == fault["flip"]) for i, byte in enumerate(data))
