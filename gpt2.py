@@ -14,9 +14,9 @@ QUERY_BLOCK = 64  # rows of queries that attend together: their scores fit the p
 
 def gelu(x):
     """Gaussian error linear unit, in the tanh approximation GPT-2 was trained with (https://arxiv.org/abs/1606.08415)."""
-    xp = x.__array_namespace__()
-    # x * x * x: in float32, NumPy's x**3 is a hundred times slower
-    return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    xp, c = x.__array_namespace__(), math.sqrt(2 / math.pi)
+    # 0.5 * x * (1 + tanh(c * (x + 0.044715 * x**3))) multiplied out: half the time, as NumPy makes fewer large arrays
+    return x * (0.5 + 0.5 * xp.tanh(x * (c + 0.044715 * c * x * x)))
 
 
 def softmax(x):
