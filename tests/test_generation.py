@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import HPARAMS
+from conftest import HPARAMS, wild_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt2
+import utils
 
 N_HEAD, N_VOCAB, N_CTX = HPARAMS["n_head"], HPARAMS["n_vocab"], HPARAMS["n_ctx"]
 LOGITS = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -3.0], np.float32)
@@ -194,6 +195,104 @@ def test_a_batch_that_has_stopped_computes_no_more(params):
     assert len(list(steps)) == 2
 
 
+# generate: what repeats itself is looked up, and checked many tokens at a time
+
+
+TAME = utils.random_params(HPARAMS)  # soon says the same token over and over
+
+
+def plainly(prompt, n, params):
+    """The greedy ids of passes over one token each."""
+    cache = [np.zeros((2, N_HEAD, N_CTX, 16), np.float32) for _ in params["blocks"]]
+    inputs, n_past, ids = prompt, 0, []
+    for _ in range(n):
+        logits = gpt2.gpt2(inputs, **params, n_head=N_HEAD, kv_cache=cache, n_past=n_past, only_last=True)
+        n_past, inputs = n_past + len(inputs), [int(logits.argmax())]
+        ids += inputs
+    return ids
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Filled with the number of tokens of every pass through the model."""
+    sizes, forward = [], gpt2.gpt2
+    monkeypatch.setattr(gpt2, "gpt2", lambda ids, **rest: sizes.append(np.shape(ids)[-1]) or forward(ids, **rest))
+    return sizes
+
+
+@pytest.mark.parametrize("make", [utils.random_params, wild_params])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_ids_are_those_of_one_token_passes(make, seed):
+    params = make(HPARAMS, seed)
+    for prompt in (*prompts_of_lengths(1, 3, 10, 20, seed=seed), [7] * 12, [1, 2, 3] * 8, list(range(15)) * 2):
+        n = N_CTX - len(prompt)
+        assert gpt2.generate(prompt, params, N_HEAD, n) == plainly(prompt, n, params)
+
+
+def test_text_that_repeats_itself_takes_few_passes(passes):
+    ids = gpt2.generate([5, 6, 7], TAME, N_HEAD, 60)
+    assert len(set(ids[20:])) == 1  # it does
+    assert len(passes) < 30
+    assert max(passes) == 16
+
+
+def test_text_that_does_not_repeat_itself_takes_a_pass_a_token(passes, params):
+    ids = gpt2.generate([5, 6, 7], params, N_HEAD, 50)
+    assert len(set(ids)) > 20
+    assert passes == [3] + [1] * 49
+
+
+def test_a_prompt_that_misleads_does_so_at_most_once_before_it_is_distrusted(passes, params):
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9] * 2  # the model goes on otherwise
+    assert gpt2.generate(prompt, params, N_HEAD, 46)[:9] != prompt[:9]
+    assert passes.count(16) <= 1
+
+
+def test_the_draft_is_what_followed_the_same_ids_the_last_time():
+    ids = [*range(20), *range(100, 130), *range(20)]
+    seen = {tuple(ids[i - 8 : i]): i for i in range(8, len(ids))}
+    assert gpt2.lookup(ids, seen, 8) == list(range(100, 115))
+    assert gpt2.lookup(ids, seen, 20) == list(range(100, 115))
+    assert gpt2.lookup(ids, seen, 21) == []
+    assert gpt2.lookup([*ids, 999], seen, 8) == []
+
+
+def test_a_draft_longer_than_what_followed_repeats_it():
+    ids = [1, 2, 3] * 4
+    assert gpt2.lookup(ids, {tuple(ids[-8:]): 9}, 8) == [1, 2, 3] * 5
+
+
+def test_a_draft_holds_up_to_its_first_wrong_id_which_the_model_puts_right():
+    logits = np.eye(6, dtype=np.float32)[[4, 2, 5, 1]]
+    assert gpt2.confirm(logits, [4, 2, 5]) == [4, 2, 5, 1]
+    assert gpt2.confirm(logits, [4, 3, 5]) == [4, 2]
+    assert gpt2.confirm(logits, [0, 2, 5]) == [4]
+
+
+def test_a_draft_ends_where_two_tokens_are_too_close_to_call():
+    logits = np.eye(6, dtype=np.float32)[[4, 2, 5, 1]]
+    logits[1, 0] = 0.9995
+    assert gpt2.confirm(logits, [4, 2, 5]) == [4]
+    logits[0, 0] = 0.9995
+    assert gpt2.confirm(logits, [4, 2, 5]) == []
+
+
+def test_where_tokens_are_always_too_close_one_token_passes_decide(passes):
+    twins = {**TAME, "wte": np.concat([TAME["wte"][:250], TAME["wte"][:250]])}
+    assert gpt2.generate([5, 6, 7], twins, N_HEAD, 60) == plainly([5, 6, 7], 60, twins)
+
+
+def test_samples_and_batches_look_nothing_up(passes):
+    gpt2.generate([5, 6, 7], TAME, N_HEAD, 40, temperature=1e-3, seed=0)
+    gpt2.generate([[5, 6, 7], [6, 7]], TAME, N_HEAD, 40)
+    assert set(passes) == {3, 2, 1}
+
+
+def test_a_stop_within_a_draft_that_came_true_ends_there():
+    ids = gpt2.generate([5, 6, 7], TAME, N_HEAD, 60)
+    assert gpt2.generate([5, 6, 7], TAME, N_HEAD, 60, stop=lambda ids: len(ids) == 37) == ids[:37]
+
+
 # generate: the sliding window
 
 
@@ -212,6 +311,10 @@ def slid(prompt, n, params):
 def test_past_the_end_the_newest_half_is_the_prompt(n_prompt, params, generate):
     prompt = prompts_of_lengths(n_prompt)[0]
     assert generate(prompt, 110, sliding_window=True) == slid(prompt, 110, params)
+
+
+def test_a_text_that_repeats_itself_slides_too():
+    assert gpt2.generate([5, 6, 7], TAME, N_HEAD, 200, sliding_window=True) == slid([5, 6, 7], 200, TAME)
 
 
 def test_rows_of_a_batch_slide_each_at_its_own_time(params, generate):
