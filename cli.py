@@ -272,8 +272,19 @@ def fire_arguments(argv, function=main):
     return command
 
 
+def take_avx512():
+    """Has NumPy's OpenBLAS use AVX-512 where Linux says the processor has it; call it before NumPy is imported.
+
+    On processors newer than itself OpenBLAS takes its AVX2 kernels, with half the speed for prompts.
+    """
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
+        if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(f.read(8192).split()):  # the first core's lines
+            os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
+
+
 def run(function=main):
     """Runs a function as a command with Python Fire, with the manners of a command."""
+    take_avx512()
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: at once, wherever we are, without a traceback
 
     import fire

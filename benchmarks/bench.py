@@ -63,6 +63,9 @@ def read_checkpoint(folder):
 
 def gpt2_py(folder):
     sys.path.insert(0, ROOT)
+    from cli import take_avx512
+
+    take_avx512()
     import numpy as np
 
     import utils
@@ -191,6 +194,10 @@ def llama_cpp_f16(folder):
 
 def limits(folder):
     """What the hardware allows: the bytes that a token must read, the bus's bytes per second and BLAS's."""
+    sys.path.insert(0, ROOT)
+    from cli import take_avx512
+
+    take_avx512()
     import numpy as np
 
     hparams, weights = read_checkpoint(folder)

@@ -285,3 +285,20 @@ def test_a_genuine_prompt_of_a_genuine_vocabulary_runs(tmp_path):
     write_tokenizer(tmp_path / "genuine", 50257)
     prompt = "Alan Turing theorized that computers would one day become"
     assert command(prompt, "--model_size", "genuine", "--models_dir", str(tmp_path)).returncode == 0
+
+
+@pytest.mark.parametrize("chosen", [None, "Haswell"])
+def test_numpy_multiplies_with_avx512_where_the_processor_has_it_unless_told_otherwise(chosen):
+    code = "import os, cli; cli.take_avx512(); print(os.environ.get('OPENBLAS_CORETYPE'))"
+    env = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
+    env |= {"OPENBLAS_CORETYPE": chosen} if chosen else {}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True)
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    has_avx512 = cpuinfo.exists() and all(f" avx512{part} " in cpuinfo.read_text() for part in ("f", "dq", "bw", "vl"))
+    assert done.stdout == f"{chosen or ('SkylakeX' if has_avx512 else None)}\n"
+
+
+def test_numpy_is_not_imported_before_that():
+    code = "import sys, gpt2, cli; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout == "False\n"
