@@ -275,7 +275,7 @@ def fire_arguments(argv, function=main):
 def take_avx512():
     """Has NumPy's OpenBLAS use AVX-512 where Linux says the processor has it; call it before NumPy is imported.
 
-    On processors newer than itself OpenBLAS takes its AVX2 kernels, with half the speed for prompts.
+    On processors that it does not know, OpenBLAS takes its AVX2 kernels: half the speed for prompts.
     """
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
         if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(f.read(8192).split()):  # the first core's lines

@@ -16,7 +16,7 @@ N_MATCH, N_DRAFT = 8, 15  # see lookup; a pass over 16 tokens takes about as lon
 def gelu(x):
     """Gaussian error linear unit, in the tanh approximation GPT-2 was trained with (https://arxiv.org/abs/1606.08415)."""
     xp, c = x.__array_namespace__(), math.sqrt(2 / math.pi)
-    # 0.5 * x * (1 + tanh(c * (x + 0.044715 * x**3))) multiplied out: half the time, as NumPy makes fewer large arrays
+    # 0.5 * x * (1 + tanh(c * (x + 0.044715 * x**3))), multiplied out: fewer large arrays, and NumPy's x**3 is slow
     return x * (0.5 + 0.5 * xp.tanh(x * (c + 0.044715 * c * x * x)))
 
 
@@ -221,28 +221,27 @@ def read_prompts(prompts, params, n_head, kv_cache):  # n_rows prompts -> [n_row
 
 
 def lookup(ids, seen, n_match):
-    """Guesses what follows ids: the N_DRAFT ids that followed when the last n_match occurred before; else [].
+    """Guesses what follows ids: the N_DRAFT ids that followed their last N_MATCH the last time, if n_match agree there.
 
     seen: for every run of N_MATCH ids, where what followed it last begins. (Prompt lookup decoding,
         https://github.com/apoorvumang/prompt-lookup-decoding)
     """
-    i = seen.get(tuple(ids[-N_MATCH:]), len(ids))
-    if ids[i - n_match : i] != ids[-n_match:]:
+    i = seen.get(tuple(ids[-N_MATCH:]))
+    if i is None or ids[max(i - n_match, 0) : i] != ids[-n_match:]:
         return []
     return (ids[i : i + N_DRAFT] * N_DRAFT)[:N_DRAFT]  # where fewer followed: those, over and over
 
 
-def confirm(logits, draft):  # [n_draft+1, n_vocab], [n_draft] -> [at most n_draft+1]
+def confirm(logits, draft=()):  # [n_draft+1, n_vocab], [n_draft] -> [at most n_draft+1]
     """The greedy ids of a pass over a token and its draft, for as long as the draft came true.
 
-    They end where two logits are so close that another order of additions, as in a pass over one token, could swap
-    them: that pass has to decide.
+    They end before two logits so close that the order of float32 additions, another in passes over one token, decides.
     """
     xp, ids = logits.__array_namespace__(), []
-    best = xp.max(logits, axis=-1, keepdims=True)  # [n_draft+1, 1]
-    n_best = xp.count_nonzero(logits > best - 1e-3, axis=-1)  # [n_draft+1]
+    margin = 1e-5 * xp.max(xp.abs(logits), axis=-1, keepdims=True)  # some ten times the rounding errors measured
+    n_best = xp.count_nonzero(logits >= xp.max(logits, axis=-1, keepdims=True) - margin, axis=-1)  # [n_draft+1]
     for next_id, n, drafted in zip(xp.argmax(logits, axis=-1).tolist(), n_best.tolist(), [*draft, None], strict=True):
-        if n > 1:
+        if n != 1:
             break
         ids.append(next_id)
         if next_id != drafted:
@@ -295,7 +294,7 @@ def generate_ids(
         check_room(longest, n_tokens_to_generate, n_ctx)
     seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(len(windows))]
     rngs = [default_rng(seed) for seed in seeds]
-    greedy = len(windows) == 1 and temperature == 0
+    looks_up = len(windows) == 1 and temperature == 0
 
     # allocated once, for as many positions as will be filled: [2, n_rows, n_head, n_positions, n_embd/n_head] a block
     wte, n_positions = params["wte"], min(longest + n_tokens_to_generate, n_ctx)
@@ -303,11 +302,10 @@ def generate_ids(
     kv_cache = [wte.__array_namespace__().zeros(shape, dtype=wte.dtype) for _ in params["blocks"]]
 
     def decode_loop():
-        n_past, n_pad, n_match = n_ctx, None, N_MATCH
+        n_past, n_pad, n_match, first_drafted = n_ctx, None, N_MATCH, n_ctx
         ready = []  # what has been decided but not yielded: lists with an id for each row
 
-        def step(draft):  # [n_draft] -> [n_rows, 1+n_draft, n_vocab]
-            ids = [[window[-1], *draft] for window in windows]  # [n_rows, 1+n_draft]
+        def step(ids, n_past):  # [n_rows, n_new] -> [n_rows, n_new, n_vocab]
             return gpt2(ids, **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past, n_pad=n_pad)
 
         def pick(logits):  # [n_rows, n_vocab] -> [n_rows]
@@ -317,17 +315,24 @@ def generate_ids(
             if not ready and n_past == n_ctx:  # at the start, and when a window is full
                 windows[:] = [ids if len(ids) <= n_ctx else ids[-max(n_ctx // 2, 1) :] for ids in windows]
                 logits, n_pad = read_prompts(windows, params, n_head, kv_cache)  # [n_rows, n_vocab], [n_rows]
-                n_past, ready = max(map(len, windows)), [pick(logits)]
-                seen = {tuple(windows[0][i - N_MATCH : i]): i for i in range(N_MATCH, len(windows[0]))}  # see lookup
+                n_past, first_drafted, ready = max(map(len, windows)), n_ctx, [pick(logits)]
+                seen = {tuple(windows[0][i - N_MATCH : i]): i for i in range(N_MATCH, len(windows[0]))}
             room = min(n_left, n_ctx - n_past) - 1
-            if not ready and greedy and room > 3:  # a pass over fewer does not pay
+            if not ready and looks_up and room > 3:  # a pass over fewer does not pay
                 draft = lookup(windows[0], seen, n_match)[:room]
                 if draft:
-                    ready = [[next_id] for next_id in confirm(step(draft)[0], draft)]
+                    ready = [[next_id] for next_id in confirm(step([windows[0][-1:] + draft], n_past)[0], draft)]
+                    first_drafted = min(first_drafted, n_past)
                     n_past += len(ready)  # what was written behind that is written anew
                     n_match = N_MATCH if len(ready) > len(draft) // 2 else 2 * n_match
             if not ready:
-                ready = [pick(step([])[:, -1])]
+                logits = step([window[-1:] for window in windows], n_past)[:, -1]  # [n_rows, n_vocab]
+                if first_drafted < n_past and not confirm(logits):
+                    # too close to call from what drafts wrote into the cache: write it anew, one token at a time
+                    for i in range(first_drafted, n_past + 1):
+                        logits = step([windows[0][i : i + 1]], i)[:, -1]
+                    first_drafted = n_ctx
+                ready = [pick(logits)]
                 n_past += 1
 
             seen[tuple(windows[0][-N_MATCH:])] = len(windows[0])
