@@ -312,19 +312,24 @@ def generate_ids(
             return [int(sample(row, rng, temperature, top_k, top_p)) for row, rng in zip(logits, rngs, strict=True)]
 
         for n_left in range(n_tokens_to_generate, 0, -1):  # auto-regressive
-            if not ready and n_past == n_ctx:  # at the start, and when a window is full
+            # read the prompts: at the start, and when a window is full
+            if not ready and n_past == n_ctx:
                 windows[:] = [ids if len(ids) <= n_ctx else ids[-max(n_ctx // 2, 1) :] for ids in windows]
                 logits, n_pad = read_prompts(windows, params, n_head, kv_cache)  # [n_rows, n_vocab], [n_rows]
                 n_past, first_drafted, ready = max(map(len, windows)), n_ctx, [pick(logits)]
                 seen = {tuple(windows[0][i - N_MATCH : i]): i for i in range(N_MATCH, len(windows[0]))}
+
+            # check a guess at the next tokens, all in one pass
             room = min(n_left, n_ctx - n_past) - 1
-            if not ready and looks_up and room > 3:  # a pass over fewer does not pay
+            if not ready and looks_up and room > 3:  # fewer would not pay
                 draft = lookup(windows[0], seen, n_match)[:room]
                 if draft:
                     ready = [[next_id] for next_id in confirm(step([windows[0][-1:] + draft], n_past)[0], draft)]
                     first_drafted = min(first_drafted, n_past)
                     n_past += len(ready)  # what was written behind that is written anew
                     n_match = N_MATCH if len(ready) > len(draft) // 2 else 2 * n_match
+
+            # or feed the newest token alone
             if not ready:
                 logits = step([window[-1:] for window in windows], n_past)[:, -1]  # [n_rows, n_vocab]
                 if first_drafted < n_past and not confirm(logits):
