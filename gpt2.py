@@ -238,7 +238,7 @@ def confirm(logits, draft=()):  # [n_draft+1, n_vocab], [n_draft] -> [at most n_
     They end before two logits so close that the order of float32 additions, another in passes over one token, decides.
     """
     xp, ids = logits.__array_namespace__(), []
-    margin = 1e-5 * xp.max(xp.abs(logits), axis=-1, keepdims=True)  # some ten times the rounding errors measured
+    margin = 4e-6 * xp.max(xp.abs(logits), axis=-1, keepdims=True)  # rounding errors of up to 2.4e-6 were seen
     n_best = xp.count_nonzero(logits >= xp.max(logits, axis=-1, keepdims=True) - margin, axis=-1)  # [n_draft+1]
     for next_id, n, drafted in zip(xp.argmax(logits, axis=-1).tolist(), n_best.tolist(), [*draft, None], strict=True):
         if n != 1:

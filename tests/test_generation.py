@@ -276,9 +276,9 @@ def test_a_draft_holds_up_to_its_first_wrong_id_which_the_model_puts_right():
 @pytest.mark.parametrize("scale", [0.1, 1, 1e6])
 def test_a_draft_ends_where_two_tokens_are_too_close_to_call(scale):
     logits = np.eye(6, dtype=np.float32)[[4, 2, 5, 1]]
-    logits[1, 0] = 0.999995
+    logits[1, 0] = 0.999999
     assert gpt2.confirm(scale * logits, [4, 2, 5]) == [4]
-    logits[0, 0] = 0.999995
+    logits[0, 0] = 0.999999
     assert gpt2.confirm(scale * logits, [4, 2, 5]) == []
 
 
