@@ -67,12 +67,13 @@ def attention(q, k, v, mask):  # [n_q, d_k], [n_k, d_k], [n_k, d_v], [n_q, n_k] 
     return softmax(scores) @ v
 
 
-def mha(x, c_attn, c_proj, n_head, kv_cache=None, pad_mask=None):  # [n_seq, n_embd] -> [n_seq, n_embd]
+def mha(x, c_attn, c_proj, n_head, kv_cache=None, pad_mask=None, only_last=False):  # [n_seq, n_embd] -> [n_seq, n_embd]
     """Multi-head causal self-attention, all heads in one product.
 
     kv_cache: [2, n_head, n_k, n_embd/n_head], the keys and values of the n_k tokens so far; those of x, the last n_seq
     of them, are written here. Without it the tokens of x attend to each other alone.
     pad_mask: [n_rows, 1, 1, n_k] for a batch, added to the scores to hide keys that are no tokens.
+    only_last: what the last position attends to, and no other: [n_seq, n_embd] -> [1, n_embd].
     """
     xp = x.__array_namespace__()
 
@@ -88,11 +89,13 @@ def mha(x, c_attn, c_proj, n_head, kv_cache=None, pad_mask=None):  # [n_seq, n_e
     if kv_cache is not None:
         kv_cache[0][..., -n_seq:, :], kv_cache[1][..., -n_seq:, :] = k, v
         k, v = kv_cache[0], kv_cache[1]  # 2 of [n_head, n_k, n_embd/n_head]
-    n_past = k.shape[-2] - n_seq
+    if only_last:
+        q = q[..., -1:, :]  # [n_head, 1, n_embd/n_head]
+    n_past = k.shape[-2] - q.shape[-2]
 
     # perform causal attention, a block of queries at a time: keys behind the block's last query are never touched
     out = []
-    for start in range(0, n_seq, QUERY_BLOCK):
+    for start in range(0, q.shape[-2], QUERY_BLOCK):
         q_block = q[..., start : start + QUERY_BLOCK, :]  # [n_head, n_q, n_embd/n_head]
         n_q, n_k = q_block.shape[-2], n_past + start + q_block.shape[-2]
         mask = 0 if pad_mask is None else pad_mask[..., :n_k]  # [n_rows, 1, 1, n_k]
@@ -109,10 +112,11 @@ def mha(x, c_attn, c_proj, n_head, kv_cache=None, pad_mask=None):  # [n_seq, n_e
     return linear(x, **c_proj)  # [n_seq, n_embd] -> [n_seq, n_embd]
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, **cache):  # [n_seq, n_embd] -> [n_seq, n_embd]
-    """One pre-norm decoder block; each sublayer is added to its own input (a residual connection). cache: see mha."""
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, only_last=False, **cache):  # [n_seq, n_embd] -> [n_seq, n_embd]
+    """One pre-norm decoder block; each sublayer is added to its own input (a residual connection). Options: see mha."""
     # multi-head causal self attention
-    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, **cache)  # [n_seq, n_embd] -> [n_seq, n_embd]
+    a = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, only_last=only_last, **cache)  # [n_seq, n_embd]
+    x = (x[..., -1:, :] if only_last else x) + a  # [n_seq, n_embd] -> [n_seq, n_embd]
 
     # position-wise feed forward network
     return x + ffn(layer_norm(x, **ln_2), **mlp)  # [n_seq, n_embd] -> [n_seq, n_embd]
@@ -126,7 +130,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_pad=
         filled. inputs are then the tokens from position n_past on, and their keys and values are written into it.
     n_pad: [n_rows], for a batch [n_rows, n_seq] with a kv_cache: how many of the first positions of each row are no
         tokens. So rows of different lengths end together.
-    only_last: project the last position alone to the vocabulary: [n_seq] -> [1, n_vocab].
+    only_last: the logits of the last position alone, which skips most of the last block: [n_seq] -> [1, n_vocab].
     Raises ValueError for more positions than wpe has.
     """
     xp = wte.__array_namespace__()
@@ -147,11 +151,10 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_pad=
     # forward pass through n_layer transformer blocks
     for i, block in enumerate(blocks):
         cache = {} if kv_cache is None else {"kv_cache": kv_cache[i][..., :n_seen, :], "pad_mask": pad_mask}
-        x = transformer_block(x, **block, n_head=n_head, **cache)  # [n_seq, n_embd] -> [n_seq, n_embd]
+        ends = only_last and i == len(blocks) - 1  # the blocks before the last need every position
+        x = transformer_block(x, **block, n_head=n_head, only_last=ends, **cache)  # [n_seq, n_embd] -> [n_seq, n_embd]
 
     # projection to vocab
-    if only_last:
-        x = x[..., -1:, :]  # [n_seq, n_embd] -> [1, n_embd]
     x = layer_norm(x, **ln_f)  # [n_seq, n_embd] -> [n_seq, n_embd]
     return matmul(x, wte.T)  # [n_seq, n_embd] -> [n_seq, n_vocab]
 

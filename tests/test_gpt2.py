@@ -170,11 +170,20 @@ def test_a_batch_is_its_sentences_one_by_one(params):
         close(logits[i], gpt2.gpt2(ids[i], **params, n_head=N_HEAD))
 
 
-def test_only_last_gives_the_last_row_of_logits(params):
-    ids = random_ids(20)
+@pytest.mark.parametrize("shape", [(1,), (20,), (2, 3, 20)])
+def test_only_last_gives_the_last_row_of_logits(shape, params):
+    ids = random_ids(*shape)
     last = gpt2.gpt2(ids, **params, n_head=N_HEAD, only_last=True)
-    assert last.shape == (1, HPARAMS["n_vocab"])
-    close(last, gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1:])
+    assert last.shape == (*shape[:-1], 1, HPARAMS["n_vocab"])
+    close(last, gpt2.gpt2(ids, **params, n_head=N_HEAD)[..., -1:, :])
+
+
+def test_only_last_fills_the_cache_for_every_position(params):
+    ids = random_ids(20)
+    caches = [[np.full((2, N_HEAD, 20, 16), np.nan, np.float32) for _ in params["blocks"]] for _ in range(2)]
+    for cache, only_last in zip(caches, (False, True), strict=True):
+        gpt2.gpt2(ids, **params, n_head=N_HEAD, kv_cache=cache, only_last=only_last)
+    np.testing.assert_allclose(*caches, rtol=1e-5, atol=1e-5)
 
 
 def test_generate_with_the_cache_is_the_plain_loop_without(params):
