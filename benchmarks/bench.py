@@ -52,7 +52,6 @@ FIGURES = {  # key of a sample: (title, unit, digits)
 
 def read_checkpoint(folder):
     """(hparams, every weight by its name in the checkpoint, less "model/")"""
-    sys.path.insert(0, ROOT)
     import numpy as np
 
     import utils
@@ -62,28 +61,27 @@ def read_checkpoint(folder):
 
 
 def gpt2_py(folder):
-    sys.path.insert(0, ROOT)
     from cli import take_avx512
 
     take_avx512()
     import numpy as np
 
     import utils
-    from gpt2 import gpt2
+    from gpt2 import gpt2, read_prompts
 
     hparams = utils.load_hparams(os.path.join(folder, utils.HPARAMS))
     params, n_head = utils.load_params(folder, hparams), hparams["n_head"]
 
     def generate(prompts, n_tokens):
-        ids, n_past = np.array(prompts), 0
-        ids = ids[0] if len(ids) == 1 else ids  # [n_prompt] or [n_batch, n_prompt]
-        shape = (2, *ids.shape[:-1], n_head, ids.shape[-1] + n_tokens, hparams["n_embd"] // n_head)
-        kv_cache = [np.empty(shape, np.float32) for _ in params["blocks"]]
-        for _ in range(n_tokens):
-            logits = gpt2(ids, **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past, only_last=True)
-            n_past += ids.shape[-1]
+        # as generate_ids does, without prompt lookup: what that gives depends on the text
+        n_prompt = len(prompts[0])
+        shape = (2, len(prompts), n_head, n_prompt + n_tokens, hparams["n_embd"] // n_head)
+        kv_cache = [np.zeros(shape, np.float32) for _ in params["blocks"]]
+        logits, _ = read_prompts(prompts, params, n_head, kv_cache)  # [n_rows, n_vocab]
+        for n_past in range(n_prompt, n_prompt + n_tokens):
             ids = logits.argmax(axis=-1)
-            yield ids.reshape(-1).tolist()
+            yield ids.tolist()
+            logits = gpt2(ids[:, None], **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past)[:, -1]
 
     return generate
 
@@ -194,7 +192,6 @@ def llama_cpp_f16(folder):
 
 def limits(folder):
     """What the hardware allows: the bytes that a token must read, the bus's bytes per second and BLAS's."""
-    sys.path.insert(0, ROOT)
     from cli import take_avx512
 
     take_avx512()
@@ -484,7 +481,14 @@ def plot(result, out):
     figure.savefig(os.path.join(out, "command.png"), dpi=150, bbox_inches="tight")
 
 
-def main(model_size="124M", models_dir=MODELS_DIR, out=HERE, runs=5, picogpt=None, fastgpt=None):
+def main(
+    model_size: str = "124M",
+    models_dir: str = MODELS_DIR,
+    out: str = HERE,
+    runs: int = 5,
+    picogpt: str | None = None,
+    fastgpt: str | None = None,
+):
     """Measures, prints a table and writes results.md, results.json, decode.png and command.png.
 
     Args:
@@ -495,10 +499,15 @@ def main(model_size="124M", models_dir=MODELS_DIR, out=HERE, runs=5, picogpt=Non
         picogpt: a clone of picoGPT
         fastgpt: a folder with fastGPT's program, gpt2, and its model.gguf, made from the same checkpoint
     """
-    folder = os.path.join(os.path.abspath(models_dir), str(model_size))
-    make_checkpoint(folder)
+    if type(runs) is not int or runs < 1:
+        sys.exit(f"bench.py: runs must be a whole number, 1 or more, not {runs!r}")
     paths = {"picoGPT": picogpt, "fastGPT": fastgpt}
     paths = {name: os.path.abspath(path) for name, path in paths.items() if path}
+    for path in paths.values():
+        if not os.path.isdir(path):
+            sys.exit(f"bench.py: there is no folder {path}")
+    folder = os.path.join(os.path.abspath(models_dir), model_size)
+    make_checkpoint(folder)
     notes, samples, machine = [], {}, {"processor": f"{processor()}, {os.cpu_count()} cores"}
     machine |= {"system": platform.platform(), "Python": platform.python_version()}
 
@@ -535,7 +544,7 @@ def main(model_size="124M", models_dir=MODELS_DIR, out=HERE, runs=5, picogpt=Non
             for key, value in values.items():
                 samples.setdefault(f"limit: {name}", {}).setdefault(key, []).append(value)
 
-    result = {"model_size": str(model_size), "runs": runs, "machine": machine, "notes": notes, "samples": samples}
+    result = {"model_size": model_size, "runs": runs, "machine": machine, "notes": notes, "samples": samples}
     os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, "results.json"), "w", encoding="utf-8") as f:
         json.dump(result, f, indent=1)
@@ -546,9 +555,12 @@ def main(model_size="124M", models_dir=MODELS_DIR, out=HERE, runs=5, picogpt=Non
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, ROOT)
     if sys.argv[1:2] == ["--worker"]:
         worker(*sys.argv[2:])
     else:
         import fire
 
-        fire.Fire(main)
+        from cli import fire_arguments
+
+        fire.Fire(main, command=fire_arguments(sys.argv[1:], main))

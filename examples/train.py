@@ -22,7 +22,7 @@ import optax
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from cli import MODELS_DIR
+from cli import MODELS_DIR, fire_arguments
 from encoder import bytes_to_unicode, get_encoder
 from gpt2 import gpt2
 from utils import load_encoder_hparams_and_params, random_params, save_checkpoint
@@ -156,24 +156,23 @@ def plot(path, history):
 
 
 def main(
-    text_file,
-    *rest,
-    name,
-    models_dir=MODELS_DIR,
-    n_vocab=1024,
-    n_ctx=256,
-    n_embd=160,
-    n_head=5,
-    n_layer=4,
-    n_steps=8000,
-    batch_size=8,
-    learning_rate=2e-3,
-    weight_decay=0.1,
-    dropout=0.15,
-    evaluate_every=500,
-    seed=0,
-    resume=False,
-    **unknown,
+    text_file: str,
+    *,
+    name: str,
+    models_dir: str = MODELS_DIR,
+    n_vocab: int = 1024,
+    n_ctx: int = 256,
+    n_embd: int = 160,
+    n_head: int = 5,
+    n_layer: int = 4,
+    n_steps: int = 8000,
+    batch_size: int = 8,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 0.1,
+    dropout: float = 0.15,
+    evaluate_every: int = 500,
+    seed: int = 0,
+    resume: bool = False,
 ):
     """Trains a GPT-2 from scratch on a text file.
 
@@ -195,9 +194,6 @@ def main(
         seed: of the first weights and of the order of the text
         resume: go on from the last evaluation of a run with the same arguments
     """
-    if rest or unknown:
-        sys.exit(f"train.py: unknown argument {[*rest, *unknown][0]} (see --help)")
-    name = str(name)  # Fire makes 1984 a number
     if not re.fullmatch(r"\w[\w.-]*", name):
         sys.exit(f"train.py: {name!r} is no model name: use letters, digits, dots and dashes")
     hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
@@ -281,6 +277,6 @@ if __name__ == "__main__":
     import fire
 
     try:
-        fire.Fire(main)
+        fire.Fire(main, command=fire_arguments(sys.argv[1:], main))
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; the same command with --resume goes on from the last evaluation")

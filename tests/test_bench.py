@@ -67,6 +67,25 @@ def test_draws_a_plot(bench, name):
     assert (bench[1] / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("arg", "said"),
+    [
+        ("--rnus=2", "unknown flag --rnus=2"),
+        ("--runs=0", "runs must be"),
+        ("--runs=many", "runs must be"),
+        ("--picogpt=/nowhere", "no folder"),
+        ("tiny", "more than one model_size"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_before_anything_is_measured(arg, said, tmp_path):
+    command = [sys.executable, "benchmarks/bench.py", "--model_size=tiny", f"--models_dir={tmp_path}", arg]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"bench\.py: .*\n", done.stderr)
+    assert said in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_model_that_is_neither_there_nor_a_known_size_ends_with_one_line(tmp_path):
     command = [sys.executable, "benchmarks/bench.py", "--model_size=nosuch", f"--models_dir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

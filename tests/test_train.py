@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -235,7 +236,6 @@ def message(*args, **settings):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"step": 5}, "unknown argument step"),
         ({"name": "../small"}, "no model name"),
         ({"n_vocab": 256}, "n_vocab must be 257 or more"),
         ({"n_head": 3}, "n_embd divisible by n_head"),
@@ -253,11 +253,19 @@ def test_mistakes_are_told_in_one_line(change, said, tmp_path):
     assert said in message(TEXT_FILE, **{"name": "new", "models_dir": tmp_path, **SETTINGS, **change})
 
 
-def test_a_missing_text_is_told_by_the_command_in_one_line(tmp_path):
-    done = run("examples/train.py", "no.txt", "--name", "new", "--models_dir", tmp_path)
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["no.txt"], "no.txt cannot be read"),
+        ([TEXT_FILE, "--step=5"], "unknown flag --step=5"),
+        ([TEXT_FILE, TEXT_FILE], "more than one text_file"),
+        ([TEXT_FILE, "--n_steps", "many"], "n_steps must be a positive number"),
+    ],
+)
+def test_mistakes_of_the_command_are_told_in_one_line(args, said, tmp_path):
+    done = run("examples/train.py", *args, "--name", "1984", "--models_dir", tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("train.py: no.txt cannot be read")
-    assert done.stderr.count("\n") == 1
+    assert re.fullmatch(rf"train\.py: {re.escape(said)}.*\n", done.stderr)
     assert not any(tmp_path.iterdir())
 
 
