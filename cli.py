@@ -254,7 +254,7 @@ def fire_arguments(argv, function=main):
         # one letter is short for the one option that begins with it
         names = [option for option in options if name.replace("-", "_") in (option, option[0])]
         if len(names) != 1:
-            hint = f"a prompt that begins so is given as --{text}={arg!r}"
+            hint = f"a value that begins so is given as --{text}={arg!r}"
             fail(f"unknown flag {arg} (see --help); {hint}")
         kind = options[names[0]].annotation
         if not equals:

@@ -1,8 +1,8 @@
 """GPT-2 inference in plain NumPy: the model and the generation loop (the command line is in cli.py).
 
-The shapes at the end of a line leave out leading batch axes, which every function takes: [..., n_seq, n_embd] as well.
-Each array brings its own namespace (the Python array API standard), so the same lines run on NumPy, on CuPy and on JAX
-(under jit, grad and vmap); that is why no array library is imported here.
+The shapes at the end of a line leave out leading batch axes, which the model's functions take, too.
+Each array brings its own library, so the same lines run on NumPy, on CuPy and on JAX (under jit, grad and vmap); that
+is why none is imported here.
 """
 
 import math
@@ -13,16 +13,23 @@ QUERY_BLOCK = 64  # rows of queries that attend together: their scores fit the p
 N_MATCH, N_DRAFT = 8, 15  # see lookup; a pass over 16 tokens takes about as long as three over one
 
 
+def namespace(x):
+    """The library that an array belongs to, as the Python array API standard has it."""
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()
+    return sys.modules[type(x).__module__]  # CuPy 14 does not follow the standard in this
+
+
 def gelu(x):
     """Gaussian error linear unit, in the tanh approximation GPT-2 was trained with (https://arxiv.org/abs/1606.08415)."""
-    xp, c = x.__array_namespace__(), math.sqrt(2 / math.pi)
+    xp, c = namespace(x), math.sqrt(2 / math.pi)
     # 0.5 * x * (1 + tanh(c * (x + 0.044715 * x**3))), multiplied out: fewer large arrays, and NumPy's x**3 is slow
     return x * (0.5 + 0.5 * xp.tanh(x * (c + 0.044715 * c * x * x)))
 
 
 def softmax(x):
     """Turns real numbers into probabilities that sum to 1 over the last axis."""
-    xp = x.__array_namespace__()
+    xp = namespace(x)
     x = xp.exp(x - xp.max(x, axis=-1, keepdims=True))  # the largest becomes exp(0): nothing overflows
     x /= xp.sum(x, axis=-1, keepdims=True)  # in place, as in other lines below: large temporaries cost time
     return x
@@ -30,9 +37,9 @@ def softmax(x):
 
 def layer_norm(x, g, b, eps: float = 1e-5):
     """Normalizes the last axis to mean 0 and variance 1, then scales by g and shifts by b (https://arxiv.org/abs/1607.06450)."""
-    xp = x.__array_namespace__()
+    xp = namespace(x)
     x = x - xp.mean(x, axis=-1, keepdims=True)
-    variance = xp.vecdot(x, x)[..., None] / x.shape[-1]  # the mean of x * x, without that array
+    variance = (x[..., None, :] @ x[..., None])[..., 0] / x.shape[-1]  # the mean of x * x, without that array
     x /= xp.sqrt(variance + eps)
     x *= g
     x += b
@@ -62,7 +69,7 @@ def ffn(x, c_fc, c_proj):  # [n_seq, n_embd] -> [n_seq, n_embd]
 
 def attention(q, k, v, mask):  # [n_q, d_k], [n_k, d_k], [n_k, d_v], [n_q, n_k] -> [n_q, d_v]
     """Scaled dot-product attention (https://arxiv.org/abs/1706.03762, equation 1); mask is added to the scores."""
-    scores = q / math.sqrt(q.shape[-1]) @ k.mT
+    scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # q is scaled, since it is smaller than the scores
     scores += mask
     return softmax(scores) @ v
 
@@ -73,9 +80,9 @@ def mha(x, c_attn, c_proj, n_head, kv_cache=None, pad_mask=None, only_last=False
     kv_cache: [2, n_head, n_k, n_embd/n_head], the keys and values of the n_k tokens so far; those of x, the last n_seq
     of them, are written here. Without it the tokens of x attend to each other alone.
     pad_mask: [n_rows, 1, 1, n_k] for a batch, added to the scores to hide keys that are no tokens.
-    only_last: what the last position attends to, and no other: [n_seq, n_embd] -> [1, n_embd].
+    only_last: the output of the last position alone, [n_seq, n_embd] -> [1, n_embd], with the keys and values of all.
     """
-    xp = x.__array_namespace__()
+    xp = namespace(x)
 
     # qkv projection
     x = linear(x, **c_attn)  # [n_seq, n_embd] -> [n_seq, 3*n_embd]
@@ -90,7 +97,7 @@ def mha(x, c_attn, c_proj, n_head, kv_cache=None, pad_mask=None, only_last=False
         kv_cache[0][..., -n_seq:, :], kv_cache[1][..., -n_seq:, :] = k, v
         k, v = kv_cache[0], kv_cache[1]  # 2 of [n_head, n_k, n_embd/n_head]
     if only_last:
-        q = q[..., -1:, :]  # [n_head, 1, n_embd/n_head]
+        q = q[..., -1:, :]  # [n_head, 1, n_embd/n_head], and 1 for n_seq from here on
     n_past = k.shape[-2] - q.shape[-2]
 
     # perform causal attention, a block of queries at a time: keys behind the block's last query are never touched
@@ -126,18 +133,19 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_pad=
     """The logits of the next token at every position: [n_seq] -> [n_seq, n_vocab].
 
     inputs: token ids, a list or an array of the same library as the weights.
-    kv_cache: for every block an array [2, ..., n_head, n_ctx, n_embd/n_head], of which the first n_past positions are
-        filled. inputs are then the tokens from position n_past on, and their keys and values are written into it.
-    n_pad: [n_rows], for a batch [n_rows, n_seq] with a kv_cache: how many of the first positions of each row are no
-        tokens. So rows of different lengths end together.
+    kv_cache: for every block an array [2, ..., n_head, n_positions, n_embd/n_head], of which the first n_past positions
+        are filled. inputs are then the tokens from position n_past on; their keys and values are written behind those.
+    n_pad: [n_rows], for a batch [n_rows, n_seq]: how many of the first positions of each row are no tokens. So rows of
+        different lengths end together.
     only_last: the logits of the last position alone, which skips most of the last block: [n_seq] -> [1, n_vocab].
-    Raises ValueError for more positions than wpe has.
+    Raises ValueError for more positions than wpe or the cache has.
     """
-    xp = wte.__array_namespace__()
+    xp = namespace(wte)
     inputs = xp.asarray(inputs)
     n_seen = n_past + inputs.shape[-1]
-    if n_seen > len(wpe):
-        raise ValueError(f"{n_seen} tokens do not fit the model's context of {len(wpe)}")
+    n_ctx = min([len(wpe), *(cache.shape[-2] for cache in kv_cache or [])])
+    if n_seen > n_ctx:
+        raise ValueError(f"{n_seen} tokens do not fit the context of {n_ctx}")
 
     # a row's own positions begin behind its padding, which no query may see
     positions, pad_mask = xp.arange(n_past, n_seen), None  # [n_seq]
@@ -150,11 +158,13 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_pad=
 
     # forward pass through n_layer transformer blocks
     for i, block in enumerate(blocks):
-        cache = {} if kv_cache is None else {"kv_cache": kv_cache[i][..., :n_seen, :], "pad_mask": pad_mask}
-        ends = only_last and i == len(blocks) - 1  # the blocks before the last need every position
-        x = transformer_block(x, **block, n_head=n_head, only_last=ends, **cache)  # [n_seq, n_embd] -> [n_seq, n_embd]
+        options = {"kv_cache": None if kv_cache is None else kv_cache[i][..., :n_seen, :], "pad_mask": pad_mask}
+        options["only_last"] = only_last and i == len(blocks) - 1  # the blocks before the last need every position
+        x = transformer_block(x, **block, n_head=n_head, **options)  # [n_seq, n_embd] -> [n_seq, n_embd]
 
     # projection to vocab
+    if only_last:
+        x = x[..., -1:, :]  # [1, n_embd], if there was no block
     x = layer_norm(x, **ln_f)  # [n_seq, n_embd] -> [n_seq, n_embd]
     return matmul(x, wte.T)  # [n_seq, n_embd] -> [n_seq, n_vocab]
 
@@ -166,7 +176,7 @@ def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab]
     these, top_p keeps the smallest set whose probabilities reach p (nucleus sampling, https://arxiv.org/abs/1904.09751).
     Tokens exactly as likely as the last one kept stay, too.
     """
-    xp = logits.__array_namespace__()
+    xp = namespace(logits)
     if temperature == 0:
         return xp.argmax(logits, axis=-1)  # greedy sampling
     logits = (logits - xp.max(logits, axis=-1, keepdims=True)) / temperature
@@ -210,7 +220,7 @@ def read_prompts(prompts, params, n_head, kv_cache):  # n_rows prompts -> [n_row
 
     Returns the logits after each prompt, and n_pad for the steps to come (None where they are of one length).
     """
-    xp, longest, logits = kv_cache[0].__array_namespace__(), max(map(len, prompts)), []
+    xp, longest, logits = namespace(kv_cache[0]), max(map(len, prompts)), []
     for row, prompt in enumerate(prompts):
         if row and prompt == prompts[row - 1]:  # samples of one prompt share its pass
             for cache in kv_cache:
@@ -224,10 +234,10 @@ def read_prompts(prompts, params, n_head, kv_cache):  # n_rows prompts -> [n_row
 
 
 def lookup(ids, seen, n_match):
-    """Guesses what follows ids: the N_DRAFT ids that followed their last N_MATCH the last time, if n_match agree there.
+    """Guesses what follows ids: the N_DRAFT ids behind the last place where their newest N_MATCH stood before.
 
-    seen: for every run of N_MATCH ids, where what followed it last begins. (Prompt lookup decoding,
-        https://github.com/apoorvumang/prompt-lookup-decoding)
+    seen: {N_MATCH ids: the index behind their last occurrence}. Returns [] unless the newest n_match ids agree there.
+    (Prompt lookup decoding, https://github.com/apoorvumang/prompt-lookup-decoding)
     """
     i = seen.get(tuple(ids[-N_MATCH:]))
     if i is None or ids[max(i - n_match, 0) : i] != ids[-n_match:]:
@@ -238,9 +248,9 @@ def lookup(ids, seen, n_match):
 def confirm(logits, draft=()):  # [n_draft+1, n_vocab], [n_draft] -> [at most n_draft+1]
     """The greedy ids of a pass over a token and its draft, for as long as the draft came true.
 
-    They end before two logits so close that the order of float32 additions, another in passes over one token, decides.
+    They end before two logits so close that rounding decides: a pass over one token adds in another order.
     """
-    xp, ids = logits.__array_namespace__(), []
+    xp, ids = namespace(logits), []
     margin = 4e-6 * xp.max(xp.abs(logits), axis=-1, keepdims=True)  # rounding errors of up to 2.4e-6 were seen
     n_best = xp.count_nonzero(logits >= xp.max(logits, axis=-1, keepdims=True) - margin, axis=-1)  # [n_draft+1]
     for next_id, n, drafted in zip(xp.argmax(logits, axis=-1).tolist(), n_best.tolist(), [*draft, None], strict=True):
@@ -284,7 +294,7 @@ def generate_ids(
     prompt's greedy text repeats itself, one step checks N_DRAFT tokens that are likely to come; the ids are the same.
     Raises ValueError, before any work, for options out of range, an empty prompt, or one that leaves too little room.
     """
-    from numpy.random import default_rng
+    from numpy.random import default_rng  # for the draws of sample alone
 
     check_options(n_tokens_to_generate, temperature, top_k, top_p)
     prompts = inputs if is_batch(inputs) else [inputs]
@@ -302,10 +312,10 @@ def generate_ids(
     # allocated once, for as many positions as will be filled: [2, n_rows, n_head, n_positions, n_embd/n_head] a block
     wte, n_positions = params["wte"], min(longest + n_tokens_to_generate, n_ctx)
     shape = (2, len(windows), n_head, n_positions, wte.shape[-1] // n_head)
-    kv_cache = [wte.__array_namespace__().zeros(shape, dtype=wte.dtype) for _ in params["blocks"]]
+    kv_cache = [namespace(wte).zeros(shape, dtype=wte.dtype) for _ in params["blocks"]]
 
     def decode_loop():
-        n_past, n_pad, n_match, first_drafted = n_ctx, None, N_MATCH, n_ctx
+        n_past, n_pad, n_match, first_drafted = n_ctx, None, N_MATCH, n_ctx  # as if full: step one reads the prompts
         ready = []  # what has been decided but not yielded: lists with an id for each row
 
         def step(ids, n_past):  # [n_rows, n_new] -> [n_rows, n_new, n_vocab]

@@ -25,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from cli import MODELS_DIR, fire_arguments
 from encoder import bytes_to_unicode, get_encoder
 from gpt2 import gpt2
-from utils import load_encoder_hparams_and_params, random_params, save_checkpoint
+from utils import MODEL_SIZES, random_params, save_checkpoint
 
 
 def train_tokenizer(text, n_vocab, model_dir):
@@ -194,8 +194,10 @@ def main(
         seed: of the first weights and of the order of the text
         resume: go on from the last evaluation of a run with the same arguments
     """
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        sys.exit(f"train.py: {name!r} is no model name: use letters, digits, dots and dashes")
+    if not re.fullmatch(r"\w([\w.-]*[\w-])?", name) or name in MODEL_SIZES:
+        sys.exit(
+            f"train.py: {name!r} is no name for a new model: use letters, digits, dots and dashes, no dot at the end"
+        )
     hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
     settings = {**hparams, "n_steps": n_steps, "batch_size": batch_size, "learning_rate": learning_rate}
     settings |= {"weight_decay": weight_decay, "dropout": dropout, "evaluate_every": evaluate_every, "seed": seed}
@@ -220,7 +222,9 @@ def main(
     # the tokenizer, learned from the first part alone
     if not resume:
         if os.path.exists(model_dir):
-            sys.exit(f"train.py: {model_dir} exists: choose another name, delete it, or go on with it by --resume")
+            sys.exit(
+                f"train.py: {model_dir} exists: choose another name, delete it, or, if it has a state.npz, --resume"
+            )
         os.makedirs(model_dir)
         train_tokenizer(train_text, n_vocab, model_dir)
     try:
@@ -270,8 +274,6 @@ def main(
         plot(plot_path, history)
         save_state(state_path, settings, step, history, (params, optimizer_state))
 
-    load_encoder_hparams_and_params(name, models_dir)  # TensorFlow verifies the model: later starts need it no more
-
 
 if __name__ == "__main__":
     import fire
@@ -279,4 +281,4 @@ if __name__ == "__main__":
     try:
         fire.Fire(main, command=fire_arguments(sys.argv[1:], main))
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; the same command with --resume goes on from the last evaluation")
+        sys.exit("train.py: stopped; the same command with --resume goes on from the last evaluation, if there was one")

@@ -147,6 +147,14 @@ def test_logits_of_a_padded_row_are_those_of_the_row_alone(params):
         np.testing.assert_allclose(logits[row, 0], gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1], rtol=1e-4, atol=2e-4)
 
 
+def test_padding_needs_no_cache(params):
+    short, long = prompts_of_lengths(5, 9)
+    logits = gpt2.gpt2([[0, 0, 0, 0, *short], long], **params, n_head=N_HEAD, n_pad=np.array([4, 0]))
+    for row, ids in enumerate([short, long]):
+        alone = gpt2.gpt2(ids, **params, n_head=N_HEAD)
+        np.testing.assert_allclose(logits[row, -len(ids) :], alone, rtol=1e-4, atol=2e-4)
+
+
 def test_equal_prompts_are_read_once(generate, monkeypatch):
     passes, forward = [], gpt2.gpt2
     monkeypatch.setattr(

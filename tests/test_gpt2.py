@@ -1,6 +1,8 @@
 """The model: its layers against the tutorial and PyTorch, the whole against Hugging Face, JAX and itself."""
 
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +180,11 @@ def test_only_last_gives_the_last_row_of_logits(shape, params):
     close(last, gpt2.gpt2(ids, **params, n_head=N_HEAD)[..., -1:, :])
 
 
+def test_only_last_holds_without_any_block(params):
+    logits = gpt2.gpt2([1, 2, 3], **{**params, "blocks": []}, n_head=N_HEAD)
+    close(gpt2.gpt2([1, 2, 3], **{**params, "blocks": []}, n_head=N_HEAD, only_last=True), logits[-1:])
+
+
 def test_only_last_fills_the_cache_for_every_position(params):
     ids = random_ids(20)
     caches = [[np.full((2, N_HEAD, 20, 16), np.nan, np.float32) for _ in params["blocks"]] for _ in range(2)]
@@ -231,8 +238,14 @@ def test_nothing_is_computed_in_float64(params):
 
 
 def test_more_tokens_than_the_context_is_an_error(params):
-    with pytest.raises(ValueError, match="65 tokens do not fit the model's context of 64"):
+    with pytest.raises(ValueError, match="65 tokens do not fit the context of 64"):
         gpt2.gpt2(random_ids(65), **params, n_head=N_HEAD)
+
+
+def test_more_tokens_than_the_cache_holds_is_an_error(params):
+    cache = [np.zeros((2, N_HEAD, 10, 16), np.float32) for _ in params["blocks"]]
+    with pytest.raises(ValueError, match="11 tokens do not fit the context of 10"):
+        gpt2.gpt2(random_ids(3), **params, n_head=N_HEAD, kv_cache=cache, n_past=8)
 
 
 def test_generate_fills_the_context_exactly_and_no_further(params):
@@ -246,7 +259,15 @@ def test_generating_from_no_token_at_all_is_an_error(params):
         gpt2.generate([], params, N_HEAD, 5)
 
 
-# JAX
+# Other array libraries
+
+
+def test_an_array_that_does_not_name_its_library_belongs_to_the_one_that_defines_it(monkeypatch):
+    cupy = types.ModuleType("cupy")
+    cupy.ndarray = type("ndarray", (), {"__module__": "cupy"})  # as CuPy 14 has it
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    assert gpt2.namespace(cupy.ndarray()) is cupy
+    assert gpt2.namespace(np.zeros(1)) is np
 
 
 @pytest.fixture(scope="module")

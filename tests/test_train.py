@@ -110,7 +110,6 @@ def test_the_model_kept_is_the_one_with_the_lowest_held_out_loss(tmp_path, monke
     monkeypatch.setattr(train, "save_checkpoint", lambda model_dir, hparams, params: kept.append(params["ln_f"]["g"]))
     seen = []
     monkeypatch.setattr(train, "save_state", lambda path, settings, step, history, arrays: seen.append(arrays[0]))
-    monkeypatch.setattr(train, "load_encoder_hparams_and_params", lambda *args: None)
     train.main(TEXT_FILE, name="small", models_dir=tmp_path, **{**SETTINGS, "n_steps": 3, "evaluate_every": 1})
     assert [np.array_equal(g, kept[-1]) for g in (params["ln_f"]["g"] for params in seen)] == [False, True, False]
 
@@ -236,7 +235,9 @@ def message(*args, **settings):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"name": "../small"}, "no model name"),
+        ({"name": "../small"}, "no name for a new model"),
+        ({"name": "small."}, "no name for a new model"),
+        ({"name": "124M"}, "no name for a new model"),
         ({"n_vocab": 256}, "n_vocab must be 257 or more"),
         ({"n_head": 3}, "n_embd divisible by n_head"),
         ({"n_ctx": 1}, "n_ctx 2 or more"),
