@@ -1,4 +1,7 @@
-"""The command line of gpt2.py: what was typed -> prompts -> text on stdout, everything else on stderr."""
+"""The manners of a command: flags, prompts, stop texts, errors, signals, and text as it is made.
+
+Text goes to stdout, everything else to stderr; a user's mistake is one line there and a status that is not 0.
+"""
 
 import ast
 import codecs
@@ -12,107 +15,197 @@ import re
 import signal
 import sys
 
-from gpt2 import check_options, check_room, generate, generate_ids
-
-MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
-BATCH = 8  # prompts of a file that are continued at a time
+CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a character in UTF-8
 
 
-def main(
-    prompt: str | None = None,
-    n_tokens_to_generate: int = 40,
-    model_size: str = "124M",
-    models_dir: str = MODELS_DIR,
-    temperature: float = 0,
-    top_k: int = 0,
-    top_p: float = 1,
-    seed: int | None = None,
-    n_samples: int = 1,
-    stop: str | None = None,
-    prompts_file: str | None = None,
-    stream: bool = False,
-    interactive: bool = False,
-    sliding_window: bool = False,
-):
-    """Continues a prompt with GPT-2.
+def fail(message):
+    """Ends with one line on stderr and status 1."""
+    sys.exit(f"{os.path.basename(sys.argv[0])}: {message}")
 
-    Args:
-        prompt: the text to continue; "" generates from nothing, - reads standard input, as does no prompt in a pipe
-        n_tokens_to_generate: how many tokens to append
-        model_size: 124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint
-        models_dir: the folder that holds the models
-        temperature: 0 always takes the likeliest token; 1 draws from the model's probabilities; more is more random
-        top_k: with a temperature, draw from the k likeliest tokens only (0: from all)
-        top_p: with a temperature, draw from the smallest set of likeliest tokens whose probabilities reach p
-        seed: with a temperature, makes the draws repeatable
-        n_samples: with a temperature, how many continuations to draw at once
-        stop: end before this text appears; several are given as a list, '["User:", "Bot:"]'
-        prompts_file: continue every line of this file (-: of standard input); prints a JSON object a line
-        stream: print the text as it is made
-        interactive: ask for prompt after prompt; Ctrl-C stops a text, Ctrl-D leaves
-        sliding_window: past the end of the model's context, go on with the newest half of it as the prompt
+
+@contextlib.contextmanager
+def mistakes(kind, where=""):
+    """Turns errors of one kind, which are the user's, into one line on stderr and status 1."""
+    try:
+        yield
+    except kind as error:
+        fail(f"{where}{one_line(error)}")
+
+
+def one_line(error):
+    return "not valid Unicode text" if isinstance(error, UnicodeError) else " ".join(str(error).split())
+
+
+# flags
+
+
+def run(function, stopped=""):
+    """Runs a function as a command with Python Fire, its parameters as flags, with the manners of a command.
+
+    stopped: what Ctrl-C says before it ends the program.
     """
-    from utils import ModelError, load_encoder_hparams_and_params
 
-    # what is wrong without looking at a model
-    with mistakes(ValueError):
-        check_options(n_tokens_to_generate, temperature, top_k, top_p)
-    if seed is not None and (type(seed) is not int or seed < 0):
-        fail(f"seed must be a whole number, 0 or more, not {seed!r}")
-    if type(n_samples) is not int or not 1 <= n_samples <= 1000:
-        fail(f"n_samples must be a whole number from 1 to 1000, not {n_samples!r}")
+    def stop(*_):  # at once, wherever we are, without a traceback
+        os.write(2, f"\n{stopped}\n".encode() if stopped else b"")
+        os._exit(130)
+
+    take_avx512()
+    signal.signal(signal.SIGINT, stop)
+
+    import fire
+
+    for name in ("stdin", "stdout", "stderr"):  # None where the shell has closed it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    try:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
+        name, command = os.path.basename(sys.argv[0]), arguments(sys.argv[1:], function)
+        if command is None:
+            print(fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, name)))
+        else:
+            texts = {option.name: str for option in inspect.signature(function).parameters.values() if is_text(option)}
+            keep_text = fire.decorators.SetParseFns(**texts)  # to Fire, 1984 and [1, 2] are Python
+            fire.Fire(keep_text(function), command=command, name=name)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would complain
+        if error.errno == errno.ENOSPC:
+            fail("no space left for the output")
+        sys.exit(1)
+
+
+def is_text(option):
+    return option.annotation in (str, str | None)
+
+
+def arguments(argv, function):
+    """The command line as Fire must see it; None for --help. Ends with one line for what it would misread or see too late.
+
+    Fire gives the flag of a bool the next word as its value, words without a flag to any parameter in turn, and
+    complains of what is left over when function has run.
+    """
+    options = inspect.signature(function).parameters
+    first, *_ = options.values()  # takes the words that have no flag
+    command, words, rest = [], [], iter(argv)
+    for word in rest:
+        if not re.match("--|-[a-zA-Z]", word):
+            words.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        if name in ("help", "h"):
+            return None
+        names = [option for option in options if name in (option, option[0])]  # one letter is short for the only one
+        if len(names) != 1:
+            import difflib
+
+            near = difflib.get_close_matches(name, options, 1)
+            hint = f"did you mean --{near[0]}?" if near else f"text that begins so is given as --{first.name}={word!r}"
+            fail(f"unknown flag {word} (see --help); {hint}")
+        option = options[names[0]]
+        if not equals:
+            value = "True" if option.annotation is bool else next(rest, None)
+        if value is None or (not equals and not is_text(option) and value.startswith("--")):
+            fail(f"{flag} needs a value")
+        if option.annotation is bool and value not in ("True", "False"):
+            fail(f"--{option.name} must be True or False, not {value!r}")
+        if option is first:
+            words.append(value)
+        elif any(given.startswith(f"--{option.name}=") for given in command):
+            fail(f"--{option.name} is given twice")
+        else:
+            command.append(f"--{option.name}={value}")
+    if first.kind is inspect.Parameter.VAR_POSITIONAL:
+        words = [repr(word) for word in words]
+    elif len(words) > 1:
+        fail(f"more than one {first.name}: put quotes around a {first.name} of several words")
+    else:
+        words = [f"--{first.name}={word}" for word in words]
+        needed = [f"--{option.name}=" for option in options.values() if option.default is option.empty]
+        for flag in needed:
+            if not any(given.startswith(flag) for given in words + command):
+                fail(f"{flag[:-1]} is needed (see --help)")
+    return [*words, *command, "--", "--separator=\0"]  # Fire's own is "-"
+
+
+def take_avx512():
+    """Has NumPy's OpenBLAS use AVX-512 where Linux says the processor has it; call it before NumPy is imported.
+
+    On processors that it does not know, OpenBLAS takes its AVX2 kernels: half the speed for prompts.
+    """
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
+        if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(f.read(8192).split()):  # the first core's lines
+            os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
+
+
+# prompts and stop texts
+
+
+def check_flags(prompt, interactive, prompts_file, stream, n_samples, temperature, **draws):
+    """Ends with one line for flags that contradict each other, or would do nothing. draws: those of drawing at random."""
     modes = {"interactive": interactive, "prompts_file": prompts_file, "stream": stream, "n_samples": n_samples > 1}
     modes = [mode for mode, wanted in modes.items() if wanted and not (mode == "stream" and interactive)]
     if len(modes) > 1:
         fail(f"--{modes[0]} and --{modes[1]} do not go together")
     if prompt is not None and (interactive or prompts_file):
         fail(f"--{modes[0]} brings its own prompts, so {prompt!r} is one too many")
+    idle = [name for name, unset in {"top_k": 0, "top_p": 1, "seed": None}.items() if draws[name] != unset]
+    idle += ["n_samples"] * (n_samples > 1)
+    if temperature == 0 and idle:
+        fail(f"--{idle[0]} does nothing at a temperature of 0, which always takes the likeliest token: add --temperature 1")
+
+
+def open_prompts(prompt, interactive, prompts_file):
+    """The prompt: as it was typed, or from standard input for -, or for none in a pipe; or the lines of prompts_file."""
     if prompts_file:
-        lines = read_lines(prompts_file)
-    elif not interactive:
-        prompt = read_prompt(prompt)
-    stop = stop_texts(stop)
-
-    # load encoder, hparams, and params from the released open-ai gpt-2 files
-    with mistakes(ModelError):
-        encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-
-    def encode(prompt, where=""):
-        # encode the input string using the BPE tokenizer
-        try:
-            ids = encoder.encode(prompt) if prompt else [encoder.encoder["<|endoftext|>"]]
-        except UnicodeEncodeError:
-            fail(f"{where}the prompt is not valid Unicode text")
-        # make sure we are not surpassing the max sequence length of our model
-        with mistakes(ValueError, where):
-            if not sliding_window:
-                check_room(len(ids), n_tokens_to_generate, hparams["n_ctx"])
-        return ids
-
-    def decode(ids):
-        # decode the ids back into a string
-        return "".join(text_pieces(ids, encoder, stop))
-
-    model = {"params": params, "n_head": hparams["n_head"], "n_tokens_to_generate": n_tokens_to_generate}
-    model |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    model |= {"stop": stop_rule(stop, encoder), "sliding_window": sliding_window}
-
-    if interactive:
-        return converse(lambda prompt: text_pieces(generate_ids(encode(prompt), **model), encoder, stop))
-    if prompts_file:
-        return continue_lines(lines, encode, decode, model)
-    if stream:
-        return show(text_pieces(generate_ids(encode(prompt), **model), encoder, stop))
-    outputs = generate([encode(prompt)] * n_samples, **model)
-    if n_samples == 1:
-        return decode(outputs[0])
-    for i, output_ids in enumerate(outputs, 1):
-        print(f"{'=' * 40} SAMPLE {i} {'=' * 40}\n{decode(output_ids)}")
+        return open_lines(prompts_file)
+    if prompt == "-" or (prompt is None and not interactive and not sys.stdin.isatty()):
+        with mistakes((OSError, UnicodeDecodeError), "standard input is not UTF-8 text: "):
+            text = re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode("utf-8-sig"))
+        prompt = text if text or prompt == "-" else None
+    if prompt is None and not interactive:
+        fail("no prompt: give one in quotes, pipe one in, or see --help")
+    return prompt
 
 
-def fail(message):
-    """Ends with one line on stderr and status 1."""
-    sys.exit(f"{os.path.basename(sys.argv[0])}: {message}")
+def open_lines(path):
+    """The lines of a file, or of standard input for -, as bytes. Ends with one line if it cannot be opened."""
+    try:
+        return sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror}")
+
+
+def stop_texts(stop):
+    """--stop as it was typed -> its texts: one, in which \\n is a line break, or a Python list of several."""
+    texts = [] if stop is None else [stop.replace("\\n", "\n")]
+    if stop and re.match(r"\[\s*['\"]", stop):
+        with mistakes((ValueError, SyntaxError, MemoryError, RecursionError), "--stop is not a list of texts: "):
+            texts = ast.literal_eval(stop)
+    if not all(isinstance(text, str) and text for text in texts):
+        fail("--stop must be a text, or a list of texts, none of them empty")
+    with mistakes(UnicodeEncodeError, "--stop is not valid Unicode text: "):
+        "".join(texts).encode()
+    return texts
+
+
+def stop_rule(stop, encoder):
+    """stop(ids) for generate_ids, which tells after each id whether a stop text has appeared."""
+    n_ids = max((len(text.encode()) for text in stop), default=0) + 3  # what holds it, and the rest of a character
+
+    def rule(ids):
+        data = encoder.decode_bytes(ids[-n_ids:])
+        if len(ids) > n_ids:
+            data = data.lstrip(CONTINUATION)  # of a character that began before
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)  # without a character that is not whole
+        return any(stop_text in text for stop_text in stop)
+
+    return rule
+
+
+# text
 
 
 def text_pieces(ids, encoder, stop=()):
@@ -128,30 +221,14 @@ def text_pieces(ids, encoder, stop=()):
             _, start = min(found)  # the one that was complete first
             yield held[:start]
             return
-        starts = [text[:n] for text in stop for n in range(len(text)) if i is not None]
-        n_held = max((len(start) for start in starts if held.endswith(start)), default=0)
+        n_held = 0 if i is None else max((n_begun(held, text) for text in stop), default=0)
         yield held[: len(held) - n_held]
         held = held[len(held) - n_held :]
 
 
-def stop_rule(stop, encoder):
-    """The function that tells generate_ids, after each token, whether a stop text has appeared."""
-    n_bytes = max((len(text.encode()) for text in stop), default=0)  # so the last n_bytes tokens hold it, if any do
-    return lambda ids: any(text in encoder.decode(ids[-n_bytes:]) for text in stop)
-
-
-def stop_texts(stop):
-    """--stop as it was typed -> its texts: a Python list of strings is several, anything else is one."""
-    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-        texts = ast.literal_eval(stop)
-        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-            stop = texts
-    texts = [stop] if isinstance(stop, str) else stop or []
-    if "" in texts:
-        fail("stop must not be empty")
-    with mistakes(UnicodeEncodeError, "stop is not valid Unicode text: "):
-        "".join(texts).encode()
-    return texts
+def n_begun(text, stop):
+    """How many characters at the end of text are the beginning of stop."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 def show(pieces):
@@ -161,17 +238,48 @@ def show(pieces):
     print()
 
 
-def converse(continue_prompt):
-    """Prompt after prompt, until Ctrl-D; Ctrl-C stops a text."""
+def show_samples(texts):
+    """Prints a text as it is, and several under headings."""
+    for i, text in enumerate(texts, 1):
+        print(text if len(texts) == 1 else f"{'=' * 40} SAMPLE {i} {'=' * 40}\n{text}")
+
+
+@contextlib.contextmanager
+def stopping_on_ctrl_c(stop):
+    """Yields stop(ids) which Ctrl-C makes true as well, so that what there is can be shown; then ends with status 130.
+
+    Before the first id, or pressed again, Ctrl-C still ends the program at once.
+    """
+    presses = []
+
+    def press(*_):
+        if presses:
+            os._exit(130)
+        presses.append(True)
+
+    def rule(ids):
+        if signal.getsignal(signal.SIGINT) is not press:
+            signal.signal(signal.SIGINT, press)
+        return bool(presses) or stop(ids)
+
+    yield rule
+    if presses:
+        sys.exit(130)
+
+
+def converse(answer):
+    """Shows the pieces of text that answer(prompt) gives to prompt after prompt, until Ctrl-D; Ctrl-C stops a text."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input its line editing)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdin.reconfigure(errors="surrogateescape")  # what is no text, encode says
+    sys.stdin.reconfigure(errors="surrogateescape")  # what is no text, answer says
     while True:
         try:
             prompt = input("Model prompt >>> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
             if prompt:
-                show(continue_prompt(prompt))
+                with mistakes(ValueError):
+                    pieces = answer(prompt)
+                show(pieces)
         except KeyboardInterrupt:
             print()
         except SystemExit as mistake:  # in this prompt: the next may be better
@@ -180,126 +288,31 @@ def converse(continue_prompt):
             return print() if sys.stdin.isatty() else None
 
 
-def continue_lines(prompts, encode, decode, model):
-    """Continues prompts in batches and prints a JSON object for each, in their order."""
+def answer_lines(lines, encode, answer, n_at_once=8):
+    """Prints a JSON object for each of lines, which are bytes; at the end, fails if there were any with an "error".
+
+    encode: text -> ids, or a ValueError. answer: a batch of ids -> (text, number of tokens, whether a stop text ended it)
+    of each.
+    """
     from tqdm import tqdm
 
-    stop, seed = model["stop"], model["seed"]
-    inputs = [encode(prompt, f"line {i}: ") for i, prompt in enumerate(prompts, 1)]
-    with tqdm(desc="prompts", total=len(inputs), disable=None) as bar:
-        for start in range(0, len(inputs), BATCH):
-            batch = inputs[start : start + BATCH]
-            # one seed for all, so that each is continued as it would be alone
-            steps = list(generate_ids(batch, **model | {"seed": None if seed is None else [seed] * len(batch)}))
-            for row, prompt in enumerate(prompts[start : start + BATCH]):
-                ids = [step[row] for step in steps if step[row] is not None]
-                reason = "stop" if ids and stop(ids) else "length"
-                line = {"prompt": prompt, "text": decode(ids), "n_tokens": len(ids), "finish_reason": reason}
-                print(json.dumps(line, ensure_ascii=False), flush=True)
+    n_lines, n_errors = 0, 0
+    with tqdm(desc="prompts", disable=None) as bar:
+        while batch := list(itertools.islice(lines, n_at_once)):
+            objects, ids = [], {}
+            for i, line in enumerate(batch):
+                objects.append({"prompt": line.decode("utf-8-sig", "replace").removesuffix("\n").removesuffix("\r")})
+                try:
+                    line.decode()
+                    ids[i] = encode(objects[i]["prompt"])
+                except ValueError as error:
+                    objects[i]["error"] = one_line(error)
+            for i, (text, n_tokens, stopped) in zip(ids, answer([*ids.values()]) if ids else [], strict=True):
+                objects[i] |= {"text": text, "n_tokens": n_tokens, "finish_reason": "stop" if stopped else "length"}
+            for line in objects:
+                tqdm.write(json.dumps(line, ensure_ascii=False), file=sys.stdout)  # clear of the bar
+            sys.stdout.flush()
+            n_lines, n_errors = n_lines + len(batch), n_errors + len(batch) - len(ids)
             bar.update(len(batch))
-
-
-def read_prompt(prompt):
-    """The prompt, or standard input in its place, less the newline at its end: for -, or for no prompt in a pipe."""
-    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        text = re.sub(r"\r?\n\Z", "", read_text("-"))
-        prompt = text if text or prompt == "-" else None
-    if prompt is None:
-        fail("no prompt: give one in quotes, pipe one in, or see --help")
-    return prompt
-
-
-def read_text(path):
-    """The text of a file, or of standard input for -."""
-    try:
-        with sys.stdin.buffer if path == "-" else open(path, "rb") as f:
-            return f.read().decode("utf-8-sig")  # without the byte order mark that some editors write
-    except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror}")
-    except UnicodeDecodeError as error:
-        fail(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
-
-
-def read_lines(path):
-    """The lines of a file or of standard input; str.splitlines would also cut at odd characters within a line."""
-    return re.split(r"\r?\n", re.sub(r"\r?\n\Z", "", text)) if (text := read_text(path)) else []
-
-
-@contextlib.contextmanager
-def mistakes(kind, where=""):
-    """Turns errors of one kind, which are the user's, into one line on stderr and status 1."""
-    try:
-        yield
-    except kind as error:
-        fail(f"{where}{error}")
-
-
-def fire_arguments(argv, function=main):
-    """The command line as Python Fire must see it: every value behind its flag, and text in quotes.
-
-    Words without a flag are function's first argument, or all of its *arguments; the flag of a bool needs no value.
-    Fire reads values as Python literals, so that 1984 or [1, 2] would not stay text; the flag of a bool would take the
-    word behind it; and Fire complains of what it cannot place only when function has run, so that ends here.
-    """
-    options = inspect.signature(function).parameters
-    text = next(iter(options))
-    many = options[text].kind is inspect.Parameter.VAR_POSITIONAL
-    command, argv = [], iter(argv)
-    for arg in argv:
-        name, equals, value = arg.lstrip("-").partition("=")
-        if not re.match("--|-[a-zA-Z]", arg):
-            name, equals, value = text, "=", arg
-        elif name in ("help", "h"):
-            return ["--", "--help"]
-        # one letter is short for the one option that begins with it
-        names = [option for option in options if name.replace("-", "_") in (option, option[0])]
-        if len(names) != 1:
-            hint = f"a value that begins so is given as --{text}={arg!r}"
-            fail(f"unknown flag {arg} (see --help); {hint}")
-        kind = options[names[0]].annotation
-        if not equals:
-            value = "True" if kind is bool else next(argv, None)
-        if value is None or (kind in (int, float) and not equals and value.startswith("--")):
-            fail(f"{arg} needs a value")
-        if kind is bool and value not in ("True", "False"):
-            fail(f"{names[0]} must be True or False, not {value!r}")
-        if names == [text] and many:
-            command.append(repr(value))
-            continue
-        if names == [text] and any(word.startswith(f"--{text}=") for word in command):
-            fail(f"more than one {text}: put quotes around a {text} of several words")
-        command.append(f"--{names[0]}={value!r}" if kind in (str, str | None) else f"--{names[0]}={value}")
-    return command
-
-
-def take_avx512():
-    """Has NumPy's OpenBLAS use AVX-512 where Linux says the processor has it; call it before NumPy is imported.
-
-    On processors that it does not know, OpenBLAS takes its AVX2 kernels: half the speed for prompts.
-    """
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
-        if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(f.read(8192).split()):  # the first core's lines
-            os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
-
-
-def run(function=main):
-    """Runs a function as a command with Python Fire, with the manners of a command."""
-    take_avx512()
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: at once, wherever we are, without a traceback
-
-    import fire
-
-    for name in ("stdin", "stdout", "stderr"):  # None where the shell has closed it
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-    try:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
-        fire.Fire(function, command=fire_arguments(sys.argv[1:], function), name=os.path.basename(sys.argv[0]))
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would complain
-        if error.errno == errno.ENOSPC:
-            fail("no space left for the output")
-        sys.exit(1)
+    if n_errors:
+        fail(f'{n_errors} of {n_lines} prompts could not be continued: their lines have an "error"')

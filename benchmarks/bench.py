@@ -66,7 +66,8 @@ def gpt2_py(folder):
     import numpy as np
 
     import utils
-    from gpt2 import gpt2, read_prompts
+    from arrays import cached
+    from gpt2 import gpt2
 
     hparams = utils.load_hparams(os.path.join(folder, utils.HPARAMS))
     params, n_head = utils.load_params(folder, hparams), hparams["n_head"]
@@ -74,13 +75,12 @@ def gpt2_py(folder):
     def generate(prompts, n_tokens):
         # as generate_ids does, without prompt lookup: what that gives depends on the text
         n_prompt = len(prompts[0])
-        shape = (2, len(prompts), n_head, n_prompt + n_tokens, hparams["n_embd"] // n_head)
-        kv_cache = [np.zeros(shape, np.float32) for _ in params["blocks"]]
-        logits, _ = read_prompts(prompts, params, n_head, kv_cache)  # [n_rows, n_vocab]
-        for n_past in range(n_prompt, n_prompt + n_tokens):
-            ids = logits.argmax(axis=-1)
-            yield ids.tolist()
-            logits = gpt2(ids[:, None], **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past)[:, -1]
+        forward = cached(gpt2, params, n_head, len(prompts), n_prompt + n_tokens)
+        rows = prompts
+        for n_past in [0, *range(n_prompt, n_prompt + n_tokens - 1)]:
+            ids = forward(rows, [n_past] * len(prompts))[:, -1].argmax(axis=-1).tolist()
+            yield ids
+            rows = [[next_id] for next_id in ids]
 
     return generate
 
@@ -564,8 +564,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         worker(*sys.argv[2:])
     else:
-        import fire
+        import cli
 
-        from cli import fire_arguments
-
-        fire.Fire(main, command=fire_arguments(sys.argv[1:], main))
+        cli.run(main)

@@ -22,9 +22,9 @@ import optax
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from cli import MODELS_DIR, fail, fire_arguments
+from cli import fail, run
 from encoder import bytes_to_unicode, get_encoder
-from gpt2 import gpt2
+from gpt2 import MODELS_DIR, gpt2
 from utils import MODEL_SIZES, random_params, save_checkpoint
 
 
@@ -272,9 +272,4 @@ def main(
 
 
 if __name__ == "__main__":
-    import fire
-
-    try:
-        fire.Fire(main, command=fire_arguments(sys.argv[1:], main))
-    except KeyboardInterrupt:
-        fail("stopped; the same command with --resume goes on from the last evaluation, if there was one")
+    run(main, "train.py: stopped; the same command with --resume goes on from the last evaluation, if there was one")

@@ -30,6 +30,18 @@ def wild_params(hparams, seed=0):
     return wilder("params", utils.random_params(hparams, seed))
 
 
+def prompts_of_lengths(*lengths, seed=0):
+    """Random prompts for the tiny model."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, HPARAMS["n_vocab"], length).tolist() for length in lengths]
+
+
+def new_cache(params, n_head, n_slots, rows=(), fill=0.0, xp=np):
+    """For every block {"k": [*rows, n_head, n_slots, n_embd/n_head], "v": the same}, as gpt2() takes it."""
+    shape = (*rows, n_head, n_slots, params["wte"].shape[-1] // n_head)
+    return [{name: xp.full(shape, fill, params["wte"].dtype) for name in ("k", "v")} for _ in params["blocks"]]
+
+
 def write_tokenizer(model_dir, n_vocab):
     """The 256 bytes, the first merges and <|endoftext|> of GPT-2's own vocabulary: n_vocab tokens in all."""
     encoder = json.loads((GENUINE / "encoder.json").read_text("utf-8"))
@@ -42,7 +54,8 @@ def write_tokenizer(model_dir, n_vocab):
 def command(*args, input="", **kwargs):
     """Runs python gpt2.py with these arguments; stdout and stderr as text, every byte of it as it was printed."""
     program = [sys.executable, str(REPO / "gpt2.py"), *args]
-    result = subprocess.run(program, input=input.encode(), capture_output=True, timeout=60, **kwargs)
+    input = input.encode() if isinstance(input, str) else input
+    result = subprocess.run(program, input=input, capture_output=True, timeout=60, **kwargs)
     result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
     return result
 

@@ -102,13 +102,19 @@ def test_the_first_of_several_stop_texts_ends_it(run, continuation):
     assert run("Hello", "--stop", repr(stops)).stdout == text[:end] + "\n"
 
 
-@pytest.mark.parametrize("typed", ["1984", "[1]", "['a', 1]", "True", "['", "", "User:"])
+@pytest.mark.parametrize("typed", ["1984", "[1]", "[a, b]", "True", "User:"])
 def test_a_stop_text_stays_the_text_that_was_typed(typed):
-    if not typed:
-        with pytest.raises(SystemExit, match="stop must not be empty"):
-            cli.stop_texts(typed)
-    else:
-        assert cli.stop_texts(typed) == [typed]
+    assert cli.stop_texts(typed) == [typed]
+
+
+def test_a_line_break_may_be_typed_as_in_a_list():
+    assert cli.stop_texts(r"\n\nUser:") == ["\n\nUser:"]
+
+
+@pytest.mark.parametrize("typed", ["['a', 1]", "['", '["a",', '["a"', "", '["a", ""]', "['a'] + ['b']"])
+def test_a_stop_that_is_neither_a_text_nor_a_list_of_them_is_an_error(typed):
+    with pytest.raises(SystemExit, match=r"--stop (must be|is not) a (text, or a )?list of texts"):
+        cli.stop_texts(typed)
 
 
 def test_a_list_of_texts_is_several():
@@ -252,8 +258,23 @@ def test_the_reason_for_stopping_is_told(run, continuation):
     assert second["finish_reason"] == ("stop" if stop in continuation("two") else "length")
 
 
-def test_a_prompt_that_does_not_fit_is_an_error_that_names_its_line(run):
-    assert_one_line_error(run("--prompts_file=-", input=f"one\n{'x y ' * 99}\n"), "line 2: the prompt's")
+def test_a_line_that_cannot_be_continued_says_why_and_the_others_are(run, continuation):
+    result = run("--prompts_file=-", input=b"one\n" + b"x y " * 99 + b"\ncaf\xe9\ntwo\n")
+    one, long, no_text, two = map(json.loads, result.stdout.splitlines())
+    assert (one["text"], two["text"]) == (continuation("one"), continuation("two"))
+    assert "more than the model's context" in long["error"]
+    assert no_text == {"prompt": "caf\ufffd", "error": "not valid Unicode text"}
+    assert result.stderr == 'gpt2.py: 2 of 4 prompts could not be continued: their lines have an "error"\n'
+    assert result.returncode == 1
+
+
+def test_a_file_is_read_as_it_is_needed(options):
+    process = subprocess.Popen([*COMMAND, "--prompts_file=-", *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdin.write(b"prompt\n" * 8)  # a batch
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline())["prompt"] == "prompt"  # while more may come
+    process.kill()
+    process.communicate()
 
 
 def test_a_file_that_is_not_there_is_an_error(run):

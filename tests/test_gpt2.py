@@ -9,22 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import HPARAMS, wild_params
+from conftest import HPARAMS, new_cache, wild_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
+from hypothesis.extra import numpy as hnp
 
+import arrays
 import gpt2
 
 N_HEAD = HPARAMS["n_head"]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4)  # for logits, which reach +-8 here
-matrices = arrays(np.float32, (3, 8), elements=st.floats(-30, 30, width=32))
+matrices = hnp.arrays(np.float32, (3, 8), elements=st.floats(-30, 30, width=32))
 sentences = st.lists(st.integers(0, HPARAMS["n_vocab"] - 1), min_size=2, max_size=HPARAMS["n_ctx"])
 few = settings(max_examples=20, deadline=None)
 
 
 def random_ids(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, HPARAMS["n_vocab"], shape)
+
+
+@pytest.fixture(scope="module")
+def jax_params(params):
+    return jax.tree.map(jnp.asarray, params)
 
 
 @pytest.fixture
@@ -143,8 +149,7 @@ def test_a_later_token_changes_no_earlier_logits(params, ids, data):
 @given(sentences, st.data())
 def test_logits_with_the_cache_are_those_without_however_the_tokens_are_dealt_out(params, ids, data):
     full = gpt2.gpt2(ids, **params, n_head=N_HEAD)
-    cache = [np.full((2, N_HEAD, len(ids), 16), np.nan, np.float32) for _ in params["blocks"]]
-    n_past = 0
+    cache, n_past = new_cache(params, N_HEAD, len(ids)), 0
     while n_past < len(ids):
         n = data.draw(st.integers(1, len(ids) - n_past))
         part = gpt2.gpt2(ids[n_past : n_past + n], **params, n_head=N_HEAD, kv_cache=cache, n_past=n_past)
@@ -158,7 +163,7 @@ def test_blocks_of_queries_change_nothing(n_past, params, hugging_face):
     ids = random_ids(64)
     with torch.no_grad():
         expected = hugging_face(HPARAMS, params)(torch.tensor(ids)[None]).logits[0]
-    cache = [np.full((2, N_HEAD, 64, 16), np.nan, np.float32) for _ in params["blocks"]]
+    cache = new_cache(params, N_HEAD, 64)
     if n_past:
         gpt2.gpt2(ids[:n_past], **params, n_head=N_HEAD, kv_cache=cache)
     close(gpt2.gpt2(ids[n_past:], **params, n_head=N_HEAD, kv_cache=cache, n_past=n_past), expected[n_past:])
@@ -172,25 +177,83 @@ def test_a_batch_is_its_sentences_one_by_one(params):
         close(logits[i], gpt2.gpt2(ids[i], **params, n_head=N_HEAD))
 
 
-@pytest.mark.parametrize("shape", [(1,), (20,), (2, 3, 20)])
-def test_only_last_gives_the_last_row_of_logits(shape, params):
-    ids = random_ids(*shape)
-    last = gpt2.gpt2(ids, **params, n_head=N_HEAD, only_last=True)
-    assert last.shape == (*shape[:-1], 1, HPARAMS["n_vocab"])
-    close(last, gpt2.gpt2(ids, **params, n_head=N_HEAD)[..., -1:, :])
+@pytest.mark.parametrize("n_last", [1, 3, 20])
+@pytest.mark.parametrize("rows", [(), (2, 3)])
+def test_n_last_gives_the_last_rows_of_logits(n_last, rows, params):
+    ids = random_ids(*rows, 20)
+    last = gpt2.gpt2(ids, **params, n_head=N_HEAD, n_last=n_last)
+    assert last.shape == (*rows, n_last, HPARAMS["n_vocab"])
+    close(last, gpt2.gpt2(ids, **params, n_head=N_HEAD)[..., -n_last:, :])
 
 
-def test_only_last_holds_without_any_block(params):
+def test_n_last_holds_without_any_block(params):
     logits = gpt2.gpt2([1, 2, 3], **{**params, "blocks": []}, n_head=N_HEAD)
-    close(gpt2.gpt2([1, 2, 3], **{**params, "blocks": []}, n_head=N_HEAD, only_last=True), logits[-1:])
+    close(gpt2.gpt2([1, 2, 3], **{**params, "blocks": []}, n_head=N_HEAD, n_last=1), logits[-1:])
 
 
-def test_only_last_fills_the_cache_for_every_position(params):
-    ids = random_ids(20)
-    caches = [[np.full((2, N_HEAD, 20, 16), np.nan, np.float32) for _ in params["blocks"]] for _ in range(2)]
-    for cache, only_last in zip(caches, (False, True), strict=True):
-        gpt2.gpt2(ids, **params, n_head=N_HEAD, kv_cache=cache, only_last=only_last)
-    np.testing.assert_allclose(*caches, rtol=1e-5, atol=1e-5)
+def test_n_last_fills_the_cache_for_every_position(params):
+    ids, caches = random_ids(20), [new_cache(params, N_HEAD, 20, fill=np.nan) for _ in range(2)]
+    for cache, n_last in zip(caches, (0, 1), strict=True):
+        gpt2.gpt2(ids, **params, n_head=N_HEAD, kv_cache=cache, n_last=n_last)
+    for whole, last in zip(*caches, strict=True):
+        for name in ("k", "v"):
+            np.testing.assert_allclose(last[name], whole[name], rtol=1e-5, atol=1e-5)
+
+
+# The cache: a key in slot j is hidden from a query in slot s if and only if j > s
+
+
+def ragged(params, prompts, n_slots, xp=np):
+    """A cache that holds prompts of different lengths, a row each, and their lengths, [n_rows]."""
+    cache = new_cache(params, N_HEAD, n_slots, rows=(len(prompts),))
+    for row, prompt in enumerate(prompts):
+        view = [{name: array[row] for name, array in block.items()} for block in cache]
+        gpt2.gpt2(prompt, **params, n_head=N_HEAD, kv_cache=view)
+    return jax.tree.map(xp.asarray, cache), xp.asarray([len(prompt) for prompt in prompts])
+
+
+PROMPTS = [random_ids(n, seed=n).tolist() for n in (5, 9, 1)]
+
+
+def assert_rows_are_alone(logits, params, new):
+    for row, prompt in enumerate(PROMPTS):
+        alone = gpt2.gpt2([*prompt, *new[row]], **params, n_head=N_HEAD)
+        close(logits[row], alone[-len(new[row]) :])
+
+
+@pytest.mark.parametrize("n_new", [1, 4])
+@pytest.mark.parametrize("n_slots", [13, 30])
+def test_rows_of_different_lengths_are_as_if_each_were_alone(n_new, n_slots, params):
+    cache, n_past = ragged(params, PROMPTS, n_slots)
+    new = random_ids(3, n_new)
+    logits = gpt2.gpt2(new, **params, n_head=N_HEAD, kv_cache=cache, n_past=n_past)
+    assert_rows_are_alone(logits, params, new)
+
+
+def test_a_cache_with_room_to_spare_gives_the_same_logits(params):
+    ids, cache = random_ids(20), new_cache(params, N_HEAD, 50, fill=1e3)  # what is in free slots must not be seen
+    part = [gpt2.gpt2(ids[:12], **params, n_head=N_HEAD, kv_cache=cache)]
+    part += [gpt2.gpt2(ids[i : i + 1], **params, n_head=N_HEAD, kv_cache=cache, n_past=i) for i in range(12, 20)]
+    close(np.concatenate(part), gpt2.gpt2(ids, **params, n_head=N_HEAD))
+
+
+def test_what_was_written_too_far_is_written_over(params):
+    ids, cache = random_ids(20), new_cache(params, N_HEAD, 40)
+    gpt2.gpt2([*ids[:10], *random_ids(30, seed=1)], **params, n_head=N_HEAD, kv_cache=cache)  # right but for ten
+    close(
+        gpt2.gpt2(ids[10:], **params, n_head=N_HEAD, kv_cache=cache, n_past=10),
+        gpt2.gpt2(ids, **params, n_head=N_HEAD)[10:],
+    )
+
+
+def test_float16_weights_give_no_nan_in_a_ragged_batch(params):
+    half = jax.tree.map(lambda x: x.astype(np.float16), params)
+    cache, n_past = ragged(half, PROMPTS, 13)
+    logits = gpt2.gpt2([[1], [2], [3]], **half, n_head=N_HEAD, kv_cache=cache, n_past=n_past)
+    assert logits.dtype == np.float16
+    np.testing.assert_allclose(
+        logits[0, 0], gpt2.gpt2([*PROMPTS[0], 1], **params, n_head=N_HEAD)[-1], atol=0.2
+    )  # float16 has 11 bits, and these logits reach 8
 
 
 def test_generate_with_the_cache_is_the_plain_loop_without(params):
@@ -229,9 +292,10 @@ def test_nothing_is_computed_in_float64(params):
     logits = gpt2.gpt2(random_ids(64), **wrapped, n_head=N_HEAD)
     assert isinstance(logits, Float32)
     assert logits.dtype == np.float32
-    cache = [np.zeros((2, 2, N_HEAD, 10, 16), np.float32).view(Float32) for _ in params["blocks"]]
-    gpt2.read_prompts([[1, 2, 3], [4, 5, 6, 7]], wrapped, N_HEAD, cache)
-    gpt2.gpt2([[1], [2]], **wrapped, n_head=N_HEAD, kv_cache=cache, n_past=4, n_pad=np.array([1, 0]))
+    cache = jax.tree.map(lambda x: x.view(Float32), new_cache(params, N_HEAD, 10, rows=(2,)))
+    gpt2.gpt2([[1, 2, 3], [4, 5, 6]], **wrapped, n_head=N_HEAD, kv_cache=cache)
+    logits = gpt2.gpt2([[1], [2]], **wrapped, n_head=N_HEAD, kv_cache=cache, n_past=np.array([3, 2]))
+    assert logits.dtype == np.float32
 
 
 # Errors
@@ -242,10 +306,24 @@ def test_more_tokens_than_the_context_is_an_error(params):
         gpt2.gpt2(random_ids(65), **params, n_head=N_HEAD)
 
 
-def test_more_tokens_than_the_cache_holds_is_an_error(params):
-    cache = [np.zeros((2, N_HEAD, 10, 16), np.float32) for _ in params["blocks"]]
+@pytest.mark.parametrize("n_past", [8, np.array([1, 8])])
+def test_more_tokens_than_the_cache_holds_is_an_error(n_past, params):
+    cache = new_cache(params, N_HEAD, 10, rows=(2,))
     with pytest.raises(ValueError, match="11 tokens do not fit the context of 10"):
-        gpt2.gpt2(random_ids(3), **params, n_head=N_HEAD, kv_cache=cache, n_past=8)
+        gpt2.gpt2(random_ids(2, 3), **params, n_head=N_HEAD, kv_cache=cache, n_past=n_past)
+
+
+def test_a_cache_of_too_few_slots_is_an_error_while_jax_traces_too(jax_params):
+    jitted = jax.jit(lambda ids, cache: gpt2.gpt2(ids, **jax_params, n_head=N_HEAD, kv_cache=cache))
+    with pytest.raises(ValueError, match="11 tokens do not fit the context of 10"):
+        jitted(random_ids(11), new_cache(jax_params, N_HEAD, 10, xp=jnp))
+
+
+@pytest.mark.parametrize("ids", [[1, -1], [500], [[3, 2], [1, 10**6]], np.array([-500])])
+def test_ids_that_are_not_in_the_vocabulary_are_an_error(ids, params, jax_params):
+    for weights in (params, jax_params):
+        with pytest.raises(ValueError, match=f"token ids must be from 0 to 499, not {np.min(ids)}|{np.max(ids)}"):
+            gpt2.gpt2(ids, **weights, n_head=N_HEAD)
 
 
 def test_generate_fills_the_context_exactly_and_no_further(params):
@@ -266,13 +344,8 @@ def test_an_array_that_does_not_name_its_library_belongs_to_the_one_that_defines
     cupy = types.ModuleType("cupy")
     cupy.ndarray = type("ndarray", (), {"__module__": "cupy"})  # as CuPy 14 has it
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    assert gpt2.namespace(cupy.ndarray()) is cupy
-    assert gpt2.namespace(np.zeros(1)) is np
-
-
-@pytest.fixture(scope="module")
-def jax_params(params):
-    return jax.tree.map(jnp.asarray, params)
+    assert arrays.namespace(cupy.ndarray()) is cupy
+    assert arrays.namespace(np.zeros(1)) is np
 
 
 def test_jit_gives_numpys_logits(params, jax_params):
@@ -294,6 +367,60 @@ def test_vmap_batches_as_the_tutorial_says(params, jax_params):
     batched = jax.vmap(gpt2.gpt2, in_axes=[0, None, None, None, None, None])
     logits = batched(ids, p["wte"], p["wpe"], p["blocks"], p["ln_f"], N_HEAD)
     close(logits, gpt2.gpt2(ids, **params, n_head=N_HEAD))
+
+
+def jitted_steps(params, n_head=N_HEAD):
+    """gpt2() as a loop on a GPU calls it: one shape for every step, a cache that is given away and comes back."""
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def step(ids, cache, n_past):
+        return gpt2.gpt2(ids, **params, n_head=n_head, kv_cache=cache, n_past=n_past), cache
+
+    return step
+
+
+def test_jit_with_a_cache_of_fixed_size_gives_numpys_logits_and_compiles_one_step(params, jax_params):
+    ids, step, cache = random_ids(40), jitted_steps(jax_params), new_cache(jax_params, N_HEAD, 64, xp=jnp)
+    expected = gpt2.gpt2(ids, **params, n_head=N_HEAD)
+    padded = np.concatenate([ids[:30], np.zeros(2, int)])  # to a round length: no query sees what lies behind it
+    logits, cache = step(padded, cache, 0)
+    close(logits[:30], expected[:30])
+    for i in range(30, 40):
+        logits, cache = step(ids[i : i + 1], cache, i)
+        close(logits, expected[i : i + 1])
+    assert step._cache_size() == 2
+
+
+def test_jit_takes_rows_of_different_lengths(params, jax_params):
+    cache, n_past = ragged(params, PROMPTS, 64, xp=jnp)
+    new = random_ids(3, 2)
+    logits, _ = jitted_steps(jax_params)(new, cache, n_past)
+    assert_rows_are_alone(logits, params, new)
+
+
+def test_vmap_takes_rows_of_different_lengths(params, jax_params):
+    cache, n_past = ragged(params, PROMPTS, 64, xp=jnp)
+    new = random_ids(3, 2)
+    step = jax.vmap(lambda ids, cache, n: gpt2.gpt2(ids, **jax_params, n_head=N_HEAD, kv_cache=cache, n_past=n))
+    assert_rows_are_alone(step(new, cache, n_past), params, new)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_under_jax_is_near(dtype, params, jax_params):
+    half = jax.tree.map(lambda x: x.astype(dtype), jax_params)
+    logits = jax.jit(lambda ids: gpt2.gpt2(ids, **half, n_head=N_HEAD))(random_ids(40))
+    assert logits.dtype == dtype
+    expected = gpt2.gpt2(random_ids(40), **params, n_head=N_HEAD)
+    error = np.abs(np.asarray(logits, np.float32) - expected)
+    assert error.max() < np.abs(expected).max() / 8  # bfloat16 has 8 bits
+
+
+def test_float64_under_jax_is_nearer_than_float32(params):
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+        logits = gpt2.gpt2(random_ids(40), **exact, n_head=N_HEAD)
+        assert logits.dtype == jnp.float64
+        close(logits, gpt2.gpt2(random_ids(40), **params, n_head=N_HEAD))
 
 
 def test_gradients_of_the_loss_are_pytorchs(params, jax_params, hugging_face):

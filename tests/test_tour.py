@@ -101,7 +101,7 @@ def test_no_committed_output_holds_an_error_or_a_path_of_the_machine_it_ran_on(c
 
 
 def test_each_of_eight_sections_names_what_it_shows_of_the_code(committed):
-    source = (REPO / "gpt2.py").read_text("utf-8") + (REPO / "encoder.py").read_text("utf-8")
+    source = "".join((REPO / f"{name}.py").read_text("utf-8") for name in ("gpt2", "arrays", "sampling", "encoder"))
     sections = [cell.source for cell in committed.cells if cell.source.startswith("## ")]
     assert [section[:5] for section in sections] == [f"## {i}." for i in range(1, 9)]
     for section in sections:

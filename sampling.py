@@ -1,0 +1,76 @@
+"""Sampling: logits -> id. The likeliest token, or one drawn from the model's probabilities, or from the best of them."""
+
+import numbers
+
+from arrays import is_jax, namespace
+
+
+def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab] -> [...]
+    """Picks a token: the likeliest at temperature 0, else one drawn from softmax(logits / temperature).
+
+    rng: a NumPy Generator. top_k keeps the k likeliest tokens (https://arxiv.org/abs/1805.04833), 0 all of them; of
+    these, top_p keeps the smallest set whose probabilities reach p (nucleus sampling, https://arxiv.org/abs/1904.09751).
+    Tokens exactly as likely as the last one kept stay, too.
+    """
+    if temperature == 0:
+        return namespace(logits).argmax(logits, axis=-1)  # greedy sampling
+    if is_jax(logits):  # which has no float64, unless told to
+        import numpy as np
+
+        logits = np.asarray(logits)
+    xp = namespace(logits)
+    logits = xp.astype(logits, xp.float64)  # sums over 50,257 tokens would drift in float32
+    # [..., n_vocab], the probability of each token but for a common factor
+    p = xp.exp((logits - xp.max(logits, axis=-1, keepdims=True)) / temperature)
+    if 0 < top_k < p.shape[-1]:
+        p = xp.where(p < xp.sort(p, axis=-1)[..., -top_k, None], 0, p)
+    if top_p < 1:
+        falling = xp.flip(xp.sort(p, axis=-1), axis=-1)
+        reached = xp.cumulative_sum(falling, axis=-1)
+        needed = reached - falling < top_p * reached[..., -1:]  # those before do not reach p
+        p = xp.where(p < xp.min(xp.where(needed, falling, xp.inf), axis=-1, keepdims=True), 0, p)
+    # each token owns a stretch of a line, as long as its probability: where does a random point of the line fall?
+    ends = xp.cumulative_sum(p, axis=-1)
+    point = xp.asarray(rng.random((*p.shape[:-1], 1))) * ends[..., -1:]  # [..., 1]
+    return xp.argmax(ends > point, axis=-1)
+
+
+def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None):
+    """pick(logits) for the rows of a batch, [n_rows, n_vocab] -> n_rows ids, each drawn with a generator of its own.
+
+    seed: row i draws with seed + i, or with seed[i] of a list; None: with no two runs alike. Options: see sample.
+    """
+    from numpy.random import default_rng
+
+    seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(n_rows)]
+    rngs = [default_rng(seed) for seed in seeds]
+
+    def pick(logits):
+        if temperature == 0:
+            return sample(logits).tolist()
+        return [int(sample(row, rng, temperature, top_k, top_p)) for row, rng in zip(logits, rngs, strict=True)]
+
+    return pick
+
+
+def check_options(n_tokens_to_generate=0, n_samples=1, temperature=0, top_k=0, top_p=1, seed=None):
+    """Raises ValueError for a value that generate, or the command, cannot take."""
+    for name, value in {"n_tokens_to_generate": n_tokens_to_generate, "top_k": top_k}.items():
+        if not is_whole(value):
+            raise ValueError(f"{name} must be a whole number, 0 or more, not {value!r}")
+    if not is_whole(n_samples) or not 1 <= n_samples <= 1000:
+        raise ValueError(f"n_samples must be a whole number from 1 to 1000, not {n_samples!r}")
+    if not is_number(temperature) or not (temperature == 0 or 1e-6 <= temperature <= 1e6):
+        raise ValueError(f"temperature must be 0, or a number from 1e-6 to 1e6, not {temperature!r}")
+    if not is_number(top_p) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be a number above 0 and at most 1, not {top_p!r}")
+    if not all(value is None or is_whole(value) for value in (seed if isinstance(seed, list) else [seed])):
+        raise ValueError(f"seed must be a whole number, 0 or more, not {seed!r}")
+
+
+def is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0
