@@ -34,38 +34,30 @@ def bytes_to_unicode():
 def merge(symbols, ranks):
     """Joins neighbouring symbols, lowest rank first and from left to right, until no pair of them has a rank.
 
-    symbols: a list of strings, changed in place. ranks: {(left, right): rank}.
-    The usual loop looks at the whole word again after every merge, which takes time quadratic in its length. Here pairs
-    wait in a list for each rank, and a merge looks at its two neighbours only.
+    symbols: a list of strings, left as it is; returns another. ranks: {(left, right): rank}.
+    The usual loop looks at the whole word again after every merge, which takes time quadratic in its length. Here a
+    merge looks at its two neighbours only, and a heap holds the pairs; those that have changed since are skipped.
     """
-    left, right = [*range(-1, len(symbols) - 1)], [*range(1, len(symbols) + 1)]  # neighbours: a doubly linked list
-    right[-1:] = [-1]  # -1: none
-    waiting, queue = {}, []  # rank -> where its pairs begin; the ranks in waiting, as a heap
-
-    def wait(i, j):
-        rank = ranks.get((symbols[i], symbols[j])) if i >= 0 and j >= 0 else None
-        if rank is not None:
-            if rank not in waiting:
-                waiting[rank] = []
-                heapq.heappush(queue, rank)
-            waiting[rank].append(i)
-
-    for i in range(len(symbols) - 1):
-        wait(i, i + 1)
-    while queue:
-        rank = heapq.heappop(queue)
-        for i in sorted(waiting.pop(rank)):
+    symbols, n = [*symbols, ""], len(symbols)  # "" is in no pair: it stands behind the last and before the first
+    left, right = [n, *range(n)], [*range(1, n + 1), 0]  # where the neighbours of each are
+    heap = [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank = heap[0][0]
+        places = []  # all of this pair, before one that they make
+        while heap and heap[0][0] == rank:
+            places.append(heapq.heappop(heap)[1])
+        for i in places:
             j = right[i]
-            if j < 0 or ranks.get((symbols[i], symbols[j])) != rank:
-                continue  # a merge since then took one of the two
-            symbols[i] += symbols[j]
-            symbols[j] = ""
-            right[i], right[j] = right[j], -1
-            if right[i] >= 0:
-                left[right[i]] = i
-            wait(left[i], i)
-            wait(i, right[i])
-    symbols[:] = filter(None, symbols)
+            if ranks.get((symbols[i], symbols[j])) != rank:
+                continue  # another merge has taken one of the two
+            symbols[i], symbols[j] = symbols[i] + symbols[j], ""
+            right[i], left[right[j]] = right[j], i
+            for k in (left[i], i):
+                pair = symbols[k], symbols[right[k]]
+                if pair in ranks:
+                    heapq.heappush(heap, (ranks[pair], k))
+    return [symbol for symbol in symbols if symbol]
 
 
 class Encoder:
@@ -83,8 +75,7 @@ class Encoder:
     def bpe(self, word):
         """The ids of one word of the text."""
         symbols = [self.byte_encoder[byte] for byte in word.encode("utf-8")]
-        merge(symbols, self.bpe_ranks)
-        return [self.encoder[symbol] for symbol in symbols]
+        return [self.encoder[symbol] for symbol in merge(symbols, self.bpe_ranks)]
 
     def encode(self, text):
         """str -> list of ids. <|endoftext|> is text like any other. Raises UnicodeEncodeError for lone surrogates."""
@@ -145,9 +136,15 @@ def check_merges(bpe_merges, encoder):
     """
     if {*map(len, bpe_merges)} - {2}:
         raise ValueError("vocab.bpe must have two tokens on each line")
-    made = {*map("".join, bpe_merges)}
-    if unknown := (made | {*itertools.chain.from_iterable(bpe_merges)}) - encoder.keys():
-        raise ValueError(f"vocab.bpe has tokens that encoder.json lacks, such as {unknown.pop()!r}")
-    lost = encoder.keys() - made - {*bytes_to_unicode().values()}
-    if lost := [token for token in lost if not re.fullmatch(r"<\|[!-~]*\|>", token)]:
+    if len({*bpe_merges}) < len(bpe_merges):
+        raise ValueError("vocab.bpe has a merge twice")
+    made = {*bytes_to_unicode().values()}
+    for left, right in bpe_merges:
+        if not {left, right} <= made:
+            raise ValueError(f"vocab.bpe joins {left!r} and {right!r} before both are made")
+        made.add(left + right)
+    if unknown := made - encoder.keys():
+        raise ValueError(f"vocab.bpe makes tokens that encoder.json lacks, such as {unknown.pop()!r}")
+    lost = [token for token in encoder.keys() - made if not re.fullmatch(r"<\|[!-~]*\|>", token)]
+    if lost:
         raise ValueError(f"vocab.bpe has no merge for {len(lost)} tokens of encoder.json, such as {lost[0]!r}")
