@@ -49,7 +49,9 @@ def as_batch(inputs, n_vocab):
         try:
             ids = [operator.index(i) for i in (str(prompt) if isinstance(prompt, bytes) else prompt)]
         except TypeError as error:
-            raise TypeError(f"a prompt is a list of token ids, as encoder.encode makes it, not {prompt!r:.40}") from error
+            raise TypeError(
+                f"a prompt is a list of token ids, as encoder.encode makes it, not {prompt!r:.40}"
+            ) from error
         if not ids:
             raise ValueError("a prompt has no tokens: begin with that of <|endoftext|> to generate from nothing")
         if not 0 <= min(ids) <= max(ids) < n_vocab:

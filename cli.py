@@ -154,7 +154,9 @@ def check_flags(prompt, interactive, prompts_file, stream, n_samples, temperatur
     idle = [name for name, unset in {"top_k": 0, "top_p": 1, "seed": None}.items() if draws[name] != unset]
     idle += ["n_samples"] * (n_samples > 1)
     if temperature == 0 and idle:
-        fail(f"--{idle[0]} does nothing at a temperature of 0, which always takes the likeliest token: add --temperature 1")
+        fail(
+            f"--{idle[0]} does nothing at a temperature of 0, which always takes the likeliest token: add --temperature 1"
+        )
 
 
 def open_prompts(prompt, interactive, prompts_file):
@@ -173,7 +175,7 @@ def open_prompts(prompt, interactive, prompts_file):
 def open_lines(path):
     """The lines of a file, or of standard input for -, as bytes. Ends with one line if it cannot be opened."""
     try:
-        return sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+        return sys.stdin.buffer if path == "-" else open(path, "rb")
     except OSError as error:
         fail(f"{path} cannot be read: {error.strerror}")
 

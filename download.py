@@ -1,6 +1,6 @@
-"""Download OpenAI's models, and make it boring: in verified ranges that survive slow and broken networks.
+"""Download files, and make it boring: in verified ranges that survive slow and broken networks.
 
-Files come from download_gpt2_files(); whatever interrupts it, calling it again goes on where it was.
+Files come from fetch(); whatever interrupts it, calling it again goes on where it was.
 """
 
 import base64
@@ -19,25 +19,11 @@ import threading
 import time
 import urllib.parse
 
-from utils import (
-    DATA,
-    FILES,
-    LIMITS,
-    MODEL_SIZES,
-    ModelError,
-    hashed,
-    missing_files,
-    n_params,
-    one_line,
-    unlike_published,
-)
-
-SOURCES = (
-    "https://openaipublic.blob.core.windows.net/gpt-2/models",
-    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",  # a mirror
-)
-MD5 = {"124M": "f48b9cf1a525a603be52258f69bf9162"}  # of the data file, where it is known
 LONGEST_PAUSE = 60  # seconds, also where a server asks for more
+
+
+class DownloadError(Exception):
+    """Files could not be fetched: one line for the user."""
 
 
 class SourceError(Exception):
@@ -56,35 +42,32 @@ class DamagedError(SourceError):
     """What arrived is not the file: worth another download from its start."""
 
 
-def download_gpt2_files(model_size, model_dir, n_connections=8, range_bytes=2**23, timeout=30, pause=1):
-    """Downloads the files of one of MODEL_SIZES that model_dir lacks; after an interruption, the next call goes on.
+def fetch(files, folder, sources, check, title, n_connections=8, range_bytes=2**23, timeout=30, pause=1):
+    """Downloads those of files that folder lacks; after an interruption, the next call goes on.
 
+    files: {name: its size in bytes, or None where it is not known}, in the order to fetch. sources: base URLs, tried in
+    turn; a file is at SOURCE/NAME. check: (name, path) -> what is wrong with a file, or None; asked before a file gets
+    its name. title: for the bar.
     A file arrives in ranges of range_bytes, n_connections of them at once, as FILE.part, while FILE.part.ranges records
-    those that are finished; it gets its name once it is verified. GPT2_BASE_URL in the environment names another server
-    with files at GPT2_BASE_URL/<size>/<file>.
+    those that are finished; it gets its name once it is verified.
     timeout: seconds to wait for the next bytes (for a connection, 10 at most). pause: seconds before the first retry.
-    Raises ModelError.
+    Raises DownloadError.
     """
-    sources = (os.environ["GPT2_BASE_URL"],) if os.environ.get("GPT2_BASE_URL") else SOURCES
     failures = []
     try:
-        os.makedirs(model_dir, exist_ok=True)
-        with locked(model_dir):
+        os.makedirs(folder, exist_ok=True)
+        with locked(folder):
             for source in sources:
                 try:
-                    url = f"{source.rstrip('/')}/{model_size}/"
-                    fetch_missing(url, model_size, model_dir, n_connections, range_bytes, timeout, pause)
+                    fetch_missing(source + "/", files, folder, check, title, n_connections, range_bytes, timeout, pause)
                     return
                 except SourceError as error:
                     failures.append(one_line(error))
                     if source != sources[-1]:
                         print(f"{failures[-1]}: trying another source", file=sys.stderr)
     except OSError as error:
-        raise ModelError(f"{model_size} cannot be stored in {model_dir}: {error}") from error
-    advice = f"run it again to go on from here, or put {', '.join(missing_files(model_dir))} into {model_dir} by hand"
-    if os.path.isdir(os.path.join(os.path.dirname(model_dir), "shakespeare")):
-        advice += ", or use the bundled model: --model_size shakespeare"
-    raise ModelError(f"could not download {'; nor '.join(failures)}; {advice}")
+        raise DownloadError(f"{title} cannot be stored in {folder}: {error}") from error
+    raise DownloadError(f"could not download {'; nor '.join(failures)}")
 
 
 @contextlib.contextmanager
@@ -113,13 +96,12 @@ def try_lock(f):
     return True
 
 
-def fetch_missing(base_url, model_size, model_dir, n_connections, range_bytes, timeout, pause):
+def fetch_missing(base_url, files, model_dir, check, title, n_connections, range_bytes, timeout, pause):
     """Fetches, verifies and names what model_dir lacks. Raises SourceError; OSError for faults at this end."""
     import requests
     from tqdm import tqdm
 
-    paths = {name: os.path.join(model_dir, name) for name in FILES}
-    data_bytes = 4 * n_params(MODEL_SIZES[model_size])
+    paths = {name: os.path.join(model_dir, name) for name in files}
     with requests.Session() as session:
         request = functools.partial(open_url, session, timeout)
 
@@ -128,28 +110,28 @@ def fetch_missing(base_url, model_size, model_dir, n_connections, range_bytes, t
                 # less patience than later: most likely this machine is offline
                 remote = persist(functools.partial(describe, request, base_url + name), 4, pause)
                 size = remote["size"]
-                if (name == DATA and size != data_bytes) or size > LIMITS.get(name, data_bytes):
+                if size != (files[name] if files[name] is not None else size):
                     raise SourceError(f"it has {size} bytes there, which cannot be right")
             remote["in_ranges"] &= in_ranges
             return remote, unfinished(remote, paths[name], range_bytes)
 
-        plans = {name: plan(name) for name in missing_files(model_dir)}
+        plans = {name: plan(name) for name in files if not os.path.isfile(paths[name])}
         n_left = sum(stop - start for _, todo in plans.values() for start, stop in todo)
-        n_bytes = sum(plans[name][0]["size"] if name in plans else os.path.getsize(paths[name]) for name in FILES)
+        n_bytes = sum(plans[name][0]["size"] if name in plans else os.path.getsize(paths[name]) for name in files)
         n_free = shutil.disk_usage(model_dir).free
         if n_left > n_free:
             raise OSError(f"{n_left:,} bytes are still to come, and that disk has {n_free:,} free")
 
         # one bar for the whole model; None: silent unless on a terminal
         options = {"initial": n_bytes - n_left, "unit": "B", "unit_scale": True, "disable": None}
-        with tqdm(desc=f"Fetching {model_size}", total=n_bytes, **options) as bar:
+        with tqdm(desc=f"Fetching {title}", total=n_bytes, **options) as bar:
             for name, (remote, todo) in plans.items():
                 n_before = bar.n - remote["size"] + sum(stop - start for start, stop in todo)  # without this file
                 for last_try in (False, True):
                     try:
                         with named(name, base_url):
                             fetch_file(request, remote, todo, paths[name], n_connections, pause, bar)
-                            verify_and_name(model_size, name, paths[name], remote["md5"])
+                            verify_and_name(check, name, paths[name], remote["md5"])
                         break
                     except DamagedError as error:
                         for suffix in (".part", ".part.ranges"):
@@ -362,17 +344,24 @@ def check_range(response, remote, position):
         raise DamagedError("the file changes on the server, or lies about its length")
 
 
-def verify_and_name(model_size, name, path, content_md5):
+def verify_and_name(check, name, path, content_md5):
     """Gives FILE.part its name if it is what it should be. Raises DamagedError."""
-    fault = unlike_published(model_size, name, path + ".part")
-    md5 = hashed(path + ".part", hashlib.md5(usedforsecurity=False))
-    if content_md5 and base64.b64encode(md5.digest()).decode() != content_md5:
-        fault = fault or "its MD5 is not that which the server states"
-    if name == DATA and MD5.get(model_size, md5.hexdigest()) != md5.hexdigest():
-        fault = fault or "its MD5 is not that of OpenAI's file"
+    fault = check(name, path + ".part")
+    if content_md5:
+        with open(path + ".part", "rb") as f:
+            md5 = hashlib.md5(usedforsecurity=False)
+            while chunk := f.read(2**20):
+                md5.update(chunk)
+        if base64.b64encode(md5.digest()).decode() != content_md5:
+            fault = fault or "its MD5 is not that which the server states"
     if fault:
         raise DamagedError(fault)
     with open(path + ".part", "r+b") as f:
         os.fsync(f.fileno())  # so that not even a power cut can leave less under the final name
     os.replace(path + ".part", path)
     os.remove(path + ".part.ranges")
+
+
+def one_line(error):
+    """The text of an error without line breaks, and without the control characters of whoever sent it."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))

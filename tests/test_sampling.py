@@ -15,7 +15,6 @@ from sampling import sample
 LOGITS = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -3.0], np.float32)
 
 
-
 def exact(temperature, kept):
     p = np.exp(LOGITS.astype(float) / temperature)
     p[[i for i in range(len(p)) if i not in kept]] = 0

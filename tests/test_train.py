@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import tokenizers
 
+from checkpoint import random_params
 from encoder import get_encoder
 from gpt2 import gpt2
-from utils import load_encoder_hparams_and_params, random_params
+from utils import load_encoder_hparams_and_params
 
 ROOT = Path(__file__).parent.parent
 TEXT_FILE = ROOT / "tests" / "data" / "tinyshakespeare_heldout.txt"

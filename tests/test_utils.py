@@ -1,4 +1,4 @@
-"""Loading: TensorFlow writes the checkpoints, utils maps them."""
+"""Loading: TensorFlow writes the checkpoints, checkpoint.py maps them."""
 
 import json
 import os
@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from conftest import HPARAMS, REPO, wild_params, write_model
 
+import checkpoint
 import utils
-
-DATA, INDEX = utils.DATA, utils.INDEX
+from checkpoint import DATA, INDEX
 
 
 @pytest.fixture(autouse=True)
 def tensorflow_in_this_process(monkeypatch):
     """To verify a checkpoint in a process of its own would import TensorFlow for every test."""
-    monkeypatch.setattr(utils, "is_mappable", utils.agrees_with_tensorflow)
+    monkeypatch.setattr(checkpoint, "verify_apart", checkpoint.verify)
 
 
 def load(model_dir):
@@ -88,10 +88,10 @@ def test_params_are_the_weights_that_were_saved(model_dir, params):
 
 def test_eleven_blocks_come_in_the_order_of_their_numbers(tmp_path):
     hparams = {"n_vocab": 300, "n_ctx": 8, "n_embd": 8, "n_head": 2, "n_layer": 11}
-    params = utils.random_params(hparams)
+    params = checkpoint.random_params(hparams)
     write_model(tmp_path, hparams, params)
-    assert_same(utils.load_params(tmp_path, hparams), params)
-    assert_same(utils.load_params(tmp_path, hparams), params)
+    assert_same(checkpoint.load_params(tmp_path, hparams), params)
+    assert_same(checkpoint.load_params(tmp_path, hparams), params)
 
 
 def test_the_encoder_is_the_models_own(model_dir):
@@ -100,16 +100,12 @@ def test_the_encoder_is_the_models_own(model_dir):
     assert encoder.decode(encoder.encode("the end")) == "the end"
 
 
-def test_a_verified_checkpoint_is_loaded_without_tensorflow_and_in_milliseconds(models_dir):
+def test_a_verified_checkpoint_is_loaded_without_tensorflow_or_requests(models_dir):
     program = """if True:
-        import sys, time, utils
-        start = time.process_time()
-        utils.load_params(sys.argv[1], utils.load_hparams(sys.argv[1] + "/hparams.json"))
-        print("tensorflow" in sys.modules, time.process_time() - start)"""
-    printed = subprocess.check_output([sys.executable, "-c", program, models_dir / "tiny"], cwd=REPO, text=True)
-    imported, seconds = printed.split()
-    assert imported == "False"
-    assert float(seconds) < 0.1
+        import sys, utils
+        utils.load_encoder_hparams_and_params("tiny", sys.argv[1])
+        print({"tensorflow", "requests", "download", "tqdm"} & {*sys.modules})"""
+    assert subprocess.check_output([sys.executable, "-c", program, models_dir], cwd=REPO, text=True) == "set()\n"
 
 
 def test_weights_are_mapped_and_changes_to_them_stay_in_memory(model_dir, params):
@@ -131,8 +127,8 @@ def test_sums_are_what_sha256sum_checks(model_dir):
 def verified_by_tensorflow(model_dir, monkeypatch):
     """Whether loading reads the checkpoint with TensorFlow."""
     calls = []
-    read = utils.read_checkpoint
-    monkeypatch.setattr(utils, "read_checkpoint", lambda *args: calls.append(args) or read(*args))
+    read = checkpoint.read_checkpoint
+    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda *args: calls.append(args) or read(*args))
     load(model_dir)
     return bool(calls)
 
@@ -142,13 +138,44 @@ def test_a_checkpoint_is_verified_once(model_dir, monkeypatch):
     assert not verified_by_tensorflow(model_dir, monkeypatch)
 
 
-@pytest.mark.parametrize("sums", [None, "", "nonsense", "0" * 64 + f"  {DATA}\n", "\0\xff"])
-def test_missing_truncated_or_damaged_sums_are_made_anew(sums, model_dir, monkeypatch):
+def test_missing_sums_are_made_anew(model_dir, monkeypatch):
     load(model_dir)
     path, good = model_dir / "SHA256SUMS", (model_dir / "SHA256SUMS").read_text()
-    path.unlink() if sums is None else path.write_text(sums, encoding="latin-1")
+    path.unlink()
     assert verified_by_tensorflow(model_dir, monkeypatch)
     assert path.read_text() == good
+
+
+DAMAGE = {
+    "nothing left": lambda lines: [],
+    "nonsense": lambda lines: ["nonsense"],
+    "no text": lambda lines: ["\0\xff"],
+    "an empty line": lambda lines: [*lines, ""],
+    "a line cut short": lambda lines: [*lines[:-1], lines[-1][:70]],
+    "lines cut off": lambda lines: lines[:-1],
+    "a line twice": lambda lines: [*lines, lines[0]],
+    "another file": lambda lines: [*lines, "0" * 64 + "  README.md"],
+    "a digit that is none": lambda lines: ["g" + lines[0][1:], *lines[1:]],
+    "one digit less": lambda lines: [lines[0][1:], *lines[1:]],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_sums_are_an_error_that_says_to_delete_them(damage, model_dir):
+    load(model_dir)
+    path = model_dir / "SHA256SUMS"
+    path.write_text("\n".join(DAMAGE[damage](path.read_text().splitlines())) + "\n", encoding="latin-1")
+    assert f"{path} is damaged: delete it" in error_of(model_dir)
+    path.unlink()
+    load(model_dir)
+
+
+def test_a_damaged_sums_does_not_let_another_number_of_heads_pass(model_dir):
+    load(model_dir)
+    (model_dir / "hparams.json").write_text(json.dumps(HPARAMS | {"n_head": 10}))
+    with open(model_dir / "SHA256SUMS", "a") as f:
+        f.write("\n")
+    assert "SHA256SUMS is damaged" in error_of(model_dir)
 
 
 def test_a_changed_checkpoint_is_verified_and_loaded_anew(model_dir, params, monkeypatch):
@@ -159,7 +186,7 @@ def test_a_changed_checkpoint_is_verified_and_loaded_anew(model_dir, params, mon
 
 
 def test_a_checkpoint_that_this_project_saved_is_verified_already(model_dir, monkeypatch):
-    utils.save_checkpoint(model_dir, HPARAMS, wild_params(HPARAMS, seed=1))
+    checkpoint.save_checkpoint(model_dir, HPARAMS, wild_params(HPARAMS, seed=1))
     assert not verified_by_tensorflow(model_dir, monkeypatch)
     assert_same(load(model_dir)[2], wild_params(HPARAMS, seed=1))
 
@@ -183,10 +210,19 @@ def test_a_folder_that_cannot_be_written_to_works_and_says_so_once(model_dir, pa
     assert not list(model_dir.glob("SHA256SUMS*"))
 
 
-@pytest.mark.parametrize("change", ["another order", "one more variable"])
+BESIDE = {  # variables that change nothing in the model
+    "global_step": np.int64(7),
+    "beta1_power": np.float32(0.9),
+    "optimizer/model/h9/ln_1/g": np.ones(80, np.float32),
+    "model/wte/Adam": np.ones((500, 80), np.float32),
+    "modelling": np.ones(3),
+}
+
+
+@pytest.mark.parametrize("change", ["another order", *BESIDE])
 def test_a_checkpoint_laid_out_otherwise_works_and_says_so_once(change, model_dir, params, capsys):
     tensors = tensors_of(model_dir)
-    save(model_dir, dict(reversed(tensors.items())) if change == "another order" else {"a": np.ones(3), **tensors})
+    save(model_dir, {change: BESIDE[change], **tensors} if change in BESIDE else dict(reversed(tensors.items())))
     assert_same(load(model_dir)[2], params)
     stderr = capsys.readouterr().err
     assert stderr.count("\n") == 1
@@ -206,8 +242,22 @@ def error_of(model_dir):
 def test_a_missing_variable_is_named(model_dir):
     tensors = tensors_of(model_dir)
     del tensors["model/h1/ln_2/g"]
-    save(model_dir, tensors | {"model/other": np.zeros(80, np.float32)})
+    save(model_dir, tensors | {"other": np.zeros(80, np.float32)})
     assert f"{model_dir / INDEX} lacks the variable model/h1/ln_2/g" in error_of(model_dir)
+
+
+EXTRA = ["model/h3/ln_1/g", "model/h0/attn/c_attn/w_1", "model/h0/extra", "model/lm_head", "model/h9/ln_1/g/Adam"]
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_a_variable_of_the_model_that_hparams_do_not_imply_is_named(name, model_dir):
+    save(model_dir, tensors_of(model_dir) | {name: np.zeros(80, np.float32)})
+    assert f"{model_dir / INDEX} has the variable {name}, which hparams.json does not imply" in error_of(model_dir)
+
+
+def test_fewer_blocks_than_the_checkpoint_holds_are_an_error(model_dir):
+    (model_dir / "hparams.json").write_text(json.dumps(HPARAMS | {"n_layer": 2}))
+    assert "has the variable model/h2/" in error_of(model_dir)
 
 
 def test_a_variable_of_the_wrong_shape_is_named(model_dir):
@@ -221,7 +271,7 @@ def test_a_variable_of_the_wrong_shape_is_named(model_dir):
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.float16])
 def test_a_variable_of_the_wrong_type_is_named(dtype, model_dir):
     tensors = tensors_of(model_dir)
-    tensors["model/padding"] = np.zeros(10**6, np.float32)  # so that the size of the file gives nothing away
+    tensors["padding"] = np.zeros(10**6, np.float32)  # so that the size of the file gives nothing away
     save(model_dir, tensors | {"model/wte": tensors["model/wte"].astype(dtype)})
     assert f"model/wte is {np.dtype(dtype).name}, not float32" in error_of(model_dir)
 
@@ -235,7 +285,7 @@ def test_a_flipped_byte_of_the_data_is_found_and_its_variable_named(model_dir):
         f.write(bytes([byte ^ 1]))
     error = error_of(model_dir)
     assert str(model_dir / DATA) in error
-    assert "is damaged and must be replaced: model/wte" in error
+    assert "is damaged: model/wte" in error
 
 
 def test_truncated_data_is_an_error(model_dir):
@@ -247,16 +297,16 @@ def test_a_file_that_cannot_be_read_is_an_error(model_dir, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(utils, "sha256", refuse)  # permissions would not stop root, who may be running this
+    monkeypatch.setattr(checkpoint, "hexdigest", refuse)  # permissions would not stop root, who may be running this
     assert "cannot be read: [Errno 13] Permission denied" in error_of(model_dir)
 
 
 def test_params_that_are_not_what_hparams_imply_are_not_saved(tmp_path, params):
     transposed = {**params, "wte": params["wte"].T}
     with pytest.raises(ValueError, match=r"wte has shape \(80, 500\), the hparams imply \(500, 80\)"):
-        utils.save_checkpoint(tmp_path, HPARAMS, transposed)
+        checkpoint.save_checkpoint(tmp_path, HPARAMS, transposed)
     with pytest.raises(ValueError, match="3 blocks, the hparams imply 2"):
-        utils.save_checkpoint(tmp_path, HPARAMS | {"n_layer": 2}, params)
+        checkpoint.save_checkpoint(tmp_path, HPARAMS | {"n_layer": 2}, params)
 
 
 def test_a_truncated_index_is_an_error(model_dir):
@@ -288,7 +338,20 @@ def test_hparams_that_are_no_object_are_an_error(text, model_dir):
 
 
 def test_an_unknown_model_is_an_error_that_names_the_choices(tmp_path):
-    assert "no model 'nonsense': choose 124M, 355M, 774M, 1558M" in error_of(tmp_path / "nonsense")
+    for folder in ("mine", "shakespeare"):
+        (tmp_path / folder).mkdir()
+    choices = f"choose 124M, 355M, 774M, 1558M or a folder in {tmp_path} (mine, shakespeare)"
+    assert f"no model 'nonsense': {choices}" in error_of(tmp_path / "nonsense")
+
+
+def test_an_unknown_model_where_there_are_no_models_is_an_error(tmp_path):
+    assert f"or a folder in {tmp_path / 'models'} (there is none)" in error_of(tmp_path / "models" / "nonsense")
+
+
+def test_a_line_break_in_the_name_of_a_folder_stays_one_line(model_dir):
+    folder = model_dir.rename(model_dir.with_name("models\nof\r\x1bmine"))
+    (folder / DATA).unlink()
+    assert "models of ?mine is no complete checkpoint" in error_of(folder)
 
 
 @pytest.mark.parametrize("name", ["hparams.json", "encoder.json", "vocab.bpe", INDEX, DATA])

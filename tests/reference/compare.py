@@ -18,9 +18,10 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
+from checkpoint import CheckpointError, import_tensorflow
 from cli import MODELS_DIR, fail, read_lines, run
 from gpt2 import check_room, generate, gpt2
-from utils import ModelError, import_tensorflow, load_encoder_hparams_and_params
+from utils import ModelError, load_encoder_hparams_and_params
 
 IMAGE = "gpt-2-official"
 # what the official scripts print in front of a text, and what the interactive one prints behind it
@@ -283,7 +284,7 @@ def reason(stderr):
 if __name__ == "__main__":
     try:
         run(main)
-    except ModelError as error:
+    except (ModelError, CheckpointError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as error:
