@@ -399,6 +399,18 @@ def test_another_number_of_heads_is_noticed_for_openais_sizes(folder, monkeypatc
         load(folder)
 
 
+@pytest.mark.parametrize("name", [INDEX, DATA])
+@pytest.mark.parametrize("damage", [bytes, lambda data: data[:-1], lambda data: bytes(len(data))])
+def test_a_file_of_openais_sizes_that_cannot_be_read_is_named_with_what_mends_it(folder, monkeypatch, name, damage):
+    official(folder, monkeypatch)
+    good = (folder / name).read_bytes()
+    (folder / name).write_bytes(damage(good) if damage is not bytes else b"")
+    with pytest.raises(utils.ModelError) as error:
+        load(folder)
+    assert str(error.value).startswith(str(folder / name))
+    assert str(error.value).endswith("if it is OpenAI's, delete it to fetch it anew")
+
+
 # an index that crashes TensorFlow
 
 

@@ -1,5 +1,6 @@
 """Loading: TensorFlow writes the checkpoints, checkpoint.py maps them."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -8,7 +9,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import HPARAMS, REPO, wild_params, write_model
+from conftest import GENUINE, HPARAMS, REPO, assert_one_line_error, wild_params, write_model
+from flaky_server import serving
 
 import checkpoint
 import utils
@@ -369,3 +371,95 @@ def test_a_model_name_cannot_leave_the_models_folder(name, tmp_path):
 def test_models_dir_may_be_a_string_or_a_path(models_dir):
     for path in (str(models_dir), pathlib.Path(models_dir)):
         assert utils.load_encoder_hparams_and_params("tiny", path)[1] == HPARAMS
+
+
+# OpenAI's models
+
+
+@pytest.fixture
+def server(monkeypatch, models_dir):
+    """A server that has the tiny model as 124M, and all that is known of OpenAI's is known of it."""
+    files = {path.name: path.read_bytes() for path in (models_dir / "tiny").iterdir() if path.name != "SHA256SUMS"}
+    files["model.ckpt.meta"] = b"a graph"
+    monkeypatch.setattr(utils, "MODEL_SIZES", {"124M": HPARAMS})
+    monkeypatch.setattr(utils, "SHA256", {name: hashlib.sha256(files[name]).hexdigest() for name in utils.SHA256})
+    monkeypatch.setattr(utils, "TOKENIZER_BYTES", {name: len(files[name]) for name in utils.SHA256})
+    monkeypatch.setattr(utils, "BYTES", {"124M": {name: len(files[name]) for name in utils.BYTES["124M"]}})
+    monkeypatch.setattr(utils, "MD5", {"124M": hashlib.md5(files[DATA]).hexdigest()})  # noqa: S324
+    with serving(files) as server:
+        server.headers = {"Content-MD5": None}
+        monkeypatch.setenv("GPT2_BASE_URL", server.url + "/")
+        yield server
+
+
+def test_one_of_openais_models_is_fetched_verified_and_loaded(server, tmp_path, params):
+    assert_same(load(tmp_path / "models" / "124M")[2], params)
+    assert {path.name for path in (tmp_path / "models" / "124M").glob("[!.]*")} == {*server.files, "SHA256SUMS"}
+    server.log.clear()
+    load(tmp_path / "models" / "124M")
+    assert server.log == []
+
+
+def test_the_sizes_of_the_vocabulary_are_those_of_the_genuine_one():
+    assert {name: (GENUINE / name).stat().st_size for name in ("encoder.json", "vocab.bpe")} == utils.TOKENIZER_BYTES
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint", "hparams.json", "encoder.json", "vocab.bpe", INDEX, "model.ckpt.meta", DATA]
+)
+def test_a_file_of_another_size_than_the_published_one_gets_no_name(name, server, tmp_path):
+    server.files[name] += b" "
+    assert f"{name} from {server.url}/124M/{name}" in error_of(tmp_path / "models" / "124M")
+    assert not (tmp_path / "models" / "124M" / name).exists()
+
+
+@pytest.mark.parametrize("name", ["hparams.json", "encoder.json", "vocab.bpe", DATA])
+def test_a_file_of_other_contents_than_the_published_one_gets_no_name(name, server, tmp_path):
+    server.files[name] = server.files[name].replace(b"3", b"4") if name == "hparams.json" else server.files[name][::-1]
+    assert "OpenAI's" in error_of(tmp_path / "models" / "124M")
+    assert not (tmp_path / "models" / "124M" / name).exists()
+
+
+def test_a_download_that_fails_says_what_else_there_is_to_do(server, tmp_path):
+    (tmp_path / "models" / "shakespeare").mkdir(parents=True)
+    del server.files["model.ckpt.meta"]
+    folder = tmp_path / "models" / "124M"
+    error = error_of(folder)
+    assert f"model.ckpt.meta from {server.url}/124M/model.ckpt.meta: HTTP 404; run it again to go on from here" in error
+    assert f"model.ckpt.meta, {DATA} into {folder} by hand" in error
+    assert error.endswith("or use the bundled model: --model_size shakespeare")
+
+
+def test_a_damaged_file_is_fetched_anew_once_it_is_deleted(server, tmp_path, params):
+    folder = tmp_path / "models" / "124M"
+    load(folder)
+    (folder / INDEX).write_bytes(b"")
+    assert f"{folder / INDEX} is damaged" in error_of(folder)
+    (folder / INDEX).unlink()
+    assert_same(load(folder)[2], params)
+
+
+def test_utils_py_fetches_a_model_and_says_where_it_lies(server, tmp_path, capsys):
+    utils.main("124M", str(tmp_path / "models"))
+    stdout = capsys.readouterr().out
+    assert stdout.startswith(
+        f"124M is verified, and lies in {tmp_path / 'models' / '124M'}: checkpoint, hparams.json, "
+    )
+    assert stdout.endswith(f"{DATA}, SHA256SUMS\n")
+
+
+def utils_py(*args, **env):
+    command = [sys.executable, REPO / "utils.py", *args]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def test_utils_py_is_a_command(models_dir):
+    done = utils_py("tiny", "--models_dir", models_dir)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(models_dir / "tiny") in done.stdout
+
+
+def test_the_errors_of_utils_py_are_one_line(tmp_path):
+    with serving({}) as empty:
+        done = utils_py("124M", "--models_dir", tmp_path, GPT2_BASE_URL=empty.url)
+    assert_one_line_error(done, f"utils.py: could not download checkpoint from {empty.url}/124M/checkpoint: HTTP 404")
