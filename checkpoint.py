@@ -120,24 +120,24 @@ def load_params(model_dir, hparams):
     if n_bytes < expected:
         raise CheckpointError(f"{data_path} has {n_bytes} bytes where {HPARAMS} implies {expected}: {MEND}")
 
-    # is it vouched for?
     recorded, changed = read_sums(model_dir), os.stat(data_path).st_mtime_ns
-    is_unchanged = bool(recorded) and os.stat(os.path.join(model_dir, SUMS)).st_mtime_ns == changed
-    sums = sums_of(model_dir, {DATA: recorded[DATA]} if is_unchanged else {})  # hashing DATA takes long
-    for name in (HPARAMS, ENCODER, VOCAB):
-        if name in recorded and recorded[name] != sums.get(name):
-            raise CheckpointError(
-                f"{model_dir}: {name} is not as {SUMS} has it: restore it, or delete {SUMS} to accept it"
-            )
-    is_vouched_for = all(recorded.get(name) == sums[name] for name in (HPARAMS, INDEX, DATA))
-
-    # make it so
-    if not is_vouched_for and not verify_apart(model_dir):
+    is_unchanged = changed == recorded_time(model_dir) and n_bytes == expected
+    sums = sums_of(model_dir, {DATA: recorded[DATA]} if is_unchanged else {})
+    if not is_vouched_for(model_dir, recorded, sums) and not verify_apart(model_dir):
         print(f"{model_dir}: laid out unlike OpenAI's models, so TensorFlow reads it at every start", file=sys.stderr)
         return nest(dict(read_checkpoint(model_dir, hparams)))
     if recorded != sums or not is_unchanged:
         write_sums(model_dir, sums, changed)
     return nest(map_data(data_path, hparams))
+
+
+def is_vouched_for(model_dir, recorded, sums):
+    """Whether SHA256SUMS, as recorded, has the weights as they are. Raises CheckpointError if it has other texts."""
+    for name in (HPARAMS, ENCODER, VOCAB):
+        if name in recorded and recorded[name] != sums.get(name):
+            path = os.path.join(model_dir, name)
+            raise CheckpointError(f"{path} is not as {SUMS} has it: restore it, or delete {SUMS} to accept it")
+    return all(recorded.get(name) == sums.get(name) for name in (HPARAMS, INDEX, DATA))
 
 
 def map_data(data_path, hparams):
@@ -168,9 +168,8 @@ def verify_apart(model_dir):
     if child.returncode == 1:  # a bug: Python has printed its traceback
         raise RuntimeError(child.stderr)
     if child.returncode != 0:
-        raise CheckpointError(
-            f"TensorFlow crashes on this checkpoint: {os.path.join(model_dir, INDEX)} is damaged: {MEND}"
-        )
+        path = os.path.join(model_dir, INDEX)
+        raise CheckpointError(f"{path}: TensorFlow crashes on it, as it does on some damaged ones: {MEND}")
     verdict = json.loads(child.stdout)
     if "error" in verdict:
         raise CheckpointError(verdict["error"])
@@ -255,9 +254,8 @@ def save_checkpoint(model_dir, hparams, params):
     with open(os.path.join(model_dir, HPARAMS), "w", encoding="utf-8") as f:
         json.dump(hparams, f)
     prefix, names = os.path.join(model_dir, "model.ckpt"), [*tensors]
-    tf.raw_ops.SaveV2(
-        prefix=prefix, tensor_names=names, shape_and_slices=[""] * len(names), tensors=[*tensors.values()]
-    )
+    arrays, slices = [*tensors.values()], [""] * len(names)
+    tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=slices, tensors=arrays)
     with open(os.path.join(model_dir, "checkpoint"), "w", encoding="utf-8") as f:
         f.write('model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n')
     if verify(model_dir):
@@ -300,10 +298,16 @@ def write_sums(model_dir, sums, changed):
         print(f"{model_dir}: cannot be written to, so it is verified at every start: {error}", file=sys.stderr)
 
 
-def sums_of(model_dir, known=()):
-    """{name: SHA-256} of those files of a model that are there, less the hashing of those that are known."""
+def recorded_time(model_dir):
+    """When, in ns, the data file had changed that SHA256SUMS vouches for; None without SHA256SUMS."""
+    path = os.path.join(model_dir, SUMS)
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
+
+
+def sums_of(model_dir, known=None):
+    """{name: SHA-256} of those files of a model that are there. known: the same, of files that take long to hash."""
     paths = {name: os.path.join(model_dir, name) for name in SUMMED}
-    known = dict(known)
+    known = known or {}
     return {name: known.get(name) or hexdigest(path) for name, path in paths.items() if os.path.exists(path)}
 
 

@@ -200,6 +200,15 @@ def test_a_copied_checkpoint_is_recognised_by_its_contents(model_dir, monkeypatc
     assert (model_dir / DATA).stat().st_mtime_ns == (model_dir / "SHA256SUMS").stat().st_mtime_ns
 
 
+def test_data_that_grew_at_the_time_of_its_sums_is_verified_anew(model_dir, params):
+    load(model_dir)
+    time = (model_dir / "SHA256SUMS").stat().st_mtime_ns
+    with open(model_dir / DATA, "ab") as f:
+        f.write(b"!")
+    os.utime(model_dir / DATA, ns=(time, time))
+    assert_same(load(model_dir)[2], params)
+
+
 def test_a_folder_that_cannot_be_written_to_works_and_says_so_once(model_dir, params, capsys, monkeypatch):
     def refuse(*args):
         raise PermissionError("Read-only file system")
