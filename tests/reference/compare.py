@@ -1,13 +1,14 @@
 """Holds this project against OpenAI's own GPT-2: the same prompts and models folder, greedily, token for token.
 
 The official code is the user's clone of https://github.com/openai/gpt-2, used as it is. It was written for
-TensorFlow 1.12: Docker can provide that, otherwise today's TensorFlow stands in for it.
+TensorFlow 1: a container can provide that, otherwise today's TensorFlow stands in for it.
 Exits with 1 if any output differs, and with 2 if there is nothing to compare.
 """
 
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,10 +24,28 @@ from cli import MODELS_DIR, fail, read_lines, run
 from gpt2 import check_room, generate, gpt2
 from utils import ModelError, load_encoder_hparams_and_params
 
+COMMIT = "9b63575ef42771a015060c964af2c3da4cf7c8ab"  # of the clone: results are stated for it
 IMAGE = "gpt-2-official"
 # what the official scripts print in front of a text, and what the interactive one prints behind it
 BEGIN = "=" * 40 + " SAMPLE 1 " + "=" * 40 + "\n"
 END = "\n" + "=" * 80 + "\nModel prompt >>> "
+ADVICE = {  # what to do, where an engine's complaint or the status it ends with is like this
+    "permission denied while trying to connect": (
+        "this user may not use Docker: sudo usermod -aG docker $USER and log in again, or install Podman"
+    ),
+    "daemon running|docker API|error during connect|onnect to Podman": (
+        "the engine is not running: start Docker Desktop, or sudo systemctl start docker, or podman machine start"
+    ),
+    "registry-1.docker.io|dial tcp|failure in name resolution|from versions: none": (
+        "TensorFlow's image or a package did not come: check the network, or give the engine a mirror or a proxy"
+    ),
+    "exec format error|compiled to use AVX|exit status 132": (
+        "TensorFlow 1.15 needs an x86-64 processor with AVX or an emulator of one: on Arm without that, omit --docker"
+    ),
+    "exit status 137": (
+        "the container was killed, most likely for want of memory: let the engine have more, or take a smaller model"
+    ),
+}
 
 
 def main(
@@ -49,10 +68,11 @@ def main(
         model_size: 124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint
         models_dir: the folder that holds the models
         logits: compare the logits of every position of the prompts as well
-        docker: run the official code on TensorFlow 1.12, in a container
+        docker: run the official code on TensorFlow 1.15, in a container (of Docker or Podman)
     """
     prompts = [*prompts, *read_lines(prompts_file)] if prompts_file else list(prompts)
     check_arguments(prompts, gpt2_repo, n_tokens_to_generate, logits, docker)
+    check_clone(gpt2_repo)
     if docker:
         build_image()
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
@@ -120,8 +140,25 @@ def check_arguments(prompts, gpt2_repo, n_tokens_to_generate, logits, docker):
     for number, prompt in enumerate(prompts, 1):
         if "\n" in prompt or "\r" in prompt:
             fail(f"prompt {number} has a line break, but the official script reads lines: omit --docker")
-    if not shutil.which("docker"):
-        fail("--docker needs the command docker, which is not on the PATH")
+    if not engine():
+        fail("--docker needs docker or podman, and neither is on the PATH: install one, or omit --docker")
+
+
+def check_clone(gpt2_repo):
+    """Says on stderr whether the clone is what OpenAI published and results are stated for."""
+
+    def git(*arguments):  # without optional locks, status does not write to the clone
+        command = ["git", "--no-optional-locks", "-C", gpt2_repo, *arguments]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout
+
+    # a folder without .git may lie in another repository, of which git would speak
+    has_git = shutil.which("git") and os.path.exists(os.path.join(gpt2_repo, ".git"))
+    commit = git("rev-parse", "HEAD").strip() if has_git else ""
+    if commit != COMMIT:
+        print(f"note: the clone's commit is {commit or 'unknown'}, results are stated for {COMMIT}", file=sys.stderr)
+    changed = [line[3:] for line in git("status", "--porcelain", "--", "src").splitlines()] if commit else []
+    if changed:
+        print(f"warning: the clone is modified, so it is not OpenAI's code: {', '.join(changed)}", file=sys.stderr)
 
 
 def encode(encoder, prompt):
@@ -184,7 +221,7 @@ class HParams(types.SimpleNamespace):
 
 
 def import_official(gpt2_repo):
-    """The official model.py, sample.py and encoder.py as modules, with today's TensorFlow in place of version 1.12."""
+    """The official model.py, sample.py and encoder.py as modules, with today's TensorFlow in place of version 1."""
     import_tensorflow()
     import tensorflow.compat.v1 as tf
 
@@ -233,22 +270,27 @@ def load_official(gpt2_repo, model_size, models_dir, n_tokens_to_generate):
     return encoder.get_encoder(model_size, models_dir), generate, logits
 
 
+def engine():
+    return shutil.which("docker") or shutil.which("podman")
+
+
 def build_image():
-    print("building the Docker image: this takes minutes the first time", file=sys.stderr)
-    built = subprocess.run(
-        ["docker", "build", "--quiet", "--tag", IMAGE, os.path.dirname(os.path.abspath(__file__))], capture_output=True
-    )
+    print("building the image for the container: this takes minutes the first time", file=sys.stderr)
+    folder = os.path.dirname(os.path.abspath(__file__))
+    built = subprocess.run([engine(), "build", "--quiet", "--tag", IMAGE, folder], capture_output=True)
     if built.returncode:
-        fail(f"docker build failed: {reason(built.stderr)} (without --docker, no engine is needed)")
+        fail(f"the image could not be built: {reason(built)}")
 
 
 def run_official(prompts, gpt2_repo, model_size, models_dir, n_tokens_to_generate):
     """The texts with which the official scripts, in a container, continue the prompts."""
     mounts = {gpt2_repo: "/gpt-2", models_dir: "/models"}
-    command = ["docker", "run", "--rm", "--interactive"]
+    # SELinux, where there is one, would hide the two folders from the container
+    command = [engine(), "run", "--rm", "--interactive", "--security-opt", "label=disable"]
     for path, inside in mounts.items():
         command += ["--volume", f"{os.path.abspath(path)}:{inside}:ro"]
     flags = [f"--model_name={model_size!r}", "--models_dir=/models", f"--length={n_tokens_to_generate}", "--top_k=1"]
+    print(f"the official scripts continue {len(prompts)} prompts, which takes a while", file=sys.stderr)
 
     # the interactive script refuses an empty prompt, the other one starts from nothing
     asked = [prompt for prompt in prompts if prompt]
@@ -272,13 +314,16 @@ def run_official(prompts, gpt2_repo, model_size, models_dir, n_tokens_to_generat
 def run_script(command, prompts):
     """Types the prompts and returns (output, how it ended). The interactive script always ends in an EOFError."""
     done = subprocess.run(command, input="".join(f"{prompt}\n" for prompt in prompts).encode(), capture_output=True)
-    return done.stdout.decode(errors="replace"), f"{reason(done.stderr)} (exit status {done.returncode})"
+    return done.stdout.decode(errors="replace"), reason(done)
 
 
-def reason(stderr):
-    """The line that says what went wrong: docker's own goes before advice, Python's is the last."""
-    lines = stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
-    return next((line for line in lines if line.startswith(("docker: ", "ERROR: "))), lines[-1])
+def reason(done):
+    """What went wrong in one line, and what to do where that is known: an engine's own goes before its hints."""
+    lines = done.stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
+    said = next((line for line in lines if line.startswith(("docker: ", "ERROR: ", "Error: "))), lines[-1])
+    said = f"{said} (exit status {done.returncode})"
+    advice = next((advice for sign, advice in ADVICE.items() if re.search(sign, "\n".join([*lines, said]))), None)
+    return f"{advice}. It said: {said}" if advice else said
 
 
 if __name__ == "__main__":
