@@ -370,9 +370,9 @@ def test_engine_that_fails_is_one_line_with_its_own_words_and_what_to_do(
     (docker / "docker").write_text(script)
     done = compare("--docker", "hello", *flags(clone, models_dir))
     assert_mistake(done, advice)
-    lines = complaint.splitlines() or ["it did not say why"]
+    lines = complaint.splitlines() or ["no message"]
     own = next((line for line in lines if line.startswith(("ERROR: ", "Error: ", "docker: "))), lines[-1])
-    assert done.stderr.endswith(f"{own} (exit status {status})\n")
+    assert f"{own}, exit status {status}" in done.stderr
 
 
 def git(folder, *arguments):

@@ -318,12 +318,13 @@ def run_script(command, prompts):
 
 
 def reason(done):
-    """What went wrong in one line, and what to do where that is known: an engine's own goes before its hints."""
-    lines = done.stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
+    """What went wrong in one line, and before it what to do, if that is known."""
+    lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+    # an engine's own line goes before its hints, Python's is the last
     said = next((line for line in lines if line.startswith(("docker: ", "ERROR: ", "Error: "))), lines[-1])
-    said = f"{said} (exit status {done.returncode})"
+    said = f"{said}, exit status {done.returncode}"
     advice = next((advice for sign, advice in ADVICE.items() if re.search(sign, "\n".join([*lines, said]))), None)
-    return f"{advice}. It said: {said}" if advice else said
+    return f"{advice} ({said})" if advice else said
 
 
 if __name__ == "__main__":
