@@ -1,4 +1,4 @@
-"""NumPy's, CuPy's and JAX's arrays, where they differ: whose an array is, how it is written to, how the model runs on it.
+"""NumPy's, CuPy's and JAX's arrays where they differ: whose an array is, how one is written to, how the model runs.
 
 NumPy's and CuPy's are written in place, and every shape is as good as another. JAX's never change, but `jit` compiles
 the model for every shape it meets, in seconds each, and lets it write into arrays that nobody else will read (donated).
@@ -49,9 +49,7 @@ def as_batch(inputs, n_vocab):
         try:
             ids = [operator.index(i) for i in (str(prompt) if isinstance(prompt, bytes) else prompt)]
         except TypeError as error:
-            raise TypeError(
-                f"a prompt is a list of token ids, as encoder.encode makes it, not {prompt!r:.40}"
-            ) from error
+            raise TypeError(f"a prompt is a list of token ids, as encoder.encode gives, not {prompt!r:.40}") from error
         if not ids:
             raise ValueError("a prompt has no tokens: begin with that of <|endoftext|> to generate from nothing")
         if not 0 <= min(ids) <= max(ids) < n_vocab:
@@ -90,7 +88,7 @@ def empty_cache(params, n_head, n_rows, n_slots):
 
 
 def cached(model, params, n_head, n_rows, n_slots):
-    """The model as forward(rows, n_past, n_last=1) -> logits, with a cache of its own of n_slots tokens for n_rows rows.
+    """The model as forward(rows, n_past, n_last=1) -> logits, with its own cache of n_slots tokens for n_rows rows.
 
     model: gpt2(). rows: n_rows lists of ids, which follow the first n_past[row] tokens of the cache; more than one only
     where n_past[row] is 0, or n_last all of them. Returns the logits at the last n_last of each row:

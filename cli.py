@@ -81,7 +81,7 @@ def is_text(option):
 
 
 def arguments(argv, function):
-    """The command line as Fire must see it; None for --help. Ends with one line for what it would misread or see too late.
+    """The command line as Fire must see it; None for --help. Ends with one line where Fire would misread it.
 
     Fire gives the flag of a bool the next word as its value, words without a flag to any parameter in turn, and
     complains of what is left over when function has run.
@@ -144,7 +144,7 @@ def take_avx512():
 
 
 def check_flags(prompt, interactive, prompts_file, stream, n_samples, temperature, **draws):
-    """Ends with one line for flags that contradict each other, or would do nothing. draws: those of drawing at random."""
+    """Ends with one line for flags that contradict each other or would do nothing. draws: top_k, top_p, seed."""
     modes = {"interactive": interactive, "prompts_file": prompts_file, "stream": stream, "n_samples": n_samples > 1}
     modes = [mode for mode, wanted in modes.items() if wanted and not (mode == "stream" and interactive)]
     if len(modes) > 1:
@@ -154,13 +154,11 @@ def check_flags(prompt, interactive, prompts_file, stream, n_samples, temperatur
     idle = [name for name, unset in {"top_k": 0, "top_p": 1, "seed": None}.items() if draws[name] != unset]
     idle += ["n_samples"] * (n_samples > 1)
     if temperature == 0 and idle:
-        fail(
-            f"--{idle[0]} does nothing at a temperature of 0, which always takes the likeliest token: add --temperature 1"
-        )
+        fail(f"--{idle[0]} does nothing at a temperature of 0, which takes the likeliest token: add --temperature 1")
 
 
 def open_prompts(prompt, interactive, prompts_file):
-    """The prompt: as it was typed, or from standard input for -, or for none in a pipe; or the lines of prompts_file."""
+    """The prompt as it was typed, or standard input for -, and for none in a pipe; or the lines of prompts_file."""
     if prompts_file:
         return open_lines(prompts_file)
     if prompt == "-" or (prompt is None and not interactive and not sys.stdin.isatty()):
@@ -180,6 +178,11 @@ def open_lines(path):
         fail(f"{path} cannot be read: {error.strerror}")
 
 
+def line_text(line, errors="strict"):
+    """bytes -> str, less the end of the line and the byte order mark that some editors write."""
+    return line.decode("utf-8-sig", errors).removesuffix("\n").removesuffix("\r")
+
+
 def stop_texts(stop):
     """--stop as it was typed -> its texts: one, in which \\n is a line break, or a Python list of several."""
     texts = [] if stop is None else [stop.replace("\\n", "\n")]
@@ -195,7 +198,9 @@ def stop_texts(stop):
 
 def stop_rule(stop, encoder):
     """stop(ids) for generate_ids, which tells after each id whether a stop text has appeared."""
-    n_ids = max((len(text.encode()) for text in stop), default=0) + 3  # what holds it, and the rest of a character
+    if not stop:
+        return lambda ids: False
+    n_ids = max(len(text.encode()) for text in stop) + 3  # what holds it, and the rest of a character
 
     def rule(ids):
         data = encoder.decode_bytes(ids[-n_ids:])
@@ -293,8 +298,7 @@ def converse(answer):
 def answer_lines(lines, encode, answer, n_at_once=8):
     """Prints a JSON object for each of lines, which are bytes; at the end, fails if there were any with an "error".
 
-    encode: text -> ids, or a ValueError. answer: a batch of ids -> (text, number of tokens, whether a stop text ended it)
-    of each.
+    encode: text -> ids, or a ValueError. answer: a batch of ids -> of each (text, number of tokens, whether stopped).
     """
     from tqdm import tqdm
 
@@ -303,10 +307,9 @@ def answer_lines(lines, encode, answer, n_at_once=8):
         while batch := list(itertools.islice(lines, n_at_once)):
             objects, ids = [], {}
             for i, line in enumerate(batch):
-                objects.append({"prompt": line.decode("utf-8-sig", "replace").removesuffix("\n").removesuffix("\r")})
+                objects.append({"prompt": line_text(line, "replace")})
                 try:
-                    line.decode()
-                    ids[i] = encode(objects[i]["prompt"])
+                    ids[i] = encode(line_text(line))
                 except ValueError as error:
                     objects[i]["error"] = one_line(error)
             for i, (text, n_tokens, stopped) in zip(ids, answer([*ids.values()]) if ids else [], strict=True):

@@ -158,13 +158,12 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_last
 
 
 def decode(prompts, forward, pick, n_ctx):
-    """Yields the next id of every prompt, [n_rows], without end: auto-regressive. Where a context is full, its newest
-    half goes on as the prompt.
+    """Yields the next ids of all prompts, [n_rows], without end. Where a context is full, its newest half goes on.
 
-    forward: see plain_forward. pick: [n_rows, n_vocab] -> n_rows ids.
+    forward: see arrays.cached. pick: [n_rows, n_vocab] -> n_rows ids.
     """
     windows, n_past = [[*prompt] for prompt in prompts], [0] * len(prompts)
-    while True:
+    while True:  # auto-regressive
         for row, window in enumerate(windows):
             if len(window) > n_ctx:
                 windows[row], n_past[row] = window[-max(n_ctx // 2, 1) :], 0
@@ -203,8 +202,7 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
     stop: called with the ids generated so far for a prompt; a true result ends it.
     sliding_window: where the context is full, go on with the newest half of it as the prompt.
     sampling: temperature (0, the default, is greedy), top_k, top_p, seed: see sampling.py.
-    Raises TypeError or ValueError, before any work, for inputs that are no ids, options out of range, an empty prompt, or
-    one that leaves too little room.
+    Raises, before any work, TypeError for what is no ids, and ValueError for what is out of range, empty or too long.
     """
     prompts, is_batch = as_batch(inputs, len(params["wte"]))
     n_rows, longest, n_ctx = len(prompts), max(map(len, prompts)), len(params["wpe"])
@@ -271,7 +269,7 @@ def main(
         top_p: with a temperature, draw from the smallest set of likeliest tokens whose probabilities reach p
         seed: with a temperature, makes the draws repeatable
         n_samples: with a temperature, how many continuations to draw at once
-        stop: end before this text appears; several are given as a list, '["User:", "Bot:"]'
+        stop: end before this text appears; \\n is a line break; several are given as a list, '["User:", "Bot:"]'
         prompts_file: continue every line of this file (-: of standard input); prints a JSON object a line
         stream: print the text as it is made
         interactive: ask for prompt after prompt; Ctrl-C stops a text, Ctrl-D leaves
@@ -285,8 +283,7 @@ def main(
     with cli.mistakes(ValueError):
         check_options(n_tokens_to_generate, n_samples, **sampling)
     cli.check_flags(prompt, interactive, prompts_file, stream, n_samples, **sampling)
-    source = cli.open_prompts(prompt, interactive, prompts_file)
-    stop_texts = cli.stop_texts(stop)
+    source, stop_texts = cli.open_prompts(prompt, interactive, prompts_file), cli.stop_texts(stop)
 
     # load encoder, hparams, and params from the released open-ai gpt-2 files
     with cli.mistakes(ModelError):

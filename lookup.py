@@ -1,16 +1,14 @@
 """Prompt lookup: greedy text that repeats itself, in fewer passes through the model.
 
-Where the newest ids stood before, what followed them there is likely to follow again. That is a draft, and one pass over
-the newest id and its draft tells how much of it comes true (https://github.com/apoorvumang/prompt-lookup-decoding).
-The ids are those of passes over one id each.
+Where the newest ids stood before, what followed them there is likely to follow again. That is a draft, and one pass
+over the newest id and its draft tells how much of it comes true, in the time of three passes over one id
+(https://github.com/apoorvumang/prompt-lookup-decoding). The ids are those of passes over one id each.
 """
 
-N_MATCH, N_DRAFT = (
-    8,
-    15,
-)  # ids that must have stood before; ids in a draft: a pass over 16 takes as long as three over 1
-# Of the largest logit: where two are closer, the rounding errors of a pass over 16 may decide. They change a gap by up to
-# 4.5e-6 in models/shakespeare, 2.6e-6 in random weights of GPT-2's four shapes, 1.3e-5 in ones with four times the spread.
+N_MATCH, N_DRAFT = 8, 15  # ids that must have stood before, and ids in a draft
+# Where two logits are closer than this part of the largest, the rounding errors of a pass over 16 ids may decide. Those
+# changed a gap by up to 4.5e-6 in models/shakespeare, 2.6e-6 in random weights of GPT-2's four shapes, and 1.3e-5 in
+# ones of four times the spread.
 MARGIN = 5e-5
 
 

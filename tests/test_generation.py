@@ -275,7 +275,7 @@ def test_what_is_no_list_of_ids_is_an_error(inputs, generate):
 @pytest.mark.parametrize("inputs", [[1, -1], [[1, 2], [500]], np.array([500])])
 def test_ids_that_are_not_in_the_vocabulary_are_an_error_on_any_arrays(inputs, params, jax_params):
     for weights in (params, jax_params):
-        with pytest.raises(ValueError, match="token ids must be from 0 to 499, not (-1|500)"):
+        with pytest.raises(ValueError, match=r"token ids must be from 0 to 499, not (-1|500)"):
             gpt2.generate(inputs, weights, N_HEAD, 5)
 
 

@@ -20,8 +20,8 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 from checkpoint import CheckpointError, import_tensorflow
-from cli import MODELS_DIR, fail, read_lines, run
-from gpt2 import check_room, generate, gpt2
+from cli import fail, line_text, mistakes, open_lines, run
+from gpt2 import MODELS_DIR, check_room, generate, gpt2
 from utils import ModelError, load_encoder_hparams_and_params
 
 COMMIT = "9b63575ef42771a015060c964af2c3da4cf7c8ab"  # of the clone: results are stated for it
@@ -70,7 +70,9 @@ def main(
         logits: compare the logits of every position of the prompts as well
         docker: run the official code on TensorFlow 1.15, in a container (of Docker or Podman)
     """
-    prompts = [*prompts, *read_lines(prompts_file)] if prompts_file else list(prompts)
+    if prompts_file:
+        with mistakes(UnicodeDecodeError, f"{prompts_file} is "):
+            prompts = [*prompts, *map(line_text, open_lines(prompts_file))]
     check_arguments(prompts, gpt2_repo, n_tokens_to_generate, logits, docker)
     check_clone(gpt2_repo)
     if docker:
@@ -87,7 +89,7 @@ def main(
             fail(f"prompt {number}: {error}")
 
     def next_logits(context):  # [n_seq] -> [n_vocab]
-        return gpt2(context, **params, n_head=n_head, only_last=True)[-1]
+        return gpt2(context, **params, n_head=n_head, n_last=1)[-1]
 
     if docker:
         texts = run_official(prompts, gpt2_repo, model_size, models_dir, n_tokens_to_generate)
