@@ -40,13 +40,14 @@ def merge(symbols, ranks):
     """
     symbols, n = [*symbols, ""], len(symbols)  # "" is in no pair: it stands behind the last and before the first
     left, right = [n, *range(n)], [*range(1, n + 1), 0]  # where the neighbours of each are
-    heap = [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]
+    # a pair that begins at i is the number rank * n + i
+    heap = [ranks[pair] * n + i for i, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]
     heapq.heapify(heap)
     while heap:
-        rank = heap[0][0]
+        rank = heap[0] // n
         places = []  # all of this pair, before one that they make
-        while heap and heap[0][0] == rank:
-            places.append(heapq.heappop(heap)[1])
+        while heap and heap[0] // n == rank:
+            places.append(heapq.heappop(heap) % n)
         for i in places:
             j = right[i]
             if ranks.get((symbols[i], symbols[j])) != rank:
@@ -54,9 +55,9 @@ def merge(symbols, ranks):
             symbols[i], symbols[j] = symbols[i] + symbols[j], ""
             right[i], left[right[j]] = right[j], i
             for k in (left[i], i):
-                pair = symbols[k], symbols[right[k]]
-                if pair in ranks:
-                    heapq.heappush(heap, (ranks[pair], k))
+                new = ranks.get((symbols[k], symbols[right[k]]))
+                if new is not None:
+                    heapq.heappush(heap, new * n + k)
     return [symbol for symbol in symbols if symbol]
 
 
