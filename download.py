@@ -1,14 +1,19 @@
-"""Download files, and make it boring: in verified ranges that survive slow and broken networks.
+"""Files from servers and networks that cannot be trusted: in verified pieces that survive slow and broken links.
 
-Files come from fetch(); whatever interrupts it, calling it again goes on where it was.
+What fetch() is to get arrives as FILE.part, in requests of several megabytes over several connections. Whatever came is
+on disk within about a second, and FILE.part.ranges then has a line with its SHA-256: so after Ctrl-C, SIGKILL or a
+power cut the next call goes on from there, and damage to either file costs no more than fetching those bytes again.
+A file gets its name once its length, the caller's check and the MD5 that the server may state are right.
 """
 
 import base64
+import collections
 import contextlib
 import functools
 import hashlib
 import ipaddress
 import json
+import math
 import os
 import queue
 import random
@@ -18,19 +23,34 @@ import sys
 import threading
 import time
 import urllib.parse
+from typing import NamedTuple
 
+PIECE = 2**18  # bytes of a connection that are on disk together with their SHA-256, unless a second passes before
 LONGEST_PAUSE = 60  # seconds, also where a server asks for more
+QUIET = 10  # seconds between two notes where there is no terminal
+
+Remote = collections.namedtuple("Remote", "url size tag in_ranges md5")  # what a source says of a file
+
+
+class Tuning(NamedTuple):
+    """How a download goes about it; times are in seconds."""
+
+    n_connections: int = 8
+    request_bytes: int = 2**23  # asked for at a time
+    save_after: float = 1  # what a connection has brought is put on disk so often
+    timeout: float = 30  # to wait for the next bytes (for a connection, 10 at most)
+    pause: float = 1  # before the first retry
+    floor: float = 1000  # bytes a second: a connection that is slower is given up,
+    floor_after: float = 30  # and tried again
+    patience: float = 180  # without any progress, until a source is given up
+    largest: int = 2**24  # bytes that a file of unknown size may have
 
 
 class DownloadError(Exception):
-    """Files could not be fetched: one line for the user."""
+    """A download failed: one line for the user, with the file, its URL and the cause."""
 
 
-class SourceError(Exception):
-    """A source does not deliver a file: the message is the cause."""
-
-
-class PassingError(SourceError):
+class PassingError(DownloadError):
     """A failure that may pass: worth another attempt; retry_after: the header of that name."""
 
     def __init__(self, message, retry_after=""):
@@ -38,44 +58,63 @@ class PassingError(SourceError):
         self.retry_after = retry_after
 
 
-class DamagedError(SourceError):
-    """What arrived is not the file: worth another download from its start."""
+class DamagedError(DownloadError):
+    """What arrived is not the file: worth fetching once more."""
 
 
-def fetch(files, folder, sources, check, title, n_connections=8, range_bytes=2**23, timeout=30, pause=1):
-    """Downloads those of files that folder lacks; after an interruption, the next call goes on.
+def fetch(files, folder, sources, check, title, **tuning):
+    """Fetches the files that folder lacks; after an interruption, the next call goes on.
 
-    files: {name: its size in bytes, or None where it is not known}, in the order to fetch. sources: base URLs, tried in
-    turn; a file is at SOURCE/NAME. check: (name, path) -> what is wrong with a file, or None; asked before a file gets
-    its name. title: for the bar.
-    A file arrives in ranges of range_bytes, n_connections of them at once, as FILE.part, while FILE.part.ranges records
-    those that are finished; it gets its name once it is verified.
-    timeout: seconds to wait for the next bytes (for a connection, 10 at most). pause: seconds before the first retry.
-    Raises DownloadError.
+    files: {name: its size in bytes, or None where that is not known}, in the order in which they are fetched.
+    sources: base URLs, tried in turn; a file is at SOURCE/NAME.
+    check(name, path): what is wrong with the file at path, as text, or None; asked before a file gets its name.
+    title: what this is called on the bar and in notes. tuning: the fields of Tuning.
+    Raises DownloadError, also where the disk is at fault.
     """
-    failures = []
+    tuning, failures = Tuning(**tuning), []
     try:
         os.makedirs(folder, exist_ok=True)
         with locked(folder):
             for source in sources:
-                try:
-                    fetch_missing(source + "/", files, folder, check, title, n_connections, range_bytes, timeout, pause)
+                if not (missing := missing_of(files, folder)):
                     return
-                except SourceError as error:
-                    failures.append(one_line(error))
+                announce(title, missing, source)
+                try:
+                    return fetch_from(source.rstrip("/"), files, folder, check, title, tuning)
+                except DownloadError as error:
+                    failures.append(str(error))
                     if source != sources[-1]:
-                        print(f"{failures[-1]}: trying another source", file=sys.stderr)
+                        say(f"{error}: trying another source")
     except OSError as error:
-        raise DownloadError(f"{title} cannot be stored in {folder}: {error}") from error
-    raise DownloadError(f"could not download {'; nor '.join(failures)}")
+        raise DownloadError(one_line(f"{title} cannot be stored in {folder}: {error}")) from error
+    raise DownloadError(one_line(f"could not download {'; nor '.join(failures)}"))
+
+
+def missing_of(files, folder):
+    return {name: size for name, size in files.items() if not os.path.isfile(os.path.join(folder, name))}
+
+
+def announce(title, missing, source):
+    sizes = missing.values()
+    n_bytes = f", {sum(n or 0 for n in sizes):,} bytes{' or more' * (None in sizes)}" if any(sizes) else ""
+    say(f"Fetching {title} from {source}: {len(missing)} {'file' if len(missing) == 1 else 'files'}{n_bytes}")
+
+
+def say(text):
+    print(one_line(text), file=sys.stderr, flush=True)
+
+
+def one_line(text):
+    """A text without line breaks, and without the control characters of whoever sent it."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
 @contextlib.contextmanager
-def locked(model_dir):
-    """Keeps other processes from downloading into model_dir; the system takes the lock back from one that dies."""
-    with open(os.path.join(model_dir, ".lock"), "w") as f:
+def locked(folder):
+    """Keeps other processes from downloading into folder; the system takes the lock back from one that dies."""
+    with open(plain_file(os.path.join(folder, ".lock")), "a") as f:
         if not try_lock(f):
-            print(f"waiting for another process that downloads into {model_dir}", file=sys.stderr, flush=True)
+            say(f"waiting for another process that downloads into {folder}")
             while not try_lock(f):
                 time.sleep(0.1)
         yield
@@ -96,104 +135,317 @@ def try_lock(f):
     return True
 
 
-def fetch_missing(base_url, files, model_dir, check, title, n_connections, range_bytes, timeout, pause):
-    """Fetches, verifies and names what model_dir lacks. Raises SourceError; OSError for faults at this end."""
-    import requests
-    from tqdm import tqdm
+def plain_file(path):
+    """path, which may be opened. Raises OSError if it leads to anything but a file: to open a FIFO takes for ever."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is no file: remove it")
+    return path
 
-    paths = {name: os.path.join(model_dir, name) for name in files}
-    with requests.Session() as session:
-        request = functools.partial(open_url, session, timeout)
 
-        def plan(name, in_ranges=True):  # what the source says of the file, and the ranges still to come
-            with named(name, base_url):
-                # less patience than later: most likely this machine is offline
-                remote = persist(functools.partial(describe, request, base_url + name), 4, pause)
-                size = remote["size"]
-                if size != (files[name] if files[name] is not None else size):
-                    raise SourceError(f"it has {size} bytes there, which cannot be right")
-            remote["in_ranges"] &= in_ranges
-            return remote, unfinished(remote, paths[name], range_bytes)
+class Progress:
+    """What is seen of a download: a bar for all files with notes beside it, or, without a terminal, a note at times."""
 
-        plans = {name: plan(name) for name in files if not os.path.isfile(paths[name])}
-        n_left = sum(stop - start for _, todo in plans.values() for start, stop in todo)
-        n_bytes = sum(plans[name][0]["size"] if name in plans else os.path.getsize(paths[name]) for name in files)
-        n_free = shutil.disk_usage(model_dir).free
-        if n_left > n_free:
-            raise OSError(f"{n_left:,} bytes are still to come, and that disk has {n_free:,} free")
+    def __init__(self, title):
+        from tqdm import tqdm
 
-        # one bar for the whole model; None: silent unless on a terminal
-        options = {"initial": n_bytes - n_left, "unit": "B", "unit_scale": True, "disable": None}
-        with tqdm(desc=f"Fetching {title}", total=n_bytes, **options) as bar:
-            for name, (remote, todo) in plans.items():
-                n_before = bar.n - remote["size"] + sum(stop - start for start, stop in todo)  # without this file
-                for last_try in (False, True):
-                    try:
-                        with named(name, base_url):
-                            fetch_file(request, remote, todo, paths[name], n_connections, pause, bar)
-                            verify_and_name(check, name, paths[name], remote["md5"])
-                        break
-                    except DamagedError as error:
-                        for suffix in (".part", ".part.ranges"):
-                            os.remove(paths[name] + suffix)
-                        if last_try:
-                            raise
-                        tqdm.write(f"{error}: fetching it once more", file=sys.stderr)
-                        bar.update(n_before - bar.n)
-                        remote, todo = plan(name, remote["in_ranges"])
+        self.title, self.n, self.noted, self.closed = title, 0, -math.inf, False
+        self.bar = tqdm(desc=f"Fetching {title}", unit="B", unit_scale=True, disable=None)  # None: as stderr has it
+
+    def begin(self, n_bytes, n_left):
+        self.n = n_bytes - n_left
+        self.bar.reset(n_bytes)
+        self.bar.initial = self.bar.n = self.n
+        self.bar.refresh()
+
+    def add(self, n_new):  # below 0 for what has to come again
+        self.n += n_new
+        self.bar.set_postfix_str("", refresh=False)
+        self.bar.update(n_new)
+
+    def note(self, text):
+        if self.closed:  # by now; a thread that was left behind
+            return
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text)
+        elif time.monotonic() - self.noted >= QUIET:
+            self.noted = time.monotonic()
+            say(f"{self.title}: {text}")
+
+    def close(self):
+        self.closed = True
+        self.bar.close()
+
+
+def fetch_from(source, files, folder, check, title, tuning):
+    """Fetches what is missing from one source. Raises DownloadError for its faults, OSError for those at this end."""
+    import requests  # takes its time
+
+    missing, paths = missing_of(files, folder), {name: os.path.join(folder, name) for name in files}
+    progress = Progress(title)
+    with requests.Session() as session, contextlib.closing(progress):
+        session.get_redirect_target = lambda response: None  # open_url() follows them
+        ask = functools.partial(open_url, session, tuning.timeout, progress.note)
+
+        def plan(name):
+            # less patience than later: most likely this machine is offline
+            attempt = functools.partial(describe, ask, f"{source}/{name}", missing[name], tuning.largest)
+            remote = persist(attempt, 4, tuning.pause, progress)
+            return remote, gaps(remote, paths[name])
+
+        plans = {}
+        for name in missing:
+            with named(name, source):
+                plans[name] = plan(name)
+        n_left = sum(n_bytes(todo) for _, todo in plans.values())
+        check_room(folder, n_left)
+        n_there = sum(os.path.getsize(paths[name]) for name in files.keys() - missing.keys())
+        progress.begin(n_there + sum(remote.size for remote, _ in plans.values()), n_left)
+        for name, planned in plans.items():
+            with named(name, source):
+                fetch_file(ask, name, paths[name], planned, functools.partial(plan, name), check, progress, tuning)
 
 
 @contextlib.contextmanager
-def named(name, base_url):
-    """Puts the file and its URL before the cause of a SourceError."""
+def named(name, source):
+    """Puts the file and its URL before the cause of a DownloadError."""
     try:
         yield
-    except SourceError as error:
-        raise type(error)(f"{name} from {base_url}{name}: {error}") from error
+    except DownloadError as error:
+        raise DownloadError(f"{name} from {source}/{name}: {error}") from error
+
+
+def n_bytes(ranges):
+    return sum(stop - start for start, stop in ranges)
+
+
+def check_room(folder, n_left):
+    n_free = shutil.disk_usage(folder).free
+    if n_left > n_free:
+        raise OSError(f"{n_left:,} bytes are still to come, and that disk has {n_free:,} free")
+
+
+def fetch_file(ask, name, path, planned, plan, check, progress, tuning):
+    """Fetches the gaps of a file, verifies and names it; once more if it is damaged or changes under way."""
+    remote, todo = planned
+    try:
+        n_others = progress.n - remote.size + n_bytes(todo)
+        fetch_gaps(ask, remote, todo, path, progress, tuning)
+        return verify_and_name(ask, remote, name, path, check)
+    except DamagedError as error:
+        progress.bar.write(one_line(f"{name} from {remote.url}: {error}: fetching it once more"), file=sys.stderr)
+    remote, todo = plan()
+    progress.add(n_others + remote.size - n_bytes(todo) - progress.n)
+    fetch_gaps(ask, remote, todo, path, progress, tuning)
+    verify_and_name(ask, remote, name, path, check)
+
+
+def describe(ask, url, size, largest):
+    """What a source says of a file, as Remote. size: what the file is known to have, or None; then at most largest.
+
+    To ask for one byte tells more than a HEAD request, which some servers refuse: whether they keep to ranges.
+    """
+    with ask("GET", url, {"Range": "bytes=0-0"}) as response:
+        headers, in_ranges = response.headers, response.status_code == 206
+        stated = headers.get("Content-Range" if in_ranges else "Content-Length", "")
+        stated = re.fullmatch(("bytes 0-0/" if in_ranges else "") + "([0-9]{1,15})", stated)
+        if not stated:
+            raise DownloadError("the server does not say how long the file is")
+        if in_ranges:
+            read(response, 1)  # so that the connection can be used again
+    stated = int(stated[1])
+    if stated != size and (size is not None or stated > largest):
+        raise DownloadError(f"it has {stated} bytes there, which cannot be right")
+    # a Content-MD5 is that of the body alone
+    return Remote(url, stated, tag(headers), in_ranges, "" if in_ranges else headers.get("Content-MD5", ""))
+
+
+def tag(headers):
+    """What tells one version of a file from another; the W/ of weak ETags comes and goes with servers."""
+    return headers.get("ETag", "").removeprefix("W/") or headers.get("Last-Modified", "")
+
+
+def gaps(remote, path):
+    """The ranges [(start, stop), ...] of a file that FILE.part does not hold yet.
+
+    A line [start, stop, SHA-256, URL, tag] of FILE.part.ranges is believed if its SHA-256 is right, whatever happened
+    to the two files, unless the URL has another tag by now.
+    """
+    held = []
+    if os.path.isfile(path + ".part") and os.path.isfile(path + ".part.ranges"):
+        with open(path + ".part", "rb") as part, open(path + ".part.ranges", "rb") as record:
+            for line in iter(lambda: record.readline(2**14), b""):
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
+                    start, stop, digest, url, version = json.loads(line)
+                    if not 0 <= start < stop <= min(start + 2**23, remote.size):
+                        continue
+                    part.seek(start)
+                    right = hashlib.sha256(part.read(stop - start)).hexdigest() == digest
+                    if right and (url != remote.url or version == remote.tag):
+                        held.append((start, stop))
+    todo, position = [], 0
+    for start, stop in [*sorted(held), (remote.size, remote.size)]:
+        if start > position:
+            todo.append((position, start))
+        position = max(position, stop)
+    return todo
+
+
+def fetch_gaps(ask, remote, todo, path, progress, tuning):
+    """Fetches the ranges in todo into FILE.part, several at once; FILE.part.ranges tells what is there.
+
+    The threads are daemons, so that none that waits for the network keeps an interrupted process alive; what they get
+    after this function has ended is written nowhere.
+    """
+    if todo and not remote.in_ranges:
+        progress.add(n_bytes(todo) - remote.size)
+        todo = [(0, remote.size)]
+    step = tuning.request_bytes if remote.in_ranges else max(remote.size, 1)
+    todo = [(i, min(i + step, stop)) for start, stop in todo for i in range(start, stop, step)]
+    n_threads = min(tuning.n_connections, len(todo))
+    jobs, results, stopped, lock = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event(), threading.Lock()
+    for job in [*todo, *[None] * n_threads]:  # None: no more
+        jobs.put(job)
+
+    new = not os.path.exists(plain_file(path + ".part"))
+    with open(path + ".part", "w+b" if new else "r+b") as part, open(plain_file(path + ".part.ranges"), "a") as record:
+        part.truncate(remote.size)
+
+        @contextlib.contextmanager
+        def going_on():
+            with lock:
+                if stopped.is_set():
+                    raise DownloadError("stopped")
+                yield
+
+        def add(n_new):
+            with going_on():
+                progress.add(n_new)
+
+        def save(start, piece):
+            digest = hashlib.sha256(piece).hexdigest()
+            line = json.dumps([start, start + len(piece), digest, remote.url, remote.tag])
+            with going_on():
+                part.seek(start)
+                part.write(piece)
+                part.flush()
+                record.write("\n" + line)  # begins a line: the one before may have been cut short
+                record.flush()
+
+        def work():
+            again = functools.partial(persist, n_attempts=6, pause=tuning.pause, progress=progress, stopped=stopped)
+            try:
+                for start, stop in iter(jobs.get, None):
+                    fetch_range(ask, remote, start, stop, save, add, again, tuning)
+                    results.put(None)
+            except Exception as error:  # raised anew in the main thread
+                results.put(error)
+
+        try:
+            for _ in range(n_threads):
+                threading.Thread(target=work, daemon=True).start()
+            for _ in todo:
+                await_result(results, progress, tuning.patience)
+        finally:
+            with lock:
+                stopped.set()
+
+
+def await_result(results, progress, patience):
+    """Waits until another range is there. Raises what went wrong with it; DownloadError if nothing comes at all."""
+    n_before, since = progress.n, time.monotonic()
+    while True:
+        try:
+            if error := results.get(timeout=min(1, patience)):
+                raise error
+            return
+        except queue.Empty:
+            if progress.n != n_before:
+                n_before, since = progress.n, time.monotonic()
+            seconds = time.monotonic() - since
+            if seconds >= patience:
+                raise DownloadError(f"nothing has come for {patience:.0f} seconds") from None
+            if seconds >= 3:
+                progress.note(f"nothing has come for {seconds:.0f} s")
+
+
+def fetch_range(ask, remote, start, stop, save, add, again, tuning):
+    """Fetches bytes start to stop of a file and hands them to save(position, piece) as they come."""
+    position, piece = start, bytearray()
+
+    def keep():
+        nonlocal position, piece
+        if piece:
+            save(position, piece)
+        position, piece = position + len(piece), bytearray()
+
+    def attempt():
+        nonlocal position
+        if not remote.in_ranges:  # from the start again
+            add(start - position)
+            position = start
+        headers = {"Range": f"bytes={position}-{stop - 1}"} if remote.in_ranges else {}
+        with ask("GET", remote.url, headers) as response:
+            check_answer(response, remote, position)
+            kept = time.monotonic()
+            try:
+                for block in blocks(response, stop - position, tuning.floor, tuning.floor_after):
+                    piece.extend(block)
+                    add(len(block))
+                    if len(piece) >= PIECE or time.monotonic() - kept >= tuning.save_after:
+                        keep()
+                        kept = time.monotonic()
+            finally:  # what came before a failure counts
+                keep()
+
+    again(attempt)
+
+
+def check_answer(response, remote, position):
+    """Raises unless a response holds what follows position in the file that remote describes."""
+    if tag(response.headers) and remote.tag and tag(response.headers) != remote.tag:
+        raise DamagedError("the file changes on the server")
+    length = response.headers.get("Content-Length")
+    if remote.in_ranges:
+        length = re.fullmatch(rf"bytes {position}-[0-9]+/([0-9]+)", response.headers.get("Content-Range", ""))
+        if not length or response.status_code != 206:
+            raise PassingError("the server sends other bytes than it was asked for")
+        length = length[1]
+    if length != str(remote.size):
+        raise DamagedError("the file changes on the server, or it lies about its length")
+
+
+def blocks(response, n_left, floor, floor_after):
+    """Yields n_left bytes of a response as they come. Raises PassingError if they end, fail, or come too slowly."""
+    begin, n_new = time.monotonic(), 0
+    while n_left:
+        block = read(response, min(n_left, 2**16))
+        if not block:
+            raise PassingError(f"{n_left} bytes are missing")
+        yield block
+        n_left, n_new = n_left - len(block), n_new + len(block)
+        seconds = time.monotonic() - begin
+        if seconds >= floor_after:
+            if n_new < floor * seconds:
+                raise PassingError(f"{n_new} bytes in {seconds:.0f} s are too few")
+            begin, n_new = time.monotonic(), 0
+
+
+def read(response, n_most):
+    """The next bytes of a response, as soon as there are any; read(), which is what old urllib3 has, awaits n_most."""
+    with network_errors():
+        return getattr(response.raw, "read1", response.raw.read)(n_most)
 
 
 @contextlib.contextmanager
-def open_url(session, timeout, method, url, headers=()):
-    """The response to an HTTP request, redirects followed. Raises SourceError, PassingError where a retry may help."""
-    import requests
+def network_errors():
+    """Turns what goes wrong in the libraries below into PassingError, or DownloadError where it is the URL's fault."""
+    import urllib3
 
     try:
-        for _ in range(6):
-            local = check_url(url)
-            headers = {"Accept-Encoding": "identity", **dict(headers)}
-            proxies = {"http": None, "https": None, "all": None} if local else None  # None: as the environment says
-            options = {"stream": True, "timeout": (min(timeout, 10), timeout), "allow_redirects": False}
-            with session.request(method, url, headers=headers, proxies=proxies, **options) as response:
-                if not response.is_redirect:
-                    code = response.status_code
-                    if code in (408, 429) or code >= 500:
-                        raise PassingError(f"HTTP {code}", response.headers.get("Retry-After", ""))
-                    if code not in (200, 206):
-                        raise SourceError(f"HTTP {code}")
-                    yield response
-                    return
-                url = urllib.parse.urljoin(url, response.headers["Location"])
-        raise SourceError("too many redirects")
-    except requests.RequestException as error:
-        lasting = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)
-        raise (SourceError if isinstance(error, lasting) else PassingError)(root_cause(error)) from error
-
-
-def check_url(url):
-    """Whether url leads to this machine. Raises SourceError unless it is https, or http to this machine."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError as error:
-        raise SourceError(f"{url!r} is no URL: {error}") from error
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    # parsers differ in what they make of odd characters
-    if not host or re.search(r"[^!-~]|\\", url) or not (parts.scheme == "https" or (parts.scheme == "http" and local)):
-        raise SourceError(f"{url!r} is refused: files are fetched over https only, or from this machine")
-    return local
+        yield
+    except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+        # a ValueError: a host that cannot be, a port that is no number, an unknown scheme
+        raise (DownloadError if isinstance(error, ValueError) else PassingError)(root_cause(error)) from error
 
 
 def root_cause(error):
@@ -203,18 +455,91 @@ def root_cause(error):
     return one_line(error) or type(error).__name__
 
 
-def persist(attempt, n_attempts, pause, stopped=None, progress=lambda: 0):
+@contextlib.contextmanager
+def open_url(session, timeout, note, method, url, headers=()):
+    """The response to an HTTP request, redirects followed. Raises DownloadError, PassingError if a retry may help."""
+    headers = {"Accept-Encoding": "identity", **dict(headers)}
+    for _ in range(6):
+        proxies = dict.fromkeys(("http", "https", "all")) if check_url(url) else None  # None: as the environment says
+        timeouts = (min(timeout, 10), timeout)
+        options = {"headers": headers, "proxies": proxies, "stream": True, "timeout": timeouts}
+        with in_time(functools.partial(session.request, method, url, **options), sum(timeouts), note) as response:
+            if not response.is_redirect:
+                check_status(response)
+                yield response
+                return
+            location = response.headers["Location"]
+        with network_errors():
+            url = urllib.parse.urljoin(url, location)
+    raise DownloadError("too many redirects")
+
+
+def in_time(request, seconds, note):
+    """request(), left behind in its thread if it takes longer: a name server or trickling headers know no timeout."""
+    answers = queue.SimpleQueue()
+
+    def work():
+        try:
+            with network_errors():
+                answers.put(request())
+        except Exception as error:  # raised anew below
+            answers.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    n_quiet = min(3, seconds)
+    try:
+        answer = answers.get(timeout=n_quiet)
+    except queue.Empty:
+        note("no answer yet")
+        try:
+            answer = answers.get(timeout=seconds - n_quiet)
+        except queue.Empty:
+            raise PassingError(f"no answer in {seconds:.0f} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def check_status(response):
+    code, encoding = response.status_code, response.headers.get("Content-Encoding", "identity")
+    if code in (408, 429) or code >= 500:
+        raise PassingError(f"HTTP {code}", response.headers.get("Retry-After", ""))
+    if code not in (200, 206):
+        raise DownloadError(f"HTTP {code}")
+    if encoding != "identity":
+        raise DownloadError(f"the server sends it as {encoding!r:.40}, which it was not asked for")
+
+
+def check_url(url):
+    """Whether url leads to this machine. Raises DownloadError unless it is https, or http to this machine."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError as error:
+        raise DownloadError(f"{url!r} is no URL: {error}") from error
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    # parsers differ in what they make of odd characters
+    if not host or re.search(r"[^!-~]|\\", url) or not (parts.scheme == "https" or (parts.scheme == "http" and local)):
+        raise DownloadError(f"{url!r} is refused: files are fetched over https only, or from this machine")
+    return local
+
+
+def persist(attempt, n_attempts, pause, progress, stopped=None):
     """attempt(), repeated after growing pauses while it raises PassingError, n_attempts times without progress."""
-    stopped, n_failures = stopped or threading.Event(), 0
+    stopped, n_failures, before = stopped or threading.Event(), 0, progress.n
     while True:
-        before = progress()
         try:
             return attempt()
         except PassingError as error:
-            n_failures = 1 if progress() - before >= 2**16 else n_failures + 1
+            n_failures = 1 if progress.n - before >= 2**16 else n_failures + 1
             if n_failures == n_attempts or stopped.is_set():
                 raise
-            stopped.wait(pause_before(n_failures, pause, error.retry_after))
+            before, seconds = progress.n, pause_before(n_failures, pause, error.retry_after)
+            progress.note(f"{error}: trying again in {seconds:.0f} s")
+            stopped.wait(seconds)
 
 
 def pause_before(n_failures, pause, retry_after=""):
@@ -223,138 +548,15 @@ def pause_before(n_failures, pause, retry_after=""):
     return min(max(pause * 2 ** (n_failures - 1), asked) * random.uniform(1, 1.5), LONGEST_PAUSE)  # noqa: S311
 
 
-def describe(request, url):
-    """What the source says of a file: its size, ETag and MD5 (as Content-MD5 has it), and whether it serves ranges."""
-    with request("HEAD", url) as response:
-        headers = response.headers
-        if not re.fullmatch("[0-9]{1,15}", headers.get("Content-Length", "")):
-            raise SourceError("the server does not say how long the file is")
-        return {
-            "url": url,
-            "size": int(headers["Content-Length"]),
-            "etag": headers.get("ETag") or headers.get("Last-Modified", ""),
-            "md5": headers.get("Content-MD5", ""),
-            "in_ranges": headers.get("Accept-Ranges") == "bytes",
-        }
-
-
-def unfinished(remote, path, range_bytes):
-    """The ranges [(start, stop), ...] of a file that FILE.part does not hold yet.
-
-    A line [start, stop, SHA-256, URL, ETag] of FILE.part.ranges is believed if its SHA-256 is right, whatever happened
-    to the two files, unless the URL has another ETag by now.
-    """
-    step = range_bytes if remote["in_ranges"] else max(remote["size"], 1)
-    todo = {(start, min(start + step, remote["size"])) for start in range(0, remote["size"], step)}
-    if not (os.path.isfile(path + ".part") and os.path.isfile(path + ".part.ranges")):
-        return sorted(todo)
-    with open(path + ".part", "rb") as part, open(path + ".part.ranges", "rb") as record:
-        for line in record.read(2**22).splitlines():
-            with contextlib.suppress(ValueError, TypeError, RecursionError):
-                start, stop, digest, url, etag = json.loads(line)
-                if (start, stop) in todo and (url != remote["url"] or etag == remote["etag"]):
-                    part.seek(start)
-                    if hashlib.sha256(part.read(stop - start)).hexdigest() == digest:
-                        todo.remove((start, stop))
-    return sorted(todo)
-
-
-def fetch_file(request, remote, todo, path, n_connections, pause, bar):
-    """Fetches the ranges in todo into FILE.part, n_connections at once; FILE.part.ranges tells of each that is there.
-
-    The threads are daemons, so that none that waits for the network keeps an interrupted process alive; what they get
-    after this function has ended is written nowhere.
-    """
-    jobs, results, stopped, lock = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event(), threading.Lock()
-    for job in [*todo, *[None] * n_connections]:  # None: no more
-        jobs.put(job)
-    new = not os.path.exists(path + ".part")
-    with open(path + ".part", "w+b" if new else "r+b") as part, open(path + ".part.ranges", "a") as record:
-        part.truncate(remote["size"])
-
-        def write(position, block, n_new):
-            with lock:
-                if stopped.is_set():
-                    raise SourceError("stopped")
-                part.seek(position)
-                part.write(block)
-                bar.update(n_new)
-
-        def work():
-            try:
-                for start, stop in iter(jobs.get, None):
-                    digest = fetch_range(request, remote, start, stop, write, pause, stopped)
-                    results.put([start, stop, digest, remote["url"], remote["etag"]])
-            except Exception as error:  # raised anew in the main thread
-                results.put(error)
-
-        try:
-            for _ in range(min(n_connections, len(todo))):
-                threading.Thread(target=work, daemon=True).start()
-            for _ in todo:
-                result = results.get()
-                if isinstance(result, Exception):
-                    raise result
-                with lock:
-                    part.flush()
-                record.write("\n" + json.dumps(result))  # begins a line: the one before may have been cut short
-                record.flush()
-        finally:
-            with lock:
-                stopped.set()
-
-
-def fetch_range(request, remote, start, stop, write, pause, stopped):
-    """Fetches bytes start to stop of a file, hands them to write() and returns their SHA-256."""
-    digest, position = hashlib.sha256(), start
-
-    def attempt():
-        nonlocal digest, position
-        if not remote["in_ranges"]:  # from the start again
-            write(start, b"", start - position)
-            digest, position = hashlib.sha256(), start
-        headers = {"Range": f"bytes={position}-{stop - 1}"} if remote["in_ranges"] else {}
-        with request("GET", remote["url"], headers=headers) as response:
-            check_range(response, remote, position)
-            for block in response.iter_content(2**14):
-                if len(block) > stop - position:
-                    raise DamagedError("more bytes came than were announced")
-                write(position, block, len(block))
-                digest.update(block)
-                position += len(block)
-        if position < stop:
-            raise PassingError(f"{stop - position} bytes are missing")
-
-    persist(attempt, 6, pause, stopped, lambda: position)
-    return digest.hexdigest()
-
-
-def check_range(response, remote, position):
-    """Raises DamagedError unless a response holds what follows position in the file that remote describes."""
-    headers = response.headers
-    if remote["in_ranges"] and response.status_code == 200:
-        remote["in_ranges"] = False
-        raise DamagedError("the server ignores ranges")
-    if remote["in_ranges"]:
-        length = re.fullmatch(rf"bytes {position}-\d+/(\d+)", headers.get("Content-Range", ""), re.ASCII)
-        length = length and length[1]
-    else:
-        length, remote["md5"] = headers.get("Content-Length"), headers.get("Content-MD5", remote["md5"])
-    if length != str(remote["size"]) or (headers.get("ETag") or remote["etag"]) != remote["etag"]:
-        raise DamagedError("the file changes on the server, or lies about its length")
-
-
-def verify_and_name(check, name, path, content_md5):
-    """Gives FILE.part its name if it is what it should be. Raises DamagedError."""
+def verify_and_name(ask, remote, name, path, check):
+    """Gives FILE.part its name if it is what it should be. Raises DamagedError, and forgets it, if not."""
     fault = check(name, path + ".part")
-    if content_md5:
-        with open(path + ".part", "rb") as f:
-            md5 = hashlib.md5(usedforsecurity=False)
-            while chunk := f.read(2**20):
-                md5.update(chunk)
-        if base64.b64encode(md5.digest()).decode() != content_md5:
-            fault = fault or "its MD5 is not that which the server states"
+    stated = fault or remote.md5 or stated_md5(ask, remote.url)
+    if not fault and stated and stated != md5(path + ".part"):
+        fault = "its MD5 is not that which the server states"
     if fault:
+        os.remove(path + ".part.ranges")
+        os.remove(path + ".part")
         raise DamagedError(fault)
     with open(path + ".part", "r+b") as f:
         os.fsync(f.fileno())  # so that not even a power cut can leave less under the final name
@@ -362,6 +564,21 @@ def verify_and_name(check, name, path, content_md5):
     os.remove(path + ".part.ranges")
 
 
-def one_line(error):
-    """The text of an error without line breaks, and without the control characters of whoever sent it."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+def stated_md5(ask, url):
+    """The MD5 of the whole file as a Content-MD5 has it, or "" where a server states none or refuses HEAD requests."""
+    with contextlib.suppress(DownloadError), ask("HEAD", url) as response:
+        return response.headers.get("Content-MD5", "")
+    return ""
+
+
+def md5(path):
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as f:
+        while chunk := f.read(2**20):
+            digest.update(chunk)
+    return base64.b64encode(digest.digest()).decode()
+
+
+if __name__ == "__main__":
+    arguments = one_line(" ".join(sys.argv[1:]))
+    sys.exit(f"download.py: fetches nothing by itself: use python utils.py {arguments or 'MODEL_SIZE'}")

@@ -3,20 +3,25 @@
 import base64
 import contextlib
 import hashlib
+import itertools
 import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+PROBE = "bytes=0-0"  # what a client asks for to learn of a file
+
 
 class Server(ThreadingHTTPServer):
     """files: {name: bytes}, served under any folder.
 
-    faults: {name: [fault, ...]}, spent on one GET after another; head_faults, on HEADs; always: {name: fault}, on all
-    other GETs; the name "*" stands for all files. A fault is a dict of some of:
-        status, headers: what to answer instead; drop, stall: to stop, or to pause for stall_seconds, after that many
-        bytes; flip: to change that byte of the file; ignore_range; length: the Content-Length to claim.
-    log: [(method, name, Range header or None), ...]; most_at_once: of GETs that were being answered together.
+    faults: {name: [fault, ...]}, spent on one GET after another; probe_faults, on those of PROBE; always: {name:
+    fault}, on all other GETs; head: on every HEAD. A fault is a dict of some of:
+        status, headers: what to answer instead; wait, trickle: to pause for so many seconds before the answer, or at
+        every byte of its head; drop, stall: to stop, or to pause for stall_seconds, after that many bytes; drip: to
+        send single bytes so many seconds apart; flip: to change that byte of the file; ignore_range; length: the
+        Content-Length to claim.
+    etags: sent in turn. log: [(method, name, Range header or None), ...]; most_at_once: of GETs answered together.
     """
 
     daemon_threads = True
@@ -25,23 +30,26 @@ class Server(ThreadingHTTPServer):
     def __init__(self, files, ranges=True, seconds_per_block=0.0):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.ranges, self.seconds_per_block = files, ranges, seconds_per_block
-        self.faults, self.head_faults, self.always = {}, {}, {}
-        self.headers, self.stall_seconds, self.etag = {}, 30, '"1"'
+        self.faults, self.probe_faults, self.always, self.head = {}, {}, {}, {}
+        self.headers, self.stall_seconds, self.etags = {}, 30, itertools.repeat('"1"')
         self.log, self.lock, self.n_at_once, self.most_at_once = [], threading.Lock(), 0, 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address):
         pass  # clients that hang up are what this is about
 
-    def fault(self, method, name):
+    def fault(self, method, name, asked):
+        if method == "HEAD":
+            return self.head
         with self.lock:
-            waiting = (self.faults if method == "GET" else self.head_faults).get(name)
+            waiting = (self.probe_faults if asked == PROBE else self.faults).get(name)
             if waiting:
                 return waiting.pop(0)
-            return self.always.get(name, self.always.get("*", {})) if method == "GET" else {}
+            return {} if asked == PROBE else self.always.get(name, {})
 
-    def asked(self, name, method="GET"):
-        return [what for how, which, what in self.log if (how, which) == (method, name)]
+    def asked(self, name):
+        """The ranges of a file that were asked for, but for probes."""
+        return [what for how, which, what in self.log if (how, which) == ("GET", name) and what != PROBE]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -59,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
             server.n_at_once += self.command == "GET"
             server.most_at_once = max(server.most_at_once, server.n_at_once)
         try:
-            self.answer(server, name, asked, server.fault(self.command, name))
+            self.answer(server, name, asked, server.fault(self.command, name, asked))
         finally:
             with server.lock:
                 server.n_at_once -= self.command == "GET"
@@ -67,26 +75,44 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def answer(self, server, name, asked, fault):
+        time.sleep(fault.get("wait", 0))
         data = server.files.get(name)
         status = fault.get("status", 200 if data is not None else 404)
-        headers = {"ETag": server.etag, **server.headers}
+        headers = {"ETag": next(server.etags), **server.headers}
         if status != 200:
             self.close_connection = True
-            self.reply(status, {"Content-Length": "0", "Connection": "close", **fault.get("headers", {})})
+            self.reply(status, {"Content-Length": "0", "Connection": "close", **fault.get("headers", {})}, fault)
             return
         if "flip" in fault:
             data = bytes(byte ^ (i == fault["flip"]) for i, byte in enumerate(data))
-        start, body = 0, data
-        if server.ranges:
-            headers["Accept-Ranges"] = "bytes"
-        if asked and server.ranges and not fault.get("ignore_range"):
+        body = data
+        if asked and data and server.ranges and not fault.get("ignore_range"):
             start, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", asked).groups())
             status, body = 206, data[start : last + 1]
             headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{len(data)}"
         else:
-            headers["Content-MD5"] = base64.b64encode(hashlib.md5(server.files[name]).digest()).decode()  # noqa: S324
-        self.reply(status, {**headers, "Content-Length": fault.get("length", len(body)), **fault.get("headers", {})})
-        if self.command == "HEAD":
+            digest = hashlib.md5(server.files[name]).digest()  # noqa: S324
+            headers = {"Content-MD5": base64.b64encode(digest).decode(), **headers}
+        headers["Content-Length"] = fault.get("length", len(body))
+        self.reply(status, {**headers, **fault.get("headers", {})}, fault)
+        if self.command == "GET":
+            self.send(server, body, fault)
+
+    def reply(self, status, headers, fault):
+        self.send_response(status)
+        for key, value in headers.items():
+            if value is not None:
+                self.send_header(key, str(value))
+        for i in range(len(b"".join(self._headers_buffer)) if "trickle" in fault else 0):
+            self.wfile.write(b"".join(self._headers_buffer)[i : i + 1])
+            time.sleep(fault["trickle"])
+        self.end_headers()
+
+    def send(self, server, body, fault):
+        if "drip" in fault:
+            for i in range(len(body)):
+                self.wfile.write(body[i : i + 1])
+                time.sleep(fault["drip"])
             return
         for i in range(0, len(body), 1024):
             block = body[i : i + 1024]
@@ -100,13 +126,6 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(block)
         if "length" in fault:
             self.close_connection = True
-
-    def reply(self, status, headers):
-        self.send_response(status)
-        for key, value in headers.items():
-            if value is not None:
-                self.send_header(key, str(value))
-        self.end_headers()
 
 
 @contextlib.contextmanager
