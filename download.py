@@ -1,7 +1,7 @@
 """Files from servers and networks that cannot be trusted: in verified pieces that survive slow and broken links.
 
 What fetch() is to get arrives as FILE.part, in requests of several megabytes over several connections. Whatever came is
-on disk within about a second, and FILE.part.ranges then has a line with its SHA-256: so after Ctrl-C, SIGKILL or a
+on disk within about half a second, and FILE.part.ranges then has a line with its SHA-256: so after Ctrl-C, SIGKILL or a
 power cut the next call goes on from there, and damage to either file costs no more than fetching those bytes again.
 A file gets its name once its length, the caller's check and the MD5 that the server may state are right.
 """
@@ -25,7 +25,7 @@ import time
 import urllib.parse
 from typing import NamedTuple
 
-PIECE = 2**18  # bytes of a connection that are on disk together with their SHA-256, unless a second passes before
+PIECE = 2**18  # bytes of a connection that are on disk together with their SHA-256, if not earlier
 LONGEST_PAUSE = 60  # seconds, also where a server asks for more
 QUIET = 10  # seconds between two notes where there is no terminal
 
@@ -37,11 +37,12 @@ class Tuning(NamedTuple):
 
     n_connections: int = 8
     request_bytes: int = 2**23  # asked for at a time
-    save_after: float = 1  # what a connection has brought is put on disk so often
+    save_after: float = 0.5  # what a connection has brought is put on disk so often
     timeout: float = 30  # to wait for the next bytes (for a connection, 10 at most)
     pause: float = 1  # before the first retry
     floor: float = 1000  # bytes a second: a connection that is slower is given up,
     floor_after: float = 30  # and tried again
+    quiet: float = 3  # of silence until that is told
     patience: float = 180  # without any progress, until a source is given up
     largest: int = 2**24  # bytes that a file of unknown size may have
 
@@ -184,7 +185,7 @@ def fetch_from(source, files, folder, check, title, tuning):
     progress = Progress(title)
     with requests.Session() as session, contextlib.closing(progress):
         session.get_redirect_target = lambda response: None  # open_url() follows them
-        ask = functools.partial(open_url, session, tuning.timeout, progress.note)
+        ask = functools.partial(open_url, session, tuning, progress.note)
 
         def plan(name):
             # less patience than later: most likely this machine is offline
@@ -197,7 +198,8 @@ def fetch_from(source, files, folder, check, title, tuning):
             with named(name, source):
                 plans[name] = plan(name)
         n_left = sum(n_bytes(todo) for _, todo in plans.values())
-        check_room(folder, n_left)
+        if n_left > (n_free := shutil.disk_usage(folder).free):
+            raise OSError(f"{n_left:,} bytes are still to come, and that disk has {n_free:,} free")
         n_there = sum(os.path.getsize(paths[name]) for name in files.keys() - missing.keys())
         progress.begin(n_there + sum(remote.size for remote, _ in plans.values()), n_left)
         for name, planned in plans.items():
@@ -216,12 +218,6 @@ def named(name, source):
 
 def n_bytes(ranges):
     return sum(stop - start for start, stop in ranges)
-
-
-def check_room(folder, n_left):
-    n_free = shutil.disk_usage(folder).free
-    if n_left > n_free:
-        raise OSError(f"{n_left:,} bytes are still to come, and that disk has {n_free:,} free")
 
 
 def fetch_file(ask, name, path, planned, plan, check, progress, tuning):
@@ -265,123 +261,126 @@ def tag(headers):
 
 
 def gaps(remote, path):
-    """The ranges [(start, stop), ...] of a file that FILE.part does not hold yet.
-
-    A line [start, stop, SHA-256, URL, tag] of FILE.part.ranges is believed if its SHA-256 is right, whatever happened
-    to the two files, unless the URL has another tag by now.
-    """
-    held = []
-    if os.path.isfile(path + ".part") and os.path.isfile(path + ".part.ranges"):
-        with open(path + ".part", "rb") as part, open(path + ".part.ranges", "rb") as record:
-            for line in iter(lambda: record.readline(2**14), b""):
-                with contextlib.suppress(ValueError, TypeError, RecursionError):
-                    start, stop, digest, url, version = json.loads(line)
-                    if not 0 <= start < stop <= min(start + 2**23, remote.size):
-                        continue
-                    part.seek(start)
-                    right = hashlib.sha256(part.read(stop - start)).hexdigest() == digest
-                    if right and (url != remote.url or version == remote.tag):
-                        held.append((start, stop))
+    """The ranges [(start, stop), ...] of a file that FILE.part does not hold yet."""
     todo, position = [], 0
-    for start, stop in [*sorted(held), (remote.size, remote.size)]:
+    for start, stop in [*sorted(held(remote, path)), (remote.size, remote.size)]:
         if start > position:
             todo.append((position, start))
         position = max(position, stop)
     return todo
 
 
-def fetch_gaps(ask, remote, todo, path, progress, tuning):
-    """Fetches the ranges in todo into FILE.part, several at once; FILE.part.ranges tells what is there.
+def held(remote, path):
+    """Yields the ranges that FILE.part holds.
 
-    The threads are daemons, so that none that waits for the network keeps an interrupted process alive; what they get
-    after this function has ended is written nowhere.
+    A line [start, stop, SHA-256, URL, tag] of FILE.part.ranges is believed if its SHA-256 is right, whatever happened
+    to the two files, unless the URL has another tag by now.
     """
+    if not (os.path.isfile(path + ".part") and os.path.isfile(path + ".part.ranges")):
+        return
+    with open(path + ".part", "rb") as part, open(path + ".part.ranges", "rb") as record:
+        for line in iter(lambda: record.readline(2**14), b""):
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                start, stop, digest, url, version = json.loads(line)
+                possible = 0 <= start < stop <= min(start + 2**23, remote.size)
+                if possible and (url != remote.url or version == remote.tag):
+                    part.seek(start)
+                    if hashlib.sha256(part.read(stop - start)).hexdigest() == digest:
+                        yield start, stop
+
+
+def fetch_gaps(ask, remote, todo, path, progress, tuning):
+    """Fetches the ranges in todo into FILE.part, several at once; FILE.part.ranges tells what is there."""
     if todo and not remote.in_ranges:
         progress.add(n_bytes(todo) - remote.size)
         todo = [(0, remote.size)]
     step = tuning.request_bytes if remote.in_ranges else max(remote.size, 1)
     todo = [(i, min(i + step, stop)) for start, stop in todo for i in range(start, stop, step)]
-    n_threads = min(tuning.n_connections, len(todo))
-    jobs, results, stopped, lock = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event(), threading.Lock()
-    for job in [*todo, *[None] * n_threads]:  # None: no more
-        jobs.put(job)
-
+    stopped, lock = threading.Event(), threading.Lock()
+    again = functools.partial(persist, n_attempts=6, pause=tuning.pause, progress=progress, stopped=stopped)
     new = not os.path.exists(plain_file(path + ".part"))
     with open(path + ".part", "w+b" if new else "r+b") as part, open(plain_file(path + ".part.ranges"), "a") as record:
         part.truncate(remote.size)
 
-        @contextlib.contextmanager
-        def going_on():
+        def take(n_new, position=0, piece=b""):  # what arrived, and what is to be kept of it
+            digest = hashlib.sha256(piece).hexdigest() if piece else ""
             with lock:
                 if stopped.is_set():
                     raise DownloadError("stopped")
-                yield
-
-        def add(n_new):
-            with going_on():
                 progress.add(n_new)
-
-        def save(start, piece):
-            digest = hashlib.sha256(piece).hexdigest()
-            line = json.dumps([start, start + len(piece), digest, remote.url, remote.tag])
-            with going_on():
-                part.seek(start)
-                part.write(piece)
-                part.flush()
-                record.write("\n" + line)  # begins a line: the one before may have been cut short
-                record.flush()
-
-        def work():
-            again = functools.partial(persist, n_attempts=6, pause=tuning.pause, progress=progress, stopped=stopped)
-            try:
-                for start, stop in iter(jobs.get, None):
-                    fetch_range(ask, remote, start, stop, save, add, again, tuning)
-                    results.put(None)
-            except Exception as error:  # raised anew in the main thread
-                results.put(error)
+                if piece:
+                    part.seek(position)
+                    part.write(piece)
+                    part.flush()
+                    line = json.dumps([position, position + len(piece), digest, remote.url, remote.tag])
+                    record.write("\n" + line)  # begins a line: the one before may have been cut short
+                    record.flush()
 
         try:
-            for _ in range(n_threads):
-                threading.Thread(target=work, daemon=True).start()
+            work = functools.partial(fetch_range, ask, remote, take, again, tuning)
+            results = in_threads(work, todo, tuning.n_connections)
             for _ in todo:
-                await_result(results, progress, tuning.patience)
+                await_result(results, progress, tuning.quiet, tuning.patience)
         finally:
             with lock:
                 stopped.set()
 
 
-def await_result(results, progress, patience):
-    """Waits until another range is there. Raises what went wrong with it; DownloadError if nothing comes at all."""
+def in_threads(work, jobs, n_threads):
+    """Calls work(job) for every job; the queue it returns gets None for each that is done, or what went wrong.
+
+    The threads are daemons, so that none that waits for the network keeps an interrupted process alive.
+    """
+    waiting, results = queue.SimpleQueue(), queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+
+    def run():
+        try:
+            while True:
+                work(waiting.get_nowait())
+                results.put(None)
+        except queue.Empty:
+            pass
+        except Exception as error:  # raised anew in the main thread
+            results.put(error)
+
+    for _ in range(min(n_threads, len(jobs))):
+        threading.Thread(target=run, daemon=True).start()
+    return results
+
+
+def await_result(results, progress, quiet, patience):
+    """Waits until another job is done. Raises what went wrong with it; DownloadError if nothing comes at all."""
     n_before, since = progress.n, time.monotonic()
     while True:
-        try:
-            if error := results.get(timeout=min(1, patience)):
+        with contextlib.suppress(queue.Empty):
+            if error := results.get(timeout=min(1, quiet)):
                 raise error
             return
-        except queue.Empty:
-            if progress.n != n_before:
-                n_before, since = progress.n, time.monotonic()
-            seconds = time.monotonic() - since
-            if seconds >= patience:
-                raise DownloadError(f"nothing has come for {patience:.0f} seconds") from None
-            if seconds >= 3:
-                progress.note(f"nothing has come for {seconds:.0f} s")
+        if progress.n != n_before:
+            n_before, since = progress.n, time.monotonic()
+        seconds = time.monotonic() - since
+        if seconds >= patience:
+            raise DownloadError(f"nothing has come for {patience:.0f} s")
+        if seconds >= quiet:
+            progress.note(f"nothing has come for {seconds:.0f} s")
 
 
-def fetch_range(ask, remote, start, stop, save, add, again, tuning):
-    """Fetches bytes start to stop of a file and hands them to save(position, piece) as they come."""
-    position, piece = start, bytearray()
+def fetch_range(ask, remote, take, again, tuning, wanted):
+    """Fetches the range wanted, (start, stop), and hands what comes to take(n_new, position, piece)."""
+    (start, stop), piece = wanted, bytearray()
+    position = start
 
     def keep():
         nonlocal position, piece
-        if piece:
-            save(position, piece)
+        take(0, position, piece)
         position, piece = position + len(piece), bytearray()
 
     def attempt():
         nonlocal position
         if not remote.in_ranges:  # from the start again
-            add(start - position)
+            take(start - position)
             position = start
         headers = {"Range": f"bytes={position}-{stop - 1}"} if remote.in_ranges else {}
         with ask("GET", remote.url, headers) as response:
@@ -390,7 +389,7 @@ def fetch_range(ask, remote, start, stop, save, add, again, tuning):
             try:
                 for block in blocks(response, stop - position, tuning.floor, tuning.floor_after):
                     piece.extend(block)
-                    add(len(block))
+                    take(len(block))
                     if len(piece) >= PIECE or time.monotonic() - kept >= tuning.save_after:
                         keep()
                         kept = time.monotonic()
@@ -456,14 +455,17 @@ def root_cause(error):
 
 
 @contextlib.contextmanager
-def open_url(session, timeout, note, method, url, headers=()):
+def open_url(session, tuning, note, method, url, headers=()):
     """The response to an HTTP request, redirects followed. Raises DownloadError, PassingError if a retry may help."""
     headers = {"Accept-Encoding": "identity", **dict(headers)}
     for _ in range(6):
         proxies = dict.fromkeys(("http", "https", "all")) if check_url(url) else None  # None: as the environment says
-        timeouts = (min(timeout, 10), timeout)
+        timeouts = (min(tuning.timeout, 10), tuning.timeout)
         options = {"headers": headers, "proxies": proxies, "stream": True, "timeout": timeouts}
-        with in_time(functools.partial(session.request, method, url, **options), sum(timeouts), note) as response:
+        with network_errors():
+            request = functools.partial(session.request, method, url, **options)
+            response = in_time(request, sum(timeouts), tuning.quiet, note)
+        with response:
             if not response.is_redirect:
                 check_status(response)
                 yield response
@@ -474,30 +476,27 @@ def open_url(session, timeout, note, method, url, headers=()):
     raise DownloadError("too many redirects")
 
 
-def in_time(request, seconds, note):
+def in_time(request, seconds, quiet, note):
     """request(), left behind in its thread if it takes longer: a name server or trickling headers know no timeout."""
-    answers = queue.SimpleQueue()
+    answers = []
 
     def work():
         try:
-            with network_errors():
-                answers.put(request())
+            answers.append(request())
         except Exception as error:  # raised anew below
-            answers.put(error)
+            answers.append(error)
 
-    threading.Thread(target=work, daemon=True).start()
-    n_quiet = min(3, seconds)
-    try:
-        answer = answers.get(timeout=n_quiet)
-    except queue.Empty:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(min(quiet, seconds))
+    if thread.is_alive():
         note("no answer yet")
-        try:
-            answer = answers.get(timeout=seconds - n_quiet)
-        except queue.Empty:
-            raise PassingError(f"no answer in {seconds:.0f} seconds") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+        thread.join(max(seconds - quiet, 0))
+    if not answers:
+        raise PassingError(f"no answer in {seconds:.0f} s")
+    if isinstance(answers[0], Exception):
+        raise answers[0]
+    return answers[0]
 
 
 def check_status(response):

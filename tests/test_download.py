@@ -207,7 +207,7 @@ PASSING = {
 def test_a_fault_that_passes_is_outlived(server, folder, fault, name, ranges):
     server.ranges, server.stall_seconds = ranges, 1
     server.faults = {name: [PASSING[fault]] * (2 if ranges else 1)}
-    fetch(server, folder, floor_after=0.3)
+    fetch(server, folder, timeout=0.25, floor_after=0.2)
     assert contents(folder) == FILES
 
 
@@ -288,7 +288,7 @@ def test_a_connection_below_the_floor_is_given_up(server, folder, ranges):
 
 def test_a_download_that_gets_nowhere_is_given_up(server, folder):
     server.always = {"large": {"stall": 2000}}
-    assert re.search("large.*nothing has come", failure(server, folder, timeout=60, patience=0.5))
+    assert re.search("large.*nothing has come", failure(server, folder, timeout=60, quiet=0.1, patience=0.3))
 
 
 def test_headers_that_never_end_are_given_up(server, folder):
@@ -734,7 +734,7 @@ def test_one_bar_shows_the_whole_and_goes_on_where_it_was(server, folder):
 def test_it_says_what_it_fetches_and_from_where_before_there_is_an_answer(server, folder):
     server.probe_faults = {"first": [{"wait": 30}]}
     line = f"Fetching tiny from {server.url}: 4 files, 139,354 bytes or more\n"
-    process = start(server, folder, tuning={"timeout": 60})
+    process = start(server, folder, tuning={"timeout": 60, "quiet": 0.2})
     assert process.stderr.readline() == line.encode()
     assert process.stderr.readline() == b"tiny: no answer yet\n"
     process.kill()
@@ -743,10 +743,11 @@ def test_it_says_what_it_fetches_and_from_where_before_there_is_an_answer(server
 
 def test_a_terminal_shows_each_wait_and_retry_beside_the_bar(server, folder):
     server.probe_faults = {"first": [{"status": 503}, {"wait": 30}]}
-    shown = on_a_terminal(server, folder, lambda shown: "no answer yet" in shown, tuning={"timeout": 60})
+    tuning = {"timeout": 60, "quiet": 1}
+    shown = on_a_terminal(server, folder, lambda shown: "no answer yet" in shown, tuning=tuning)
     assert "HTTP 503: trying again in 0 s" in shown
     server.probe_faults, server.always = {}, {"large": {"stall": 2000}}
-    on_a_terminal(server, folder, lambda shown: "nothing has come for 3 s" in shown, tuning={"timeout": 60})
+    on_a_terminal(server, folder, lambda shown: "nothing has come for 2 s" in shown, tuning=tuning)
 
 
 def test_without_a_terminal_a_line_tells_of_retries_and_few_follow(server, folder, capsys):
