@@ -21,7 +21,6 @@ import pytest
 from flaky_server import PROBE, serving
 
 import download
-import utils
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 N_BYTES = 137_344  # of the large file
@@ -770,63 +769,3 @@ def test_as_a_command_it_says_where_to_go():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode != 0
     assert re.fullmatch("download.py: .*python utils.py 124M\n", result.stderr)
-
-
-# OpenAI's models, as utils.py has them fetched
-
-
-@pytest.fixture
-def tiny_124m(server, monkeypatch):
-    """A server of files under the names of 124M, and a 124M to match."""
-    hparams = {"n_vocab": 261, "n_ctx": 16, "n_embd": 32, "n_head": 2, "n_layer": 2}  # N_BYTES of weights
-    server.files = {name: FILES["first"] for name in utils.FILES} | {utils.DATA: FILES["large"]}
-    server.files[utils.HPARAMS] = json.dumps(hparams).encode()
-    monkeypatch.setattr(utils, "MODEL_SIZES", {"124M": hparams})
-    monkeypatch.setattr(utils, "BYTES", {})
-    monkeypatch.setattr(utils, "SHA256", {})
-    monkeypatch.setattr(utils, "MD5", {"124M": hashlib.md5(FILES["large"]).hexdigest()})  # noqa: S324
-    monkeypatch.setenv("GPT2_BASE_URL", server.url)
-    return server
-
-
-def test_a_model_is_fetched_from_where_the_environment_says(tiny_124m, folder):
-    utils.download_model("124M", folder, pause=0.005)
-    assert contents(folder) == tiny_124m.files
-
-
-def test_a_model_comes_from_openai_or_a_mirror(tiny_124m, folder, monkeypatch):
-    monkeypatch.delenv("GPT2_BASE_URL")
-    with serving({}) as broken:
-        monkeypatch.setattr(utils, "SOURCES", (broken.url, tiny_124m.url))
-        utils.download_model("124M", folder, pause=0.005)
-    assert contents(folder) == tiny_124m.files
-
-
-def test_the_message_says_what_to_do(tiny_124m, folder):
-    tiny_124m.always = {"vocab.bpe": {"status": 404}}
-    with pytest.raises(utils.ModelError) as failure:
-        utils.download_model("124M", folder)
-    message = (
-        f"could not download vocab.bpe from {tiny_124m.url}/124M/vocab.bpe: HTTP 404; run it again to go on from here"
-    )
-    names = f"vocab.bpe, {utils.INDEX}, model.ckpt.meta, {utils.DATA}"
-    assert str(failure.value) == f"{message}, or put {names} into {folder} by hand"
-    os.makedirs(os.path.join(os.path.dirname(folder), "shakespeare"))
-    with pytest.raises(utils.ModelError, match="--model_size shakespeare"):
-        utils.download_model("124M", folder)
-
-
-@pytest.mark.parametrize("name", ["hparams.json", utils.DATA])
-def test_what_is_not_openais_is_given_up_and_removed(tiny_124m, folder, name):
-    tiny_124m.headers = {"Content-MD5": None}
-    tiny_124m.files[name] = tiny_124m.files[name][::-1]
-    with pytest.raises(utils.ModelError, match=re.escape(f"{name} from ") + ".*(OpenAI's|cannot be read)"):
-        utils.download_model("124M", folder, pause=0.005)
-    assert not {name, name + ".part", name + ".part.ranges"} & contents(folder).keys()
-
-
-def test_a_model_file_of_another_size_than_published_is_not_even_begun(tiny_124m, folder, monkeypatch):
-    monkeypatch.setattr(utils, "BYTES", {"124M": {utils.INDEX: 5215}})
-    with pytest.raises(utils.ModelError, match=r"model\.ckpt\.index: it has 1000 bytes there"):
-        utils.download_model("124M", folder)
-    assert tiny_124m.asked("checkpoint") == []
