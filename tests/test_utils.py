@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import GENUINE, HPARAMS, REPO, assert_one_line_error, wild_params, write_model
+from conftest import GENUINE, HPARAMS, REPO, wild_params, write_model
 from flaky_server import serving
 
 import checkpoint
@@ -471,4 +471,6 @@ def test_utils_py_is_a_command(models_dir):
 def test_the_errors_of_utils_py_are_one_line(tmp_path):
     with serving({}) as empty:
         done = utils_py("124M", "--models_dir", tmp_path, GPT2_BASE_URL=empty.url)
-    assert_one_line_error(done, f"utils.py: could not download checkpoint from {empty.url}/124M/checkpoint: HTTP 404")
+    said, error = done.stderr.splitlines()  # what it fetches, and why it cannot
+    assert error.startswith(f"utils.py: could not download checkpoint from {empty.url}/124M/checkpoint: HTTP 404")
+    assert (done.returncode, done.stdout) == (1, "")
