@@ -1,0 +1,60 @@
+"""The house: which file may import which, read from the files themselves."""
+
+import ast
+
+import pytest
+from conftest import REPO
+
+MAY_IMPORT = {
+    "encoder": set(),
+    "download": set(),
+    "checkpoint": set(),
+    "cli": set(),
+    "lookup": set(),
+    "arrays": set(),
+    "sampling": {"arrays"},
+    "utils": {"encoder", "download", "checkpoint", "cli"},
+    "gpt2": {"arrays", "lookup", "sampling", "utils", "cli"},
+}
+
+
+def parsed(name):
+    return ast.parse((REPO / f"{name}.py").read_text("utf-8"))
+
+
+def imported(tree):
+    """The names of all modules that are imported anywhere in it, in functions too."""
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+def test_the_house_has_these_files_and_no_others():
+    assert {path.stem for path in REPO.glob("*.py")} == MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_imports_run_one_way(name):
+    assert imported(parsed(name)) & MAY_IMPORT.keys() <= MAY_IMPORT[name]
+    above = {other for other, below in MAY_IMPORT.items() if name in below}
+    assert not above & MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize(("name", "outside"), [("gpt2", {"utils", "cli"}), ("utils", {"cli"})])
+def test_only_main_meets_what_commands_need(name, outside):
+    tree = parsed(name)
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) or getattr(node, "name", "") == "main")
+    ]  # the If is that of __name__ == "__main__"
+    assert not imported(tree) & outside
+
+
+def test_the_model_brings_no_array_library_of_its_own():
+    top = {alias.name for node in parsed("gpt2").body if isinstance(node, ast.Import) for alias in node.names}
+    assert not top & {"numpy", "jax", "cupy"}
+
+
+def test_gpt2_py_is_read_in_one_sitting():
+    lines = (REPO / "gpt2.py").read_text("utf-8").splitlines()
+    functions = {node.name: node for node in parsed("gpt2").body if isinstance(node, ast.FunctionDef)}
+    assert len(lines) <= 330
+    assert functions["gpt2"].end_lineno - functions["gelu"].lineno < 150
