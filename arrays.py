@@ -128,12 +128,14 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
 
     What pads a prompt lies behind all queries: by the one rule none sees it, and later tokens are written over it.
     """
-    xp, n_slots = namespace(params["wte"]), round_up(n_slots, len(params["wpe"]))
+    import numpy as np
+
+    n_slots = round_up(n_slots, len(params["wpe"]))
     kv_cache = empty_cache(params, n_head, n_rows, n_slots)
 
     def run(ids, n_past, n_last):
         nonlocal kv_cache
-        ids, n_past = xp.asarray(ids), xp.asarray(n_past)
+        ids, n_past = np.asarray(ids, np.int32), np.asarray(n_past, np.int32)  # jit takes them over faster than JAX's
         logits, kv_cache = compiled(model)(ids, params, n_head, kv_cache, n_past, n_last)
         return logits
 

@@ -160,7 +160,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_last
 def decode(prompts, forward, pick, n_ctx):
     """Yields the next ids of all prompts, [n_rows], without end. Where a context is full, its newest half goes on.
 
-    forward: see arrays.cached. pick: [n_rows, n_vocab] -> n_rows ids.
+    forward: see arrays.cached. pick: [n_rows, 1, n_vocab] -> n_rows ids.
     """
     windows, n_past = [[*prompt] for prompt in prompts], [0] * len(prompts)
     while True:  # auto-regressive
@@ -168,7 +168,7 @@ def decode(prompts, forward, pick, n_ctx):
             if len(window) > n_ctx:
                 windows[row], n_past[row] = window[-max(n_ctx // 2, 1) :], 0
         logits = forward([window[n:] for window, n in zip(windows, n_past, strict=True)], n_past)
-        ids, n_past = pick(logits[:, -1]), [*map(len, windows)]
+        ids, n_past = pick(logits), [*map(len, windows)]
         for window, next_id in zip(windows, ids, strict=True):
             window.append(next_id)
         yield ids

@@ -14,10 +14,7 @@ def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab]
     """
     if temperature == 0:
         return namespace(logits).argmax(logits, axis=-1)  # greedy sampling
-    if is_jax(logits):  # which has no float64, unless told to
-        import numpy as np
-
-        logits = np.asarray(logits)
+    logits = on_host(logits)
     xp = namespace(logits)
     logits = xp.astype(logits, xp.float64)  # sums over 50,257 tokens would drift in float32
     # [..., n_vocab], the probability of each token but for a common factor
@@ -35,8 +32,17 @@ def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab]
     return xp.argmax(ends > point, axis=-1)
 
 
+def on_host(logits):
+    """JAX's arrays as NumPy's, for it has no float64 unless told to; others as they are."""
+    if not is_jax(logits):
+        return logits
+    import numpy as np
+
+    return np.asarray(logits)
+
+
 def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None):
-    """pick(logits) for the rows of a batch, [n_rows, n_vocab] -> n_rows ids, each drawn with a generator of its own.
+    """pick(logits), [n_rows, 1, n_vocab] -> n_rows ids, each drawn with a generator of its own.
 
     seed: row i draws with seed + i, or with seed[i] of a list; None: with no two runs alike. Options: see sample.
     """
@@ -47,8 +53,9 @@ def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None):
 
     def pick(logits):
         if temperature == 0:
-            return sample(logits).tolist()
-        return [int(sample(row, rng, temperature, top_k, top_p)) for row, rng in zip(logits, rngs, strict=True)]
+            return [next_id for (next_id,) in sample(logits).tolist()]
+        rows = on_host(logits)[:, 0]
+        return [int(sample(row, rng, temperature, top_k, top_p)) for row, rng in zip(rows, rngs, strict=True)]
 
     return pick
 

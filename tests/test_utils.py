@@ -471,6 +471,6 @@ def test_utils_py_is_a_command(models_dir):
 def test_the_errors_of_utils_py_are_one_line(tmp_path):
     with serving({}) as empty:
         done = utils_py("124M", "--models_dir", tmp_path, GPT2_BASE_URL=empty.url)
-    said, error = done.stderr.splitlines()  # what it fetches, and why it cannot
+    _, error = done.stderr.splitlines()  # what it fetches, then why it cannot
     assert error.startswith(f"utils.py: could not download checkpoint from {empty.url}/124M/checkpoint: HTTP 404")
     assert (done.returncode, done.stdout) == (1, "")
