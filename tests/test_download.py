@@ -219,7 +219,7 @@ def test_a_probe_that_fails_is_repeated(server, folder, status):
 
 def test_a_dropped_range_goes_on_where_it_stopped(server, folder):
     server.faults = {"large": [{"drop": 60_000}]}
-    fetch(server, folder, request_bytes=2**17, timeout=30)
+    fetch(server, folder, request_bytes=2**17, n_connections=1)
     again = [asked for asked in server.asked("large") if not asked.startswith(("bytes=0-", "bytes=131072-"))]
     assert [re.fullmatch(r"bytes=(\d+)-131071", asked) is not None for asked in again] == [True]
     assert 40_000 < int(again[0][6:-7]) <= 60_000
@@ -440,7 +440,7 @@ def test_a_record_that_is_damaged_never_spoils_the_file(server, folder):
     part, record = interrupted(server, folder)
     good, half = open(record, "rb").read(), open(part, "rb").read()  # noqa: SIM115
     rng = random.Random(2)
-    for i in range(40):
+    for i in range(30):
         bad = bytearray(good)
         bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
         with open(record, "wb") as f:
@@ -563,14 +563,14 @@ def test_processes_that_start_together_fetch_everything_once(server, folder):
 
 
 def test_one_that_waits_goes_on_when_the_other_is_killed(server, folder):
-    server.seconds_per_block = 0.5
-    first = start(server, folder)
+    server.always = {"large": {"stall": 0}}
+    first = start(server, folder, tuning={"timeout": 60})
     wait_until(lambda: server.asked("large"))
     second = start(server, folder)
     assert b"waiting for another process" in second.stderr.readline()
     first.kill()
     first.communicate()
-    server.seconds_per_block = 0
+    server.always = {}
     second.communicate()
     assert files_in(folder) == FILES
 
@@ -722,7 +722,7 @@ def on_a_terminal(server, folder, until, **kwargs):
 
 def test_one_bar_shows_the_whole_and_goes_on_where_it_was(server, folder):
     total = f"{sum(map(len, FILES.values())) / 1000:.0f}k"
-    server.seconds_per_block = 0.1
+    server.seconds_per_block = 0.05
     pattern = rf"(\d+)%.*?/{total} \[\d\d:\d\d<\d\d:\d\d, *[\d.]+kB/s\]"
     on_a_terminal(server, folder, lambda shown: re.search(pattern, shown) and n_held(folder) > 60_000)
     n_done = n_held(folder) / 1000
@@ -742,11 +742,11 @@ def test_it_says_what_it_fetches_and_from_where_before_there_is_an_answer(server
 
 def test_a_terminal_shows_each_wait_and_retry_beside_the_bar(server, folder):
     server.probe_faults = {"first": [{"status": 503}, {"wait": 30}]}
-    tuning = {"timeout": 60, "quiet": 1}
+    tuning = {"timeout": 60, "quiet": 0.3}
     shown = on_a_terminal(server, folder, lambda shown: "no answer yet" in shown, tuning=tuning)
     assert "HTTP 503: trying again in 0 s" in shown
     server.probe_faults, server.always = {}, {"large": {"stall": 2000}}
-    on_a_terminal(server, folder, lambda shown: "nothing has come for 2 s" in shown, tuning=tuning)
+    on_a_terminal(server, folder, lambda shown: "nothing has come for" in shown, tuning=tuning)
 
 
 def test_without_a_terminal_a_line_tells_of_retries_and_few_follow(server, folder, capsys):
