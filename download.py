@@ -500,13 +500,13 @@ def in_time(request, seconds, quiet, note):
 
 
 def check_status(response):
-    code, encoding = response.status_code, response.headers.get("Content-Encoding", "identity")
+    code, encoding = response.status_code, response.headers.get("Content-Encoding", "")
     if code in (408, 429) or code >= 500:
         raise PassingError(f"HTTP {code}", response.headers.get("Retry-After", ""))
     if code not in (200, 206):
         raise DownloadError(f"HTTP {code}")
-    if encoding != "identity":
-        raise DownloadError(f"the server sends it as {encoding!r:.40}, which it was not asked for")
+    if re.search("gzip|deflate|compress|br|zstd", encoding.lower()):
+        raise DownloadError(f"the server compresses it ({encoding!r:.40}), which it was not asked for")
 
 
 def check_url(url):
@@ -528,15 +528,16 @@ def check_url(url):
 
 def persist(attempt, n_attempts, pause, progress, stopped=None):
     """attempt(), repeated after growing pauses while it raises PassingError, n_attempts times without progress."""
-    stopped, n_failures, before = stopped or threading.Event(), 0, progress.n
+    stopped, n_failures, furthest = stopped or threading.Event(), 0, progress.n
     while True:
         try:
             return attempt()
         except PassingError as error:
-            n_failures = 1 if progress.n - before >= 2**16 else n_failures + 1
+            n_failures = 1 if progress.n - furthest >= 2**16 else n_failures + 1
             if n_failures == n_attempts or stopped.is_set():
                 raise
-            before, seconds = progress.n, pause_before(n_failures, pause, error.retry_after)
+            furthest = max(furthest, progress.n)  # a plain stream begins at its start again
+            seconds = pause_before(n_failures, pause, error.retry_after)
             progress.note(f"{error}: trying again in {seconds:.0f} s")
             stopped.wait(seconds)
 

@@ -290,6 +290,12 @@ def test_a_download_that_gets_nowhere_is_given_up(server, folder):
     assert re.search("large.*nothing has come", failure(server, folder, timeout=60, quiet=0.1, patience=0.3))
 
 
+def test_a_stream_that_begins_again_and_again_is_given_up(server, folder):
+    server.ranges, server.faults = False, {"large": [{"drop": 1000}, {"drop": 100_000}] * 20}
+    assert re.search("large.*(expected|missing)", failure(server, folder))
+    assert len(server.asked("large")) == 7
+
+
 def test_headers_that_never_end_are_given_up(server, folder):
     server.probe_faults = {"first": [{"trickle": 0.05}] * 4}
     assert re.search("first.*no answer", failure(server, folder, timeout=0.15))
