@@ -145,7 +145,10 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
             n_read = round_up(max(n_before), n_slots)
             run([row[:n] + [0] * (n_read - n) for row, n in zip(rows, n_before, strict=True)], n_past, 1)
         n_past = [past + n for past, n in zip(n_past, n_before, strict=True)]
-        return run([row[-n_last:] for row in rows], n_past, n_last)
+        if n_last == 1:
+            return run([row[-1:] for row in rows], n_past, 1)
+        n_read = round_up(n_last, n_slots)
+        return run([row[-n_last:] + [0] * (n_read - n_last) for row in rows], n_past, 0)[:, :n_last]
 
     return forward
 

@@ -213,7 +213,7 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
         raise TypeError(f"stop must be a function of the ids so far, not {stop!r}")
     pick = sampler(n_rows, **sampling)
 
-    n_slots = min(longest + n_tokens_to_generate + lookup.N_DRAFT, n_ctx)  # a draft may reach beyond the end
+    n_slots = min(longest + n_tokens_to_generate, n_ctx)
     forward = cached(gpt2, params, n_head, n_rows, n_slots)
     if n_rows == 1 and sampling.get("temperature", 0) == 0:
         steps = lookup.decode(prompts[0], forward, n_slots, n_ctx)

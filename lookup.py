@@ -26,11 +26,12 @@ def decode(prompt, forward, n_slots, n_ctx):
             n_match, first_drafted = N_MATCH, n_slots  # the first slot that a draft wrote: none so far
 
         # check a draft, all of it in one pass
-        draft = guess(ids, seen, n_match) if 0 < n_past < n_slots - N_DRAFT else []
+        room = n_slots - n_past - 1
+        draft = guess(ids, seen, n_match)[:room] if n_past and room > 3 else []  # to check fewer would not pay
         next_ids = []
         if draft:
-            next_ids = confirm(forward([ids[-1:] + draft], [n_past], n_last=1 + N_DRAFT)[0], draft)
-            n_match = N_MATCH if len(next_ids) > N_DRAFT // 2 else 2 * n_match  # a bad guess makes harder to please
+            next_ids = confirm(forward([ids[-1:] + draft], [n_past], n_last=1 + len(draft))[0], draft)
+            n_match = N_MATCH if len(next_ids) > len(draft) // 2 else 2 * n_match  # a bad guess makes harder to please
         if next_ids:
             first_drafted = min(first_drafted, n_past)
 

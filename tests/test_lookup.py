@@ -46,7 +46,7 @@ def test_the_ids_are_those_of_one_token_passes(make, seed):
 def test_text_that_repeats_itself_takes_few_passes(passes):
     ids = gpt2.generate([5, 6, 7], TAME, N_HEAD, 60)
     assert len(set(ids[20:])) == 1  # it does
-    assert len(passes) < 35
+    assert len(passes) < 30
     assert max(passes) == 16
 
 
@@ -97,8 +97,8 @@ def test_a_draft_longer_than_what_followed_repeats_it():
 def test_no_draft_reaches_beyond_the_cache():
     passes = recite([1, 2, 3] * 20, n_prompt=12, n=20, n_slots=32)
     assert [len(row) for row in passes] == [12, 16, 1, 1, 1]
-    passes = recite([1, 2, 3] * 20, n_prompt=12, n=4, n_slots=27)
-    assert [len(row) for row in passes] == [12, 1, 1, 1]
+    passes = recite([1, 2, 3] * 20, n_prompt=12, n=10, n_slots=22)
+    assert [len(row) for row in passes] == [12, 10]
 
 
 def test_a_draft_holds_up_to_its_first_wrong_id_which_the_model_puts_right():
