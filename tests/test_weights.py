@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from checkpoint import DATA, ENCODER, HPARAMS, INDEX, VOCAB
-from cli import MODELS_DIR
 from gpt2 import generate, gpt2
-from utils import load_encoder_hparams_and_params
+from utils import MODELS_DIR, load_encoder_hparams_and_params
 
 pytestmark = pytest.mark.weights
 
