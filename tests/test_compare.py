@@ -10,13 +10,13 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import REPO, command
 
 import checkpoint
 import utils
 from encoder import bytes_to_unicode
 from gpt2 import generate, gpt2
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COMMIT = "9b63575ef42771a015060c964af2c3da4cf7c8ab"
 HPARAMS = {"n_vocab": 257, "n_ctx": 48, "n_embd": 32, "n_head": 4, "n_layer": 2}
 
@@ -178,10 +178,7 @@ def docker(tmp_path, monkeypatch):
 
 
 def compare(*arguments):
-    command = [sys.executable, os.path.join(ROOT, "tests", "reference", "compare.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"}
-    )
+    return command(*arguments, script="tests/reference/compare.py", env={"PYTHONIOENCODING": "utf-8"})
 
 
 def flags(clone, models_dir, n=8):
@@ -267,7 +264,7 @@ def test_docker_runs_the_official_script_on_read_only_mounts(models_dir, clone, 
     assert done.stdout.count("\n   same\n") == 2
     (build, _), (run, typed) = map(json.loads, (docker / "calls").read_text().splitlines())
     assert build[0] == "build"
-    assert os.path.samefile(build[-1], os.path.join(ROOT, "tests", "reference"))
+    assert os.path.samefile(build[-1], REPO / "tests" / "reference")
     image = build[build.index("--tag") + 1]
     script = run.index(image)
     assert run[:script] == [

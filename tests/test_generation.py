@@ -209,27 +209,42 @@ def test_jax_gives_numpys_ids(options, n_prompts, params, jax_params):
     assert gpt2.generate(inputs, jax_params, N_HEAD, n, **options) == expected
 
 
-def test_jax_looks_up_what_repeats_itself_in_one_more_shape(monkeypatch):
-    weights, forward = jax.tree.map(jnp.asarray, TAME), gpt2.gpt2
-    expected = [gpt2.generate([5, 6, 7], TAME, N_HEAD, n) for n in (40, 55, 61)]
-    monkeypatch.setattr(gpt2, "gpt2", lambda *args, **kwargs: forward(*args, **kwargs))  # compiled on its own
-    assert [gpt2.generate([5, 6, 7], weights, N_HEAD, n) for n in (40, 55, 61)] == expected
-    assert arrays.compiled(gpt2.gpt2)._cache_size() == 3  # a step, prompts up to 16, drafts
+def compiling():
+    """([], gpt2()), where the list fills with (n_seq, n_slots) whenever JAX compiles: it calls a function only then."""
+    compiled, forward = [], gpt2.gpt2
+
+    def model(ids, *args, kv_cache, **kwargs):
+        compiled.append((ids.shape[-1], kv_cache[0]["k"].shape[-2]))
+        return forward(ids, *args, kv_cache=kv_cache, **kwargs)
+
+    return compiled, model
+
+
+def test_jax_looks_up_what_repeats_itself(monkeypatch):
+    compiled, model = compiling()
+    monkeypatch.setattr(gpt2, "gpt2", model)
+    weights = jax.tree.map(jnp.asarray, TAME)
+    prompts, n = prompts_of_lengths(1, 3, 17), 40
+    gpt2.generate(prompts[0], weights, N_HEAD, n)
+    assert {n_seq for n_seq, _ in compiled} == {1, 16}  # the prompt and steps, and drafts
+    assert [gpt2.generate(prompt, weights, N_HEAD, n) for prompt in prompts] == [
+        gpt2.generate(prompt, TAME, N_HEAD, n) for prompt in prompts
+    ]
 
 
 def test_jax_compiles_few_shapes_for_prompts_of_any_length(jax_params):
-    model = lambda *args, **kwargs: gpt2.gpt2(*args, **kwargs)  # noqa: E731  (compiled on its own)
+    compiled, model = compiling()
     for n in range(1, 65):
         forward = arrays.cached(model, jax_params, N_HEAD, 1, n_slots=64)
         forward([prompts_of_lengths(n)[0]], [0])
-    assert arrays.compiled(model)._cache_size() == 4  # a step, and prompts of 16, 32 and 64
+    assert sorted(compiled) == [(1, 64), (16, 64), (32, 64), (64, 64)]  # a step, and prompts
 
 
 def test_jax_compiles_few_shapes_for_texts_of_any_length(jax_params):
-    model = lambda *args, **kwargs: gpt2.gpt2(*args, **kwargs)  # noqa: E731
+    compiled, model = compiling()
     for n_slots in range(3, 65):
         arrays.cached(model, jax_params, N_HEAD, 1, n_slots)([[1]], [0])
-    assert arrays.compiled(model)._cache_size() == 3  # caches of 16, 32 and 64
+    assert sorted(compiled) == [(1, 16), (1, 32), (1, 64)]
 
 
 # Errors

@@ -4,47 +4,30 @@ import functools
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
+from conftest import REPO, command
 
 from gpt2 import gpt2
 from utils import load_encoder_hparams_and_params
 
-ROOT = Path(__file__).parent.parent
-FOLDER = ROOT / "models" / "shakespeare"
+FOLDER = REPO / "models" / "shakespeare"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-HELD_OUT = (ROOT / "tests" / "data" / "tinyshakespeare_heldout.txt").read_text(encoding="utf-8")
+HELD_OUT = (REPO / "tests" / "data" / "tinyshakespeare_heldout.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_encoder_hparams_and_params("shakespeare", str(ROOT / "models"))
+    return load_encoder_hparams_and_params("shakespeare", str(REPO / "models"))
 
 
 @pytest.fixture(scope="module")
 def hugging_face(model):
     """The same weights in Hugging Face's GPT-2."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     _, hparams, params = model
-    sizes = {f"n_{key}": hparams[f"n_{key}"] for key in ("embd", "head", "layer")}
-    config = GPT2Config(vocab_size=hparams["n_vocab"], n_positions=hparams["n_ctx"], **sizes, eos_token_id=None)
-    gpt = GPT2LMHeadModel(config).eval()
-    weights = {"wte.weight": params["wte"], "wpe.weight": params["wpe"]}
-    names = {"g": "weight", "b": "bias", "w": "weight"}
-    weights |= {f"ln_f.{names[key]}": array for key, array in params["ln_f"].items()}
-    for i, block in enumerate(params["blocks"]):
-        for layer in ("ln_1", "ln_2"):
-            weights |= {f"h.{i}.{layer}.{names[key]}": array for key, array in block[layer].items()}
-        for layer, part in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")):
-            weights |= {f"h.{i}.{layer}.{part}.{names[key]}": array for key, array in block[layer][part].items()}
-    gpt.transformer.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=True)
-    return gpt
+    return conftest.hugging_face(hparams, params)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +38,6 @@ def windows(model):
         [encoder.encode(HELD_OUT[start:][:1000])[: hparams["n_ctx"] // 2] for start in range(0, 100_000, 25_000)]
     )
     return ids, gpt2(ids, **params, n_head=hparams["n_head"])
-
-
-def command(*args, env=None):
-    args = [sys.executable, str(ROOT / "gpt2.py"), *map(str, args)]
-    return subprocess.run(args, capture_output=True, encoding="utf-8", timeout=120, env=env)
 
 
 def samples(heading):
@@ -126,7 +104,7 @@ def test_jax_computes_the_same_logits_for_sequences_mapped_one_by_one(model, win
     (_, hparams, params), (ids, logits) = model, windows
     params = jax.tree.map(jax.numpy.asarray, params)
     mapped = jax.vmap(lambda sequence: gpt2(sequence, **params, n_head=hparams["n_head"]))
-    np.testing.assert_allclose(logits, mapped(ids), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(logits, jax.jit(mapped)(ids), rtol=1e-4, atol=1e-3)
 
 
 @pytest.fixture
@@ -134,7 +112,7 @@ def no_tensorflow(tmp_path):
     """An environment in which whoever imports TensorFlow finds it broken."""
     (tmp_path / "stub").mkdir()
     (tmp_path / "stub" / "tensorflow.py").write_text("raise ImportError('this test has none')\n")
-    return {**os.environ, "PYTHONPATH": str(tmp_path / "stub")}
+    return {"PYTHONPATH": str(tmp_path / "stub")}
 
 
 def test_it_runs_without_tensorflow_as_it_comes_out_of_git(tmp_path, no_tensorflow):

@@ -7,34 +7,26 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from conftest import REPO, command
 
 from checkpoint import random_params
 from encoder import get_encoder
-from gpt2 import gpt2
+from gpt2 import generate, gpt2
 from utils import load_encoder_hparams_and_params
 
-ROOT = Path(__file__).parent.parent
-TEXT_FILE = ROOT / "tests" / "data" / "tinyshakespeare_heldout.txt"
+TEXT_FILE = REPO / "tests" / "data" / "tinyshakespeare_heldout.txt"
 TEXT = TEXT_FILE.read_text(encoding="utf-8")
 SMALL = {"n_vocab": 300, "n_ctx": 32, "n_embd": 32, "n_head": 2, "n_layer": 1}
 SETTINGS = {**SMALL, "n_steps": 120, "batch_size": 8, "learning_rate": 0.02, "evaluate_every": 60}
 DATA = "model.ckpt.data-00000-of-00001"
 
-spec = importlib.util.spec_from_file_location("train", ROOT / "examples" / "train.py")
+spec = importlib.util.spec_from_file_location("train", REPO / "examples" / "train.py")
 train = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train)
-
-
-def run(script, *args):
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +34,7 @@ def models_dir(tmp_path_factory):
     """A folder with the model "small", trained by the command."""
     path = tmp_path_factory.mktemp("models")
     flags = [f"--{key}={value}" for key, value in SETTINGS.items()]
-    done = run("examples/train.py", TEXT_FILE, "--name", "small", "--models_dir", path, *flags)
+    done = command(TEXT_FILE, "--name", "small", "--models_dir", path, *flags, script="examples/train.py")
     assert done.returncode == 0, done.stderr
     return path
 
@@ -62,9 +54,10 @@ def test_loss_falls_well_below_the_entropy_of_single_characters(models_dir):
 
 
 def test_the_checkpoint_generates_through_the_command_line(models_dir):
-    done = run("gpt2.py", "KING", "--model_size", "small", "--models_dir", models_dir, "--n_tokens_to_generate", 20)
+    encoder, hparams, params = load_encoder_hparams_and_params("small", models_dir)
+    done = command("KING", model=models_dir / "small", n=20)
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(done.stdout) >= 20
+    assert done.stdout == encoder.decode(generate(encoder.encode("KING"), params, hparams["n_head"], 20)) + "\n"
 
 
 def test_a_trained_model_starts_without_tensorflow(models_dir):
@@ -265,7 +258,7 @@ def test_mistakes_are_told_in_one_line(change, said, tmp_path):
     ],
 )
 def test_mistakes_of_the_command_are_told_in_one_line(args, said, tmp_path):
-    done = run("examples/train.py", *args, "--name", "1984", "--models_dir", tmp_path)
+    done = command(*args, "--name", "1984", "--models_dir", tmp_path, script="examples/train.py")
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(rf"train\.py: {re.escape(said)}.*\n", done.stderr)
     assert not any(tmp_path.iterdir())

@@ -6,17 +6,16 @@ import pickle
 import random
 import shutil
 import struct
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import assert_one_line_error, command
 
 import checkpoint
 import utils
 from encoder import bytes_to_unicode, get_encoder
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("é", "in")]
 TOKENS = [*bytes_to_unicode().values(), *map("".join, MERGES), "<|endoftext|>"]
 HPARAMS = {"n_vocab": len(TOKENS), "n_ctx": 8, "n_embd": 4, "n_head": 2, "n_layer": 1}
@@ -187,7 +186,7 @@ def test_weights_changed_in_place_are_noticed(folder):
 
 
 def test_a_second_start_does_without_tensorflow(folder, weights, monkeypatch):
-    monkeypatch.setattr(checkpoint, "import_tensorflow", None)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
     assert check(folder, weights)
 
 
@@ -496,24 +495,10 @@ def test_a_link_to_a_folder_elsewhere_is_a_model(folder, weights, tmp_path):
 
 @pytest.mark.parametrize("name", ["../../x", "/etc", "a\\b", "C:x"])
 def test_the_command_says_so_in_one_line(folder, name):
-    command = [sys.executable, os.path.join(ROOT, "gpt2.py"), "Hi", "--model_size", name, "--models_dir", folder.parent]
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 1
-    assert process.stdout == ""
-    assert process.stderr == f"gpt2.py: {name!r} is no model name: it must be a folder inside {folder.parent}\n"
+    result = command("Hi", "--model_size", name, "--models_dir", folder.parent)
+    assert_one_line_error(result, f"gpt2.py: {name!r} is no model name: it must be a folder inside {folder.parent}\n")
 
 
 def test_the_command_says_in_one_line_that_a_file_is_damaged(folder):
     (folder / "encoder.json").write_bytes(b"[" * 10**6)
-    command = [
-        sys.executable,
-        os.path.join(ROOT, "gpt2.py"),
-        "Hi",
-        "--model_size",
-        "small",
-        "--models_dir",
-        folder.parent,
-    ]
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1)
-    assert "encoder.json" in process.stderr
+    assert_one_line_error(command("Hi", model=folder), "encoder.json")

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import GENUINE, HPARAMS, REPO, wild_params, write_model
+from conftest import GENUINE, HPARAMS, REPO, command, leaves, wild_params, write_model
 from flaky_server import serving
 
 import checkpoint
@@ -27,16 +27,10 @@ def load(model_dir):
     return utils.load_encoder_hparams_and_params(model_dir.name, model_dir.parent)
 
 
-def leaves(node):
-    if isinstance(node, dict):
-        return [leaf for key in sorted(node) for leaf in leaves(node[key])]
-    return [leaf for value in node for leaf in leaves(value)] if isinstance(node, list) else [node]
-
-
 def assert_same(params, expected):
-    assert shape_tree(params) == shape_tree(expected)
-    for ours, theirs in zip(leaves(params), leaves(expected), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for (name, ours), (expected_name, theirs) in zip(leaves(params), leaves(expected), strict=True):
+        assert name == expected_name
+        np.testing.assert_array_equal(ours, theirs, strict=True, err_msg=name)
 
 
 def shape_tree(node):
@@ -80,7 +74,7 @@ def test_params_have_the_names_shapes_and_type_of_the_tutorial(model_dir):
         "blocks": [block] * 3,
         "ln_f": {"g": [80], "b": [80]},
     }
-    assert {array.dtype for array in leaves(params)} == {np.dtype(np.float32)}
+    assert {array.dtype for _, array in leaves(params)} == {np.dtype(np.float32)}
 
 
 def test_params_are_the_weights_that_were_saved(model_dir, params):
@@ -103,11 +97,11 @@ def test_the_encoder_is_the_models_own(model_dir):
 
 
 def test_a_verified_checkpoint_is_loaded_without_tensorflow_or_requests(models_dir):
-    program = """if True:
+    code = """if True:
         import sys, utils
         utils.load_encoder_hparams_and_params("tiny", sys.argv[1])
         print({"tensorflow", "requests", "download", "tqdm"} & {*sys.modules})"""
-    assert subprocess.check_output([sys.executable, "-c", program, models_dir], cwd=REPO, text=True) == "set()\n"
+    assert command(models_dir, code=code, cwd=REPO).stdout == "set()\n"
 
 
 def test_weights_are_mapped_and_changes_to_them_stay_in_memory(model_dir, params):
@@ -126,25 +120,31 @@ def test_sums_are_what_sha256sum_checks(model_dir):
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=model_dir, check=True, capture_output=True)
 
 
-def verified_by_tensorflow(model_dir, monkeypatch):
-    """Whether loading reads the checkpoint with TensorFlow."""
-    calls = []
-    read = checkpoint.read_checkpoint
-    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda *args: calls.append(args) or read(*args))
+def needs_tensorflow(model_dir):
+    """Whether a model cannot be loaded where TensorFlow is not installed; it is then loaded with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tensorflow", None)
+        try:
+            load(model_dir)
+        except utils.ModelError as error:
+            message = str(error)
+        else:
+            return False
+    assert "TensorFlow is needed" in message
     load(model_dir)
-    return bool(calls)
+    return True
 
 
-def test_a_checkpoint_is_verified_once(model_dir, monkeypatch):
-    assert verified_by_tensorflow(model_dir, monkeypatch)
-    assert not verified_by_tensorflow(model_dir, monkeypatch)
+def test_a_checkpoint_is_verified_once(model_dir):
+    assert needs_tensorflow(model_dir)
+    assert not needs_tensorflow(model_dir)
 
 
-def test_missing_sums_are_made_anew(model_dir, monkeypatch):
+def test_missing_sums_are_made_anew(model_dir):
     load(model_dir)
     path, good = model_dir / "SHA256SUMS", (model_dir / "SHA256SUMS").read_text()
     path.unlink()
-    assert verified_by_tensorflow(model_dir, monkeypatch)
+    assert needs_tensorflow(model_dir)
     assert path.read_text() == good
 
 
@@ -180,23 +180,23 @@ def test_a_damaged_sums_does_not_let_another_number_of_heads_pass(model_dir):
     assert "SHA256SUMS is damaged" in error_of(model_dir)
 
 
-def test_a_changed_checkpoint_is_verified_and_loaded_anew(model_dir, params, monkeypatch):
+def test_a_changed_checkpoint_is_verified_and_loaded_anew(model_dir, params):
     load(model_dir)
     save(model_dir, {name: 2 * tensor for name, tensor in tensors_of(model_dir).items()})
-    assert verified_by_tensorflow(model_dir, monkeypatch)
+    assert needs_tensorflow(model_dir)
     np.testing.assert_array_equal(load(model_dir)[2]["wte"], 2 * params["wte"])
 
 
-def test_a_checkpoint_that_this_project_saved_is_verified_already(model_dir, monkeypatch):
+def test_a_checkpoint_that_this_project_saved_is_verified_already(model_dir):
     checkpoint.save_checkpoint(model_dir, HPARAMS, wild_params(HPARAMS, seed=1))
-    assert not verified_by_tensorflow(model_dir, monkeypatch)
+    assert not needs_tensorflow(model_dir)
     assert_same(load(model_dir)[2], wild_params(HPARAMS, seed=1))
 
 
-def test_a_copied_checkpoint_is_recognised_by_its_contents(model_dir, monkeypatch):
+def test_a_copied_checkpoint_is_recognised_by_its_contents(model_dir):
     load(model_dir)
     os.utime(model_dir / DATA)  # as after git clone or cp
-    assert not verified_by_tensorflow(model_dir, monkeypatch)
+    assert not needs_tensorflow(model_dir)
     assert (model_dir / DATA).stat().st_mtime_ns == (model_dir / "SHA256SUMS").stat().st_mtime_ns
 
 
@@ -457,20 +457,15 @@ def test_utils_py_fetches_a_model_and_says_where_it_lies(server, tmp_path, capsy
     assert stdout.endswith(f"{DATA}, SHA256SUMS\n")
 
 
-def utils_py(*args, **env):
-    command = [sys.executable, REPO / "utils.py", *args]
-    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
-
-
 def test_utils_py_is_a_command(models_dir):
-    done = utils_py("tiny", "--models_dir", models_dir)
+    done = command("tiny", "--models_dir", models_dir, script="utils.py")
     assert (done.returncode, done.stderr) == (0, "")
     assert str(models_dir / "tiny") in done.stdout
 
 
 def test_the_errors_of_utils_py_are_one_line(tmp_path):
     with serving({}) as empty:
-        done = utils_py("124M", "--models_dir", tmp_path, GPT2_BASE_URL=empty.url)
+        done = command("124M", "--models_dir", tmp_path, script="utils.py", env={"GPT2_BASE_URL": empty.url})
     _, error = done.stderr.splitlines()  # what it fetches, then why it cannot
     assert error.startswith(f"utils.py: could not download checkpoint from {empty.url}/124M/checkpoint: HTTP 404")
     assert (done.returncode, done.stdout) == (1, "")
