@@ -6,18 +6,14 @@ import hashlib
 import itertools
 import json
 import os
-import pty
 import random
 import re
-import resource
 import signal
-import struct
-import subprocess
-import sys
-import termios
 import time
 
+import conftest
 import pytest
+from conftest import command, wait_until
 from flaky_server import PROBE, serving
 
 import download
@@ -94,12 +90,11 @@ def files_in(folder):
     return {name: data for name, data in contents(folder).items() if name in FILES}
 
 
-def start(server, folder, **kwargs):
+def start(server, folder, begin=conftest.start, **kwargs):
     """Begins a download in another process."""
     arguments = {"files": SIZES, "folder": folder, "sources": [server.url], "title": "tiny"}
     arguments |= {"request_bytes": RANGE, "timeout": 5, "pause": 0.01, **kwargs.pop("tuning", {})}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(arguments)]
-    return subprocess.Popen(command, **{"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, **kwargs})
+    return begin(json.dumps(arguments), code=SCRIPT, **kwargs)
 
 
 def held(folder):
@@ -114,13 +109,6 @@ def held(folder):
 
 def n_held(folder):
     return sum(stop - start for start, stop in held(folder))
-
-
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # what arrives
@@ -691,8 +679,7 @@ def test_only_the_bytes_still_to_come_need_room(server, folder, monkeypatch):
 
 
 def test_a_disk_that_fills_up_is_one_line(server, folder):
-    limit = (100_000, 100_000)
-    process = start(server, folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    process = start(server, folder, through=["bash", "-c", 'ulimit -f 97 && exec "$@"', "bash"])  # KiB
     stderr = process.communicate()[1]
     assert process.returncode == 1
     assert re.fullmatch(rb"Fetching .*\ntiny cannot be stored in \S+: \[Errno \d+\] .*\n", stderr)
@@ -711,29 +698,20 @@ def test_a_line_break_in_the_folder_makes_no_two_lines(server, tmp_path):
 # what is shown
 
 
-def on_a_terminal(server, folder, until, **kwargs):
-    """What a download has shown on a terminal of 100 columns when until(shown) holds."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 100, 0, 0))
-    process = start(server, folder, stderr=theirs, **kwargs)
-    os.close(theirs)
-    shown = ""
-    while not until(shown):
-        shown += os.read(ours, 2**16).decode()  # fails when the process has ended
-    process.kill()
-    process.communicate()
-    os.close(ours)
-    return shown
+def on_a_terminal(server, folder, **kwargs):
+    return start(server, folder, begin=conftest.on_a_terminal, **kwargs)
 
 
 def test_one_bar_shows_the_whole_and_goes_on_where_it_was(server, folder):
     total = f"{sum(map(len, FILES.values())) / 1000:.0f}k"
     server.seconds_per_block = 0.05
-    pattern = rf"(\d+)%.*?/{total} \[\d\d:\d\d<\d\d:\d\d, *[\d.]+kB/s\]"
-    on_a_terminal(server, folder, lambda shown: re.search(pattern, shown) and n_held(folder) > 60_000)
+    with on_a_terminal(server, folder) as (_, terminal):
+        while n_held(folder) <= 60_000:
+            terminal.expect(rf"\d+%.*?/{total} \[\d\d:\d\d<\d\d:\d\d, *[\d.]+kB/s\]")
     n_done = n_held(folder) / 1000
-    shown = on_a_terminal(server, folder, lambda shown: f"k/{total}" in shown)
-    assert float(re.search(rf"\| *([\d.]+)k/{total}", shown)[1]) >= n_done
+    with on_a_terminal(server, folder) as (_, terminal):
+        terminal.expect(rf"\| *([\d.]+)k/{total}")
+        assert float(terminal.match[1]) >= n_done
 
 
 def test_it_says_what_it_fetches_and_from_where_before_there_is_an_answer(server, folder):
@@ -749,10 +727,12 @@ def test_it_says_what_it_fetches_and_from_where_before_there_is_an_answer(server
 def test_a_terminal_shows_each_wait_and_retry_beside_the_bar(server, folder):
     server.probe_faults = {"first": [{"status": 503}, {"wait": 30}]}
     tuning = {"timeout": 60, "quiet": 0.3}
-    shown = on_a_terminal(server, folder, lambda shown: "no answer yet" in shown, tuning=tuning)
-    assert "HTTP 503: trying again in 0 s" in shown
+    with on_a_terminal(server, folder, tuning=tuning) as (_, terminal):
+        terminal.expect_exact("HTTP 503: trying again in 0 s")
+        terminal.expect_exact("no answer yet")
     server.probe_faults, server.always = {}, {"large": {"stall": 2000}}
-    on_a_terminal(server, folder, lambda shown: "nothing has come for" in shown, tuning=tuning)
+    with on_a_terminal(server, folder, tuning=tuning) as (_, terminal):
+        terminal.expect_exact("nothing has come for")
 
 
 def test_without_a_terminal_a_line_tells_of_retries_and_few_follow(server, folder, capsys):
@@ -771,7 +751,6 @@ def test_nothing_is_shown_where_nothing_is_missing(server, folder, capsys):
 
 
 def test_as_a_command_it_says_where_to_go():
-    command = [sys.executable, os.path.join(ROOT, "download.py"), "124M"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = command("124M", script="download.py")
     assert result.returncode != 0
     assert re.fullmatch("download.py: .*python utils.py 124M\n", result.stderr)

@@ -221,15 +221,13 @@ def compiling():
 
 
 def test_jax_looks_up_what_repeats_itself(monkeypatch):
+    weights, prompts = jax.tree.map(jnp.asarray, TAME), prompts_of_lengths(1, 3, 17)
+    expected = [gpt2.generate(prompt, TAME, N_HEAD, 40) for prompt in prompts]
     compiled, model = compiling()
     monkeypatch.setattr(gpt2, "gpt2", model)
-    weights = jax.tree.map(jnp.asarray, TAME)
-    prompts, n = prompts_of_lengths(1, 3, 17), 40
-    gpt2.generate(prompts[0], weights, N_HEAD, n)
-    assert {n_seq for n_seq, _ in compiled} == {1, 16}  # the prompt and steps, and drafts
-    assert [gpt2.generate(prompt, weights, N_HEAD, n) for prompt in prompts] == [
-        gpt2.generate(prompt, TAME, N_HEAD, n) for prompt in prompts
-    ]
+    assert gpt2.generate(prompts[0], weights, N_HEAD, 40) == expected[0]
+    assert {n_seq for n_seq, _ in compiled} == {1, 16}  # the prompt and single steps, and drafts
+    assert [gpt2.generate(prompt, weights, N_HEAD, 40) for prompt in prompts[1:]] == expected[1:]
 
 
 def test_jax_compiles_few_shapes_for_prompts_of_any_length(jax_params):

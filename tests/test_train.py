@@ -154,7 +154,9 @@ def test_batches_go_on_at_any_step_as_if_they_had_begun_at_the_first():
 
 
 def test_dropout_silences_features_behind_each_layer_norm_and_scales_the_others():
-    params = train.jax.tree.map(train.jnp.asarray, random_params({**SMALL, "n_embd": 4000, "n_layer": 2}))
+    rng = np.random.default_rng(0)
+    norms = [{name: train.jnp.asarray(rng.uniform(0.5, 1.5, 4000)) for name in ("g", "b")} for _ in range(5)]
+    params = {"blocks": [dict(zip(("ln_1", "ln_2"), norms[i : i + 2], strict=True)) for i in (0, 2)], "ln_f": norms[4]}
     dropped = train.with_dropout(params, 0.25, train.jax.random.key(0))
     norms = [(params["ln_f"], dropped["ln_f"])]
     for before, after in zip(params["blocks"], dropped["blocks"], strict=True):
@@ -173,9 +175,10 @@ def test_dropout_of_0_changes_nothing_and_each_window_has_a_mask_of_its_own():
     params = train.jax.tree.map(train.jnp.asarray, random_params(SMALL))
     params["wte"] *= 50  # far from uniform
     windows, key = np.tile(np.arange(33), (2, 1)), train.jax.random.key(1)
-    plain = float(train.token_losses(params, windows, n_head=2).mean())
-    assert float(train.mean_loss(params, windows, key, 0.0, n_head=2)) == pytest.approx(plain, rel=1e-5)
-    one, both = (train.mean_loss(params, windows[:n], key, 0.5, n_head=2) for n in (1, 2))
+    plain, mean_loss = (train.jax.jit(loss, static_argnames="n_head") for loss in (train.token_losses, train.mean_loss))
+    expected = float(plain(params, windows, n_head=2).mean())
+    assert float(mean_loss(params, windows, key, 0.0, n_head=2)) == pytest.approx(expected, rel=1e-5)
+    one, both = (mean_loss(params, windows[:n], key, 0.5, n_head=2) for n in (1, 2))
     assert not np.isclose(one, both, rtol=1e-4)
 
 
@@ -215,7 +218,8 @@ def test_first_weights_have_the_spread_of_gpt2():
 def test_a_first_model_predicts_almost_uniformly():
     hparams = {"n_vocab": 300, "n_ctx": 64, "n_embd": 64, "n_head": 2, "n_layer": 2}
     windows = np.random.default_rng(0).integers(0, 300, (4, 65))
-    loss = train.token_losses(train.initial_params(hparams, seed=0), windows, n_head=2).mean()
+    losses = train.jax.jit(train.token_losses, static_argnames="n_head")
+    loss = losses(train.initial_params(hparams, seed=0), windows, n_head=2).mean()
     assert float(loss) == pytest.approx(math.log(300), abs=0.05)
 
 
