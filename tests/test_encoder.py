@@ -145,9 +145,9 @@ def test_merges_are_the_textbooks_for_any_ranks(word, pairs):
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", string.ascii_lowercase, "é", "中文字"])
-def test_a_word_of_a_million_letters_takes_about_ten_times_as_long_as_one_of_a_tenth(alphabet, genuine):
-    word = "".join(random.Random(0).choices(alphabet, k=1_000_000))
-    tenth, _ = timed(genuine.encode, word[:100_000])
+def test_a_word_ten_times_as_long_takes_about_ten_times_as_long(alphabet, genuine):
+    word = "".join(random.Random(0).choices(alphabet, k=300_000))
+    tenth, _ = timed(genuine.encode, word[:30_000])
     whole, ids = timed(genuine.encode, word)
     assert whole < 40 * tenth  # were it quadratic in the length, 100
     assert genuine.decode(ids) == word
