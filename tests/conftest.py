@@ -167,11 +167,6 @@ def write_model(model_dir, hparams, params):
 
 
 @pytest.fixture(scope="session")
-def hparams():
-    return HPARAMS
-
-
-@pytest.fixture(scope="session")
 def params():
     return wild_params(HPARAMS)
 

@@ -211,8 +211,7 @@ def test_a_bug_keeps_its_traceback(run, tmp_path):
 
 def test_a_bar_named_generating_shows_on_a_terminal(tiny, continuation):
     with on_a_terminal("Hello", model=tiny, n=N, stdout=subprocess.PIPE) as (process, terminal):
-        terminal.expect("generating: 100%.*")
-        assert f"{N}/{N}" in terminal.after
+        terminal.expect(f"generating: 100%.* {N}/{N} ")
         assert process.communicate(timeout=TIMEOUT)[0].decode() == continuation("Hello") + "\n"
     assert process.returncode == 0
 
