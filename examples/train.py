@@ -25,8 +25,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from checkpoint import random_params, save_checkpoint
 from cli import fail, run
 from encoder import bytes_to_unicode, get_encoder
-from gpt2 import MODELS_DIR, gpt2
-from utils import MODEL_SIZES
+from gpt2 import gpt2
+from utils import MODEL_SIZES, MODELS_DIR
 
 
 def train_tokenizer(text, n_vocab, model_dir):

@@ -21,8 +21,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from checkpoint import CheckpointError, import_tensorflow
 from cli import fail, line_text, mistakes, open_lines, run
-from gpt2 import MODELS_DIR, check_room, generate, gpt2
-from utils import ModelError, load_encoder_hparams_and_params
+from gpt2 import check_room, generate, gpt2
+from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
 COMMIT = "9b63575ef42771a015060c964af2c3da4cf7c8ab"  # of the clone: results are stated for it
 IMAGE = "gpt-2-official"
