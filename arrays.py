@@ -30,7 +30,7 @@ def write(cache, slots, new):  # [n_head, n_slots, d], [n_seq], [n_head, n_seq, 
         rows = namespace(slots).arange(len(slots))[:, None]  # [n_rows, 1]
         where, new = (rows, slice(None), slots), new.swapaxes(-3, -2)
     if is_jax(cache):
-        return cache.at[where].set(new)
+        return cache.at[where].set(new, mode="drop")  # padding may reach beyond the last slot
     cache[where] = new
     return cache
 
@@ -47,7 +47,9 @@ def as_batch(inputs, n_vocab):
     prompts = []
     for prompt in inputs if is_batch else [inputs]:
         try:
-            ids = [operator.index(i) for i in (str(prompt) if isinstance(prompt, bytes) else prompt)]
+            if isinstance(prompt, bytes | set | dict):  # would look like ids
+                raise TypeError
+            ids = [operator.index(i) for i in prompt]
         except TypeError as error:
             raise TypeError(f"a prompt is a list of token ids, as encoder.encode gives, not {prompt!r:.40}") from error
         if not ids:
@@ -64,11 +66,15 @@ def check_bounds(ids, n_past, n_vocab, n_slots):
     NumPy would count from the end, and JAX take the nearest that there is. What JAX traces has no values yet: only the
     number of ids is then known to fit.
     """
+    if 0 in ids.shape:
+        raise ValueError("there are no token ids")
     least, largest = extremes(ids)
     if least < 0 or largest >= n_vocab:
         raise ValueError(f"token ids must be from 0 to {n_vocab - 1}, not {least if least < 0 else largest}")
     first, last = extremes(n_past)
-    if first < 0 or last + ids.shape[-1] > n_slots:
+    if first < 0:
+        raise ValueError(f"n_past must be 0 or more, not {first}")
+    if last + ids.shape[-1] > n_slots:
         raise ValueError(f"{last + ids.shape[-1]} tokens do not fit the context of {n_slots}")
 
 
@@ -90,9 +96,8 @@ def empty_cache(params, n_head, n_rows, n_slots):
 def cached(model, params, n_head, n_rows, n_slots):
     """The model as forward(rows, n_past, n_last=1) -> logits, with its own cache of n_slots tokens for n_rows rows.
 
-    model: gpt2(). rows: n_rows lists of ids, which follow the first n_past[row] tokens of the cache; more than one only
-    where n_past[row] is 0, or n_last all of them. Returns the logits at the last n_last of each row:
-    [n_rows, n_last, n_vocab].
+    model: gpt2(). rows: n_rows lists of ids, which follow the first n_past[row] tokens that the cache has of each.
+    Returns the logits at the last n_last ids of each row: [n_rows, n_last, n_vocab].
     """
     make = cached_under_jax if is_jax(params["wte"]) else cached_in_place
     return make(model, params, n_head, n_rows, n_slots)
@@ -101,8 +106,8 @@ def cached(model, params, n_head, n_rows, n_slots):
 def cached_in_place(model, params, n_head, n_rows, n_slots):
     xp, kv_cache = namespace(params["wte"]), empty_cache(params, n_head, n_rows, n_slots)
 
-    def run(ids, n_past, n_last, rows, n_seen):  # the model sees a view of the cache that ends at the newest slot
-        views = [{name: array[rows, :, :n_seen] for name, array in cache.items()} for cache in kv_cache]
+    def run(ids, n_past, n_last, which, n_seen):  # the model sees a view of the cache that ends at the newest slot
+        views = [{name: array[which, :, :n_seen] for name, array in cache.items()} for cache in kv_cache]
         return model(ids, **params, n_head=n_head, kv_cache=views, n_past=n_past, n_last=n_last)
 
     def forward(rows, n_past, n_last=1):
@@ -126,7 +131,8 @@ def cached_in_place(model, params, n_head, n_rows, n_slots):
 def cached_under_jax(model, params, n_head, n_rows, n_slots):
     """Compiles few shapes: numbers of slots, and of ids in a prompt, are rounded up.
 
-    What pads a prompt lies behind all queries: by the one rule none sees it, and later tokens are written over it.
+    What pads a prompt or a draft lies behind all queries: by the one rule none sees it, and later tokens are written
+    over it.
     """
     import numpy as np
 

@@ -49,7 +49,6 @@ def run(function, stopped=""):
         os.write(2, f"\n{stopped}\n".encode() if stopped else b"")
         os._exit(130)
 
-    take_avx512()
     signal.signal(signal.SIGINT, stop)
 
     import fire
@@ -107,7 +106,8 @@ def arguments(argv, function):
         option = options[names[0]]
         if not equals:
             value = "True" if option.annotation is bool else next(rest, None)
-        if value is None or (not equals and not is_text(option) and value.startswith("--")):
+        is_flag = value is not None and not equals and value.startswith("--")
+        if value is None or (is_flag and (not is_text(option) or value[2:].partition("=")[0] in options)):
             fail(f"{flag} needs a value")
         if option.annotation is bool and value not in ("True", "False"):
             fail(f"--{option.name} must be True or False, not {value!r}")
@@ -147,6 +147,10 @@ def check_flags(prompt, interactive, prompts_file, stream, n_samples, temperatur
     """Ends with one line for flags that contradict each other or would do nothing. draws: top_k, top_p, seed."""
     modes = {"interactive": interactive, "prompts_file": prompts_file, "stream": stream, "n_samples": n_samples > 1}
     modes = [mode for mode, wanted in modes.items() if wanted and not (mode == "stream" and interactive)]
+    if prompts_file == "":
+        fail("--prompts_file needs a value")
+    if isinstance(draws["seed"], list):
+        fail(f"--seed must be a whole number, 0 or more, not {draws['seed']!r}")
     if len(modes) > 1:
         fail(f"--{modes[0]} and --{modes[1]} do not go together")
     if prompt is not None and (interactive or prompts_file):

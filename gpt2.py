@@ -38,7 +38,7 @@ def layer_norm(x, g, b, eps: float = 1e-5):
     """Normalizes the last axis to mean 0 and variance 1, then scales by g and shifts by b (https://arxiv.org/abs/1607.06450)."""
     xp = namespace(x)
     x = x - xp.mean(x, axis=-1, keepdims=True)
-    variance = (x[..., None, :] @ x[..., None])[..., 0] / x.shape[-1]  # the mean of x * x, without that array
+    variance = (x[..., None, :] @ x[..., None])[..., 0] / x.shape[-1]  # x · x / n: the mean of x * x, but faster
     x /= xp.sqrt(variance + eps)
     x *= g
     x += b
@@ -68,7 +68,7 @@ def ffn(x, c_fc, c_proj):  # [n_seq, n_embd] -> [n_seq, n_embd]
 
 def attention(q, k, v, mask):  # [n_q, d_k], [n_k, d_k], [n_k, d_v], [n_q, n_k] -> [n_q, d_v]
     """Scaled dot-product attention (https://arxiv.org/abs/1706.03762, equation 1); mask is added to the scores."""
-    scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # q is scaled, since it is smaller than the scores
+    scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # transposed; q is scaled, since it is smaller than the scores
     scores += mask
     return softmax(scores) @ v
 
@@ -78,7 +78,7 @@ def causal_attention(q, k, v, slots):  # [n_head, n_q, d], 2 of [n_head, n_k, d]
     xp, n_q, n_k, out = namespace(q), q.shape[-2], k.shape[-2], []
     for start in range(0, n_q, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, n_q)
-        end = n_k - (n_q - stop)  # keys from here on are hidden from the whole block
+        end = n_k - (n_q - stop)  # no query of the block has a slot from here on: those keys are left out
         hidden = xp.arange(end) > slots[..., None, start:stop, None]  # [1, stop-start, end]
         mask = xp.where(hidden, xp.asarray(-xp.inf, dtype=q.dtype), 0)  # [1, stop-start, end]
         out.append(attention(q[..., start:stop, :], k[..., :end, :], v[..., :end, :], mask))  # [n_head, stop-start, d]
@@ -92,7 +92,7 @@ def mha(x, c_attn, c_proj, n_head, kv_cache=None, slots=None, n_last=0):  # [n_s
     and where to write those of x: [n_seq], or [n_rows, n_seq] for a batch. Without, x is all there is.
     n_last: the output of the last n_last positions alone, 0 for all.
     """
-    xp = namespace(x)
+    slots = namespace(x).arange(x.shape[-2]) if slots is None else slots
 
     # qkv projection
     x = linear(x, **c_attn)  # [n_seq, n_embd] -> [n_seq, 3*n_embd]
@@ -102,13 +102,11 @@ def mha(x, c_attn, c_proj, n_head, kv_cache=None, slots=None, n_last=0):  # [n_s
     q, k, v = (x[..., i, :, :].swapaxes(-3, -2) for i in range(3))  # 3 of [n_head, n_seq, n_embd/n_head]
 
     # keys and values of earlier tokens come from the cache
-    if slots is None:
-        slots = xp.arange(x.shape[-4])
     if kv_cache is not None:
         k = kv_cache["k"] = write(kv_cache["k"], slots, k)  # [n_head, n_slots, n_embd/n_head]
         v = kv_cache["v"] = write(kv_cache["v"], slots, v)  # [n_head, n_slots, n_embd/n_head]
 
-    # perform causal attention over all heads
+    # perform causal attention over all heads; [-0:] is everything
     x = causal_attention(q[..., -n_last:, :], k, v, slots[..., -n_last:])  # -> [n_head, n_seq, n_embd/n_head]
 
     # merge heads
@@ -121,7 +119,7 @@ def mha(x, c_attn, c_proj, n_head, kv_cache=None, slots=None, n_last=0):  # [n_s
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, n_last=0, **cache):  # [n_seq, n_embd] -> [n_seq, n_embd]
     """One pre-norm decoder block; each sublayer is added to its own input (a residual connection). Options: see mha."""
-    # multi-head causal self attention; [-0:] is everything
+    # multi-head causal self attention
     a = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, n_last=n_last, **cache)
     x = x[..., -n_last:, :] + a  # [n_seq, n_embd] -> [n_seq, n_embd]
 
@@ -149,8 +147,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_last
     x = wte[inputs] + wpe[slots]  # [n_seq] -> [n_seq, n_embd]
 
     # forward pass through n_layer transformer blocks
-    for block, cache in zip(blocks, kv_cache or [None] * len(blocks), strict=True):
-        only = n_last if block is blocks[-1] else 0  # the blocks before the last need every position
+    for i, (block, cache) in enumerate(zip(blocks, kv_cache or [None] * len(blocks), strict=True)):
+        only = n_last if i == len(blocks) - 1 else 0  # the blocks before the last need every position
         x = transformer_block(x, **block, n_head=n_head, kv_cache=cache, slots=slots, n_last=only)
 
     # projection to vocab
@@ -169,14 +167,14 @@ def decode(prompts, forward, pick, n_ctx):
             if len(window) > n_ctx:
                 windows[row], n_past[row] = window[-max(n_ctx // 2, 1) :], 0
         logits = forward([window[n:] for window, n in zip(windows, n_past, strict=True)], n_past)
-        ids, n_past = pick(logits), [*map(len, windows)]
+        ids, n_past = pick(logits), [len(window) for window in windows]  # the new ids are not in the cache yet
         for window, next_id in zip(windows, ids, strict=True):
             window.append(next_id)
         yield ids
 
 
 def until(stop, steps, n_rows):
-    """Passes on steps of n_rows ids, with None for rows that have ended: for whose ids so far stop(ids) was true."""
+    """Passes on steps of n_rows ids, with None for a row that ended in an earlier step: stop(its ids) was true."""
     outputs, running = [[] for _ in range(n_rows)], [True] * n_rows
     for ids in steps:
         yield [next_id if runs else None for next_id, runs in zip(ids, running, strict=True)]
@@ -216,13 +214,14 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
 
     n_slots = min(longest + n_tokens_to_generate, n_ctx)
     forward = cached(gpt2, params, n_head, n_rows, n_slots)
-    if n_rows == 1 and sampling.get("temperature", 0) == 0:
+    is_exact = params["wte"].dtype.itemsize >= 4  # half precision rounds too much to check a draft
+    if n_rows == 1 and sampling.get("temperature", 0) == 0 and is_exact:
         steps = lookup.decode(prompts[0], forward, n_slots, n_ctx)
     else:
         steps = decode(prompts, forward, pick, n_ctx)
     steps = itertools.islice(steps, n_tokens_to_generate)
     steps = until(stop, steps, n_rows) if stop else steps
-    return steps if is_batch else (next_id for (next_id,) in steps)
+    return steps if is_batch else (next_id for (next_id,) in steps)  # one prompt: ids, not lists of one
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, bar=True, **options):
@@ -325,6 +324,7 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports of cli, too
 
-    from cli import run
+    import cli
 
-    run(main)
+    cli.take_avx512()
+    cli.run(main)

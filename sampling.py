@@ -49,6 +49,8 @@ def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None):
     from numpy.random import default_rng
 
     seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(n_rows)]
+    if len(seeds) != n_rows:
+        raise ValueError(f"seed has {len(seeds)} numbers for {n_rows} prompts")
     rngs = [default_rng(seed) for seed in seeds]
 
     def pick(logits):
@@ -80,4 +82,4 @@ def is_number(value):
 
 
 def is_whole(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= value < 2**63

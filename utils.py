@@ -21,6 +21,8 @@ from checkpoint import (
     load_hparams,
     load_params,
     n_params,
+    read_sums,
+    sums_of,
 )
 from encoder import SHA256, get_encoder
 
@@ -171,7 +173,11 @@ def main(model_size: str, models_dir: str = MODELS_DIR):
 
     with cli.mistakes(ModelError):
         load_encoder_hparams_and_params(model_size, models_dir)
-    model_dir = os.path.abspath(os.path.join(models_dir, model_size))
+        model_dir = os.path.abspath(os.path.join(models_dir, model_size))
+        # every byte: loading trusts weights whose file has the time that SHA256SUMS has
+        recorded = read_sums(model_dir)
+        if changed := [name for name, digest in sums_of(model_dir).items() if recorded.get(name, digest) != digest]:
+            raise ModelError(f"{model_dir}: {', '.join(changed)} is not as {SUMS} has it: delete it to fetch it anew")
     names = [name for name in (*FILES, SUMS) if not missing_files(model_dir, [name])]
     print(f"{model_size} is verified, and lies in {model_dir}: {', '.join(names)}")
 

@@ -291,6 +291,24 @@ def test_ids_that_are_not_in_the_vocabulary_are_an_error_on_any_arrays(inputs, p
             gpt2.generate(inputs, weights, N_HEAD, 5)
 
 
+def test_a_context_of_one_token_slides():
+    params = checkpoint.random_params({**HPARAMS, "n_ctx": 1})
+    prompts = [[3], [4, 5]]
+    for inputs in (prompts[0], prompts):
+        assert gpt2.generate(inputs, params, N_HEAD, 5, sliding_window=True)
+
+
+def test_half_precision_looks_nothing_up(jax_params, monkeypatch):
+    monkeypatch.setattr(gpt2.lookup, "decode", None)
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), jax_params)
+    assert len(gpt2.generate([1, 2, 3], half, N_HEAD, 5)) == 5
+
+
+def test_there_must_be_a_seed_for_every_prompt(generate):
+    with pytest.raises(ValueError, match="seed has 1 numbers for 2 prompts"):
+        generate([[1], [2]], 5, temperature=1, seed=[1])
+
+
 @pytest.mark.parametrize("seed", [-1, "a", 1.5, [1, -1]])
 def test_a_seed_must_be_a_whole_number(seed, generate):
     with pytest.raises(ValueError, match="seed must be"):

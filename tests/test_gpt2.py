@@ -191,6 +191,12 @@ def test_n_last_holds_without_any_block(params):
     close(gpt2.gpt2([1, 2, 3], **{**params, "blocks": []}, n_head=N_HEAD, n_last=1), logits[-1:])
 
 
+def test_n_last_holds_for_blocks_that_are_one_and_the_same(params):
+    shared = {**params, "blocks": params["blocks"][:1] * 3}
+    logits = gpt2.gpt2(random_ids(20), **shared, n_head=N_HEAD)
+    close(gpt2.gpt2(random_ids(20), **shared, n_head=N_HEAD, n_last=1), logits[-1:])
+
+
 def test_n_last_fills_the_cache_for_every_position(params):
     ids, caches = random_ids(20), [new_cache(params, N_HEAD, 20, fill=np.nan) for _ in range(2)]
     for cache, n_last in zip(caches, (0, 1), strict=True):
@@ -313,6 +319,18 @@ def test_more_tokens_than_the_cache_holds_is_an_error(n_past, params):
         gpt2.gpt2(random_ids(2, 3), **params, n_head=N_HEAD, kv_cache=cache, n_past=n_past)
 
 
+@pytest.mark.parametrize("n_past", [-1, np.array([3, -2])])
+def test_a_negative_n_past_is_an_error(n_past, params):
+    cache = new_cache(params, N_HEAD, 10, rows=(2,))
+    with pytest.raises(ValueError, match="n_past must be 0 or more, not -"):
+        gpt2.gpt2(random_ids(2, 3), **params, n_head=N_HEAD, kv_cache=cache, n_past=n_past)
+
+
+def test_no_ids_are_an_error(params):
+    with pytest.raises(ValueError, match="no token ids"):
+        gpt2.gpt2([], **params, n_head=N_HEAD)
+
+
 def test_a_cache_of_too_few_slots_is_an_error_while_jax_traces_too(jax_params):
     jitted = jax.jit(lambda ids, cache: gpt2.gpt2(ids, **jax_params, n_head=N_HEAD, kv_cache=cache))
     with pytest.raises(ValueError, match="11 tokens do not fit the context of 10"):
@@ -322,7 +340,7 @@ def test_a_cache_of_too_few_slots_is_an_error_while_jax_traces_too(jax_params):
 @pytest.mark.parametrize("ids", [[1, -1], [500], [[3, 2], [1, 10**6]], np.array([-500])])
 def test_ids_that_are_not_in_the_vocabulary_are_an_error(ids, params, jax_params):
     for weights in (params, jax_params):
-        with pytest.raises(ValueError, match=f"token ids must be from 0 to 499, not {np.min(ids)}|{np.max(ids)}"):
+        with pytest.raises(ValueError, match=f"token ids must be from 0 to 499, not ({np.min(ids)}|{np.max(ids)})$"):
             gpt2.gpt2(ids, **weights, n_head=N_HEAD)
 
 

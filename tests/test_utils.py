@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import GENUINE, HPARAMS, REPO, command, leaves, wild_params, write_model
+from conftest import GENUINE, HPARAMS, REPO, assert_one_line_error, command, leaves, wild_params, write_model
 from flaky_server import serving
 
 import checkpoint
@@ -461,6 +461,16 @@ def test_utils_py_is_a_command(models_dir):
     done = command("tiny", "--models_dir", models_dir, script="utils.py")
     assert (done.returncode, done.stderr) == (0, "")
     assert str(models_dir / "tiny") in done.stdout
+
+
+def test_utils_py_finds_damage_that_left_the_time_of_the_file(model_dir):
+    load(model_dir)
+    path, time = model_dir / DATA, (model_dir / DATA).stat().st_mtime_ns
+    with open(path, "r+b") as f:
+        f.write(b"damage")
+    os.utime(path, ns=(time, time))
+    done = command(model_dir.name, "--models_dir", model_dir.parent, script="utils.py")
+    assert_one_line_error(done, f"{DATA} is not as SHA256SUMS has it")
 
 
 def test_the_errors_of_utils_py_are_one_line(tmp_path):
