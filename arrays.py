@@ -23,10 +23,12 @@ def is_jax(x):
 def write(cache, slots, new):  # [n_head, n_slots, d], [n_seq], [n_head, n_seq, d] -> [n_head, n_slots, d]
     """The cache of keys, or of values, with new ones in their slots: in place where arrays can be changed.
 
-    slots may differ from row to row of a batch: [n_rows, n_seq].
+    slots follow one another; they may differ from row to row of a batch: [n_rows, n_seq].
     """
     where = (..., slots, slice(None))
-    if slots.ndim > 1:
+    if slots.ndim == 1 and not is_jax(cache):
+        where = (..., slice(int(slots[0]), int(slots[-1]) + 1), slice(None))  # NumPy copies to a slice in half the time
+    elif slots.ndim > 1:
         rows = namespace(slots).arange(len(slots))[:, None]  # [n_rows, 1]
         where, new = (rows, slice(None), slots), new.swapaxes(-3, -2)
     if is_jax(cache):
