@@ -130,8 +130,11 @@ def test_prompt_and_tokens_fill_the_context_exactly_and_no_further(run, models_d
     assert_one_line_error(run("Hello, world", n=room + 1), message)
 
 
-def test_an_absurd_number_of_tokens_is_an_error(run):
-    assert_one_line_error(run("Hello", n="9" * 50), "more than the model's context of 64")
+@pytest.mark.parametrize(
+    ("n_digits", "said"), [(18, "more than the model's context of 64"), (50, "must be a whole number")]
+)
+def test_an_absurd_number_of_tokens_is_an_error(n_digits, said, run):
+    assert_one_line_error(run("Hello", n="9" * n_digits), said)
 
 
 @pytest.mark.parametrize("prompt", ["--hello world", "--hello", "-hello"])
