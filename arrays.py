@@ -25,12 +25,13 @@ def write(cache, slots, new):  # [n_head, n_slots, d], [n_seq], [n_head, n_seq, 
 
     slots follow one another; they may differ from row to row of a batch: [n_rows, n_seq].
     """
-    where = (..., slots, slice(None))
-    if slots.ndim == 1 and not is_jax(cache):
-        where = (..., slice(int(slots[0]), int(slots[-1]) + 1), slice(None))  # NumPy copies to a slice in half the time
-    elif slots.ndim > 1:
+    if slots.ndim > 1:  # indices with a slice between them come first: [n_rows, n_seq, n_head, d]
         rows = namespace(slots).arange(len(slots))[:, None]  # [n_rows, 1]
         where, new = (rows, slice(None), slots), new.swapaxes(-3, -2)
+    elif is_jax(cache):
+        where = (..., slots, slice(None))
+    else:  # NumPy copies to a slice in half the time
+        where = (..., slice(int(slots[0]), int(slots[-1]) + 1), slice(None))
     if is_jax(cache):
         return cache.at[where].set(new, mode="drop")  # padding may reach beyond the last slot
     cache[where] = new
@@ -44,8 +45,8 @@ def as_batch(inputs, n_vocab):
     vocabulary and for a prompt without any.
     """
     inputs = inputs.tolist() if hasattr(inputs, "tolist") else inputs
-    is_batch = isinstance(inputs, list | tuple) and len(inputs) > 0 and getattr(inputs[0], "ndim", 1) > 0
-    is_batch = is_batch and hasattr(inputs[0], "__len__")
+    first = inputs[0] if isinstance(inputs, list | tuple) and inputs else None
+    is_batch = hasattr(first, "__len__") and getattr(first, "ndim", 1) > 0  # arrays of no dimension are ids
     prompts = []
     for prompt in inputs if is_batch else [inputs]:
         try:
@@ -56,8 +57,7 @@ def as_batch(inputs, n_vocab):
             raise TypeError(f"a prompt is a list of token ids, as encoder.encode gives, not {prompt!r:.40}") from error
         if not ids:
             raise ValueError("a prompt has no tokens: begin with that of <|endoftext|> to generate from nothing")
-        if not 0 <= min(ids) <= max(ids) < n_vocab:
-            raise ValueError(f"token ids must be from 0 to {n_vocab - 1}, not {min(ids) if min(ids) < 0 else max(ids)}")
+        check_ids(min(ids), max(ids), n_vocab)
         prompts.append(ids)
     return prompts, is_batch
 
@@ -70,14 +70,17 @@ def check_bounds(ids, n_past, n_vocab, n_slots):
     """
     if 0 in ids.shape:
         raise ValueError("there are no token ids")
-    least, largest = extremes(ids)
-    if least < 0 or largest >= n_vocab:
-        raise ValueError(f"token ids must be from 0 to {n_vocab - 1}, not {least if least < 0 else largest}")
+    check_ids(*extremes(ids), n_vocab)
     first, last = extremes(n_past)
     if first < 0:
         raise ValueError(f"n_past must be 0 or more, not {first}")
     if last + ids.shape[-1] > n_slots:
         raise ValueError(f"{last + ids.shape[-1]} tokens do not fit the context of {n_slots}")
+
+
+def check_ids(least, largest, n_vocab):
+    if least < 0 or largest >= n_vocab:
+        raise ValueError(f"token ids must be from 0 to {n_vocab - 1}, not {least if least < 0 else largest}")
 
 
 def extremes(x):

@@ -166,8 +166,8 @@ def open_prompts(prompt, interactive, prompts_file):
     if prompts_file:
         return open_lines(prompts_file)
     if prompt == "-" or (prompt is None and not interactive and not sys.stdin.isatty()):
-        with mistakes((OSError, UnicodeDecodeError), "standard input is not UTF-8 text: "):
-            text = re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode("utf-8-sig"))
+        with mistakes(UnicodeDecodeError, "standard input is not UTF-8 text: "):
+            text = line_text(open_lines("-").read())
         prompt = text if text or prompt == "-" else None
     if prompt is None and not interactive:
         fail("no prompt: give one in quotes, pipe one in, or see --help")
@@ -175,16 +175,22 @@ def open_prompts(prompt, interactive, prompts_file):
 
 
 def open_lines(path):
-    """The lines of a file, or of standard input for -, as bytes. Ends with one line if it cannot be opened."""
+    """A file, or standard input for -, of lines of bytes, past the byte order mark that some editors begin it with.
+
+    Ends with one line if it cannot be read.
+    """
     try:
-        return sys.stdin.buffer if path == "-" else open(path, "rb")
+        lines = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+        if lines.peek(3).startswith(codecs.BOM_UTF8):
+            lines.read(3)
+        return lines
     except OSError as error:
         fail(f"{path} cannot be read: {error.strerror}")
 
 
 def line_text(line, errors="strict"):
-    """bytes -> str, less the end of the line and the byte order mark that some editors write."""
-    return line.decode("utf-8-sig", errors).removesuffix("\n").removesuffix("\r")
+    """bytes -> str, less the end of the line."""
+    return re.sub(r"\r?\n\Z", "", line.decode("utf-8", errors))
 
 
 def stop_texts(stop):

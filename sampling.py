@@ -1,4 +1,4 @@
-"""Sampling: logits -> id. The likeliest token, or one drawn from the model's probabilities, or the best of them."""
+"""Sampling: logits -> id. The likeliest token, or one drawn at random, as likely as the model says."""
 
 import numbers
 

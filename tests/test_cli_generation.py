@@ -206,6 +206,11 @@ def test_a_line_ends_at_a_line_break_and_nowhere_else(run):
     assert [json.loads(line)["prompt"] for line in lines] == ["a\u2028b\x0cc", "d"]
 
 
+def test_only_the_end_of_a_line_and_the_mark_before_the_first_are_left_out(run):
+    lines = run("--prompts_file=-", input="\ufeffone\n\ufefftwo\nthree\r").stdout.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["one", "\ufefftwo", "three\r"]
+
+
 def test_an_empty_file_of_prompts_is_done_at_once(run):
     assert run("--prompts_file=-", input="").stdout == ""
 

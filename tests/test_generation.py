@@ -33,27 +33,27 @@ def counting(rows, n_past, n_last=1):
     return np.eye(20)[n_seen][:, None]  # [n_rows, 1, 20]
 
 
-def test_decode_feeds_every_row_its_own_prompt_and_then_its_newest_id():
+def decoding(n_ctx, n_steps):
+    """(what decode yields, what it feeds) for two prompts and that model."""
     fed = []
 
     def forward(rows, n_past):
         fed.append((rows, n_past))
         return counting(rows, n_past)
 
-    steps = gpt2.decode([[5, 6, 7], [8]], forward, lambda logits: logits[:, 0].argmax(axis=-1).tolist(), n_ctx=20)
-    assert list(itertools.islice(steps, 3)) == [[3, 1], [4, 2], [5, 3]]
+    steps = gpt2.decode([[5, 6, 7], [8]], forward, lambda logits: logits[:, 0].argmax(axis=-1).tolist(), n_ctx)
+    return list(itertools.islice(steps, n_steps)), fed
+
+
+def test_decode_feeds_every_row_its_own_prompt_and_then_its_newest_id():
+    yielded, fed = decoding(n_ctx=20, n_steps=3)
+    assert yielded == [[3, 1], [4, 2], [5, 3]]
     assert fed == [([[5, 6, 7], [8]], [0, 0]), ([[3], [1]], [3, 1]), ([[4], [2]], [4, 2])]
 
 
 def test_decode_reads_the_newest_half_of_a_row_whose_context_is_full():
-    fed = []
-
-    def forward(rows, n_past):
-        fed.append((rows, n_past))
-        return counting(rows, n_past)
-
-    steps = gpt2.decode([[5, 6, 7], [8]], forward, lambda logits: logits[:, 0].argmax(axis=-1).tolist(), n_ctx=4)
-    assert list(itertools.islice(steps, 4)) == [[3, 1], [4, 2], [2, 3], [3, 4]]
+    yielded, fed = decoding(n_ctx=4, n_steps=4)
+    assert yielded == [[3, 1], [4, 2], [2, 3], [3, 4]]
     assert fed[2:] == [([[3, 4], [2]], [0, 2]), ([[2], [3]], [2, 3])]
 
 
