@@ -8,6 +8,8 @@ import functools
 import operator
 import sys
 
+from devices import cache_sharding, spread
+
 
 def namespace(x):
     """The library that an array belongs to, as the Python array API standard has it."""
@@ -91,11 +93,11 @@ def extremes(x):
         return 0, 0
 
 
-def empty_cache(params, n_head, n_rows, n_slots):
-    """For every block {"k": [n_rows, n_head, n_slots, n_embd/n_head], "v": the same}."""
+def empty_cache(params, n_head, n_rows, n_slots, **options):
+    """For every block {"k": [n_rows, n_head, n_slots, n_embd/n_head], "v": the same}. options: of the library's zeros."""
     wte = params["wte"]
-    shape = (n_rows, n_head, n_slots, wte.shape[-1] // n_head)
-    return [{name: namespace(wte).zeros(shape, dtype=wte.dtype) for name in ("k", "v")} for _ in params["blocks"]]
+    shape, options = (n_rows, n_head, n_slots, wte.shape[-1] // n_head), {"dtype": wte.dtype, **options}
+    return [{name: namespace(wte).zeros(shape, **options) for name in ("k", "v")} for _ in params["blocks"]]
 
 
 def cached(model, params, n_head, n_rows, n_slots):
@@ -137,18 +139,21 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
     """Compiles few shapes: numbers of slots, and of ids in a prompt, are rounded up.
 
     What pads a prompt or a draft lies behind all queries: by the one rule none sees it, and later tokens are written
-    over it.
+    over it. Several devices share the rows, of which the last is repeated until they divide.
     """
     import numpy as np
 
     n_slots = round_up(n_slots, len(params["wpe"]))
-    kv_cache = empty_cache(params, n_head, n_rows, n_slots)
+    lie = cache_sharding(params, n_head, n_rows)
+    n_more = -n_rows % lie.mesh.shape["rows"] if lie and lie.spec[0] else 0
+    kv_cache = empty_cache(params, n_head, n_rows + n_more, n_slots, device=lie)
 
     def run(ids, n_past, n_last):
         nonlocal kv_cache
-        ids, n_past = np.asarray(ids, np.int32), np.asarray(n_past, np.int32)  # jit takes them over faster than JAX's
+        # NumPy's, since jit takes them over faster than JAX's
+        ids, n_past = (spread(np.asarray(x + x[-1:] * n_more, np.int32), params) for x in (ids, n_past))
         logits, kv_cache = compiled(model)(ids, params, n_head, kv_cache, n_past, n_last)
-        return logits
+        return logits[:n_rows] if n_more else logits
 
     def forward(rows, n_past, n_last=1):
         n_before = [len(row) - n_last for row in rows]

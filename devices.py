@@ -1,0 +1,136 @@
+"""Where the weights live: in NumPy's memory, on a GPU with CuPy, or on all that JAX sees: a GPU or TPU, several, or none.
+
+One device holds all weights. Of several, each holds them, too, and takes some of the rows of a batch; or, with tensor
+parallelism (https://arxiv.org/abs/1909.08053), groups of devices hold a part each. The model knows nothing of that:
+JAX's compiler sees how its weights and rows are divided, and adds what the devices must tell each other.
+"""
+
+import importlib
+import os
+
+BACKENDS = {"numpy": "NumPy", "jax": "JAX", "cupy": "CuPy"}
+DTYPES = {"numpy": ("float32",), "jax": ("float32", "bfloat16"), "cupy": ("float32",)}
+INSTALL = {"jax": 'pip install jax, or "jax[cuda12]" for NVIDIA GPUs', "cupy": "pip install cupy-cuda12x"}
+DIVIDED = {  # over "parts": the heads of attention and the features of the feed-forward network
+    ("c_attn", "w"): (None, "parts"),
+    ("c_attn", "b"): ("parts",),
+    ("c_fc", "w"): (None, "parts"),
+    ("c_fc", "b"): ("parts",),
+    ("c_proj", "w"): ("parts", None),
+}
+
+
+class DeviceError(Exception):
+    """What was asked of arrays and devices cannot be had: one line for the user."""
+
+
+def place(params, backend="numpy", dtype="float32", tensor_parallel=1):
+    """The params of a model, NumPy's, on the arrays and devices that are asked for, once for all that follows.
+
+    backend: a key of BACKENDS. dtype: one of the backend's DTYPES. tensor_parallel: how many devices share the weights
+    of each block. Raises DeviceError.
+    """
+    if backend not in BACKENDS:
+        raise DeviceError(f"no backend {backend!r}: choose {', '.join(BACKENDS)}")
+    if dtype not in DTYPES[backend]:
+        raise DeviceError(f"no dtype {dtype!r} with {BACKENDS[backend]}: choose {', '.join(DTYPES[backend])}")
+    if type(tensor_parallel) is not int or tensor_parallel < 1:
+        raise DeviceError(f"tensor_parallel must be a whole number, 1 or more, not {tensor_parallel!r}")
+    if tensor_parallel > 1 and backend != "jax":
+        raise DeviceError("tensor_parallel needs the backend jax")
+    if backend == "numpy":
+        return params
+    try:
+        library = importlib.import_module(backend)
+    except ImportError as error:
+        raise DeviceError(f"{BACKENDS[backend]} is not installed: {INSTALL[backend]}") from error
+    try:
+        return place_with_jax(params, dtype, tensor_parallel) if backend == "jax" else on_cupy(params, library)
+    except (RuntimeError, AssertionError) as error:  # no driver, no device, no such platform, no memory there
+        reason = " ".join(str(error).split()) or f"no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        raise DeviceError(f"{BACKENDS[backend]} has no device to run on: {reason}") from error
+
+
+def on_cupy(node, cupy):
+    if isinstance(node, dict):
+        return {key: on_cupy(value, cupy) for key, value in node.items()}
+    return [on_cupy(value, cupy) for value in node] if isinstance(node, list) else cupy.asarray(node)
+
+
+def place_with_jax(params, dtype, tensor_parallel):
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    keep_compiled(jax)
+    n_devices, n_embd = len(jax.devices()), params["wte"].shape[-1]
+    if n_devices % tensor_parallel or n_embd % tensor_parallel:
+        raise DeviceError(
+            f"tensor_parallel={tensor_parallel} does not divide the {n_devices} devices, and the width of {n_embd}"
+        )
+    devices = np.array(jax.devices()).reshape(-1, tensor_parallel)
+    mesh = Mesh(devices, ("rows", "parts"))
+
+    def put(path, x):
+        names = tuple(getattr(key, "key", None) for key in path[-2:])
+        sharding = NamedSharding(mesh, PartitionSpec(*DIVIDED.get(names, ())))
+        return jax.device_put(x.astype(dtype), sharding if n_devices > 1 else devices[0, 0])
+
+    return jax.tree.map_with_path(put, params)
+
+
+def keep_compiled(jax):
+    """Has JAX keep what it compiles in the user's cache folder, for the next start."""
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "gpt2-jax")
+    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR names another
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def sharding(params, *axes):
+    """How arrays with these axes ("rows", "parts" or None each) lie on JAX's devices that params are on.
+
+    None where there is no more than one, or the arrays are another library's.
+    """
+    mesh = getattr(getattr(params["wte"], "sharding", None), "mesh", None)
+    if mesh is None or mesh.size == 1:
+        return None
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def cache_sharding(params, n_head, n_rows):
+    """How the keys and values of n_rows rows, [n_rows, n_head, ...], lie on the devices that params are on; see sharding.
+
+    Fewer rows than devices are on all of them.
+    """
+    lie = sharding(params)
+    if lie is None:
+        return None
+    n = lie.mesh.shape
+    return sharding(params, "rows" if n_rows >= n["rows"] else None, None if n_head % n["parts"] else "parts")
+
+
+def spread(x, params):  # [n_rows, ...] -> [n_rows, ...]
+    """Rows divided evenly over the devices that params are on; as they are on one, or where they do not divide."""
+    rows = sharding(params, "rows")
+    if rows is None or len(x) % rows.mesh.shape["rows"]:
+        return x
+    import jax
+
+    return jax.device_put(x, rows)
+
+
+def described(params):
+    """What params are on, in words for the user."""
+    wte = params["wte"]
+    library = type(wte).__module__.partition(".")[0].removesuffix("lib")  # jaxlib has JAX's arrays
+    version = importlib.import_module(library).__version__
+    if library == "jax":
+        devices = sorted(wte.devices(), key=lambda device: device.id)
+        what = f"{len(devices)} x {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
+        what = "the CPU: it sees no GPU or TPU" if what == "cpu" else what
+    else:
+        what = "the CPU" if library == "numpy" else "a GPU"
+    return f"{BACKENDS.get(library, library)} {version} on {what}, {wte.dtype}"
