@@ -94,7 +94,7 @@ def extremes(x):
 
 
 def empty_cache(params, n_head, n_rows, n_slots, **options):
-    """For every block {"k": [n_rows, n_head, n_slots, n_embd/n_head], "v": the same}. options: of the library's zeros."""
+    """For every block {"k": [n_rows, n_head, n_slots, n_embd/n_head], "v": the same}; options: of zeros."""
     wte = params["wte"]
     shape, options = (n_rows, n_head, n_slots, wte.shape[-1] // n_head), {"dtype": wte.dtype, **options}
     return [{name: namespace(wte).zeros(shape, **options) for name in ("k", "v")} for _ in params["blocks"]]

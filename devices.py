@@ -1,4 +1,4 @@
-"""Where the weights live: in NumPy's memory, on a GPU with CuPy, or on all that JAX sees: a GPU or TPU, several, or none.
+"""Where the weights live: in NumPy's memory, on a GPU by CuPy, or on all that JAX sees: GPUs, TPUs or the processor.
 
 One device holds all weights. Of several, each holds them, too, and takes some of the rows of a batch; or, with tensor
 parallelism (https://arxiv.org/abs/1909.08053), groups of devices hold a part each. The model knows nothing of that:
@@ -81,7 +81,9 @@ def place_with_jax(params, dtype, tensor_parallel):
 
 def keep_compiled(jax):
     """Has JAX keep what it compiles in the user's cache folder, for the next start."""
-    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "gpt2-jax")
+    folder = os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "gpt2-jax"
+    )
     if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR names another
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -101,7 +103,7 @@ def sharding(params, *axes):
 
 
 def cache_sharding(params, n_head, n_rows):
-    """How the keys and values of n_rows rows, [n_rows, n_head, ...], lie on the devices that params are on; see sharding.
+    """How the cache of n_rows rows, [n_rows, n_head, ...], lies on the devices that params are on: see sharding.
 
     Fewer rows than devices are on all of them.
     """

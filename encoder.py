@@ -5,13 +5,15 @@ met most often first, until no known pair is left. Each of the 256 bytes is show
 Ġ), so that tokens can be stored as text.
 """
 
+import array
 import functools
 import hashlib
 import heapq
-import itertools
 import json
+import operator
 import os
 import re
+import sys
 
 import regex
 
@@ -31,34 +33,43 @@ def bytes_to_unicode():
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def merge(symbols, ranks):
-    """Joins neighbouring symbols, lowest rank first and from left to right, until no pair of them has a rank.
+def merge(word, ranks):
+    """Cuts a word into tokens: joins neighbours, lowest rank first and from left to right, until no pair has a rank.
 
-    symbols: a list of strings, left as it is; returns another. ranks: {(left, right): rank}.
+    word: a string; its characters are the first tokens. ranks: {(left, right): rank}. Returns a list of strings.
     The usual loop looks at the whole word again after every merge, which takes time quadratic in its length. Here a
-    merge looks at its two neighbours only, and a heap holds the pairs; those that have changed since are skipped.
+    merge looks at its two neighbours only: a queue holds the ranks, each with the places where pairs of it begin, and
+    those that have changed since are skipped.
     """
-    symbols, n = [*symbols, ""], len(symbols)  # "" is in no pair: it stands behind the last and before the first
-    left, right = [n, *range(n)], [*range(1, n + 1), 0]  # where the neighbours of each are
-    # a pair that begins at i is the number rank * n + i
-    heap = [ranks[pair] * n + i for i, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]
-    heapq.heapify(heap)
-    while heap:
-        rank = heap[0] // n
-        places = []  # all of this pair, before one that they make
-        while heap and heap[0] // n == rank:
-            places.append(heapq.heappop(heap) % n)
-        for i in places:
-            j = right[i]
-            if ranks.get((symbols[i], symbols[j])) != rank:
+    tokens = [*word, ""]  # each at its first place and at its last: what is beside one tells how far that reaches
+    is_first = bytearray([1]) * len(word)
+    queue, places = [], {}  # {rank: where its pairs begin}
+
+    def look(i, j):  # at the tokens that begin at i and at j
+        rank = ranks.get((tokens[i], tokens[j]))
+        if rank is not None:
+            if rank not in places:
+                places[rank] = array.array("q")  # takes a fifth of a list's memory
+                heapq.heappush(queue, rank)
+            places[rank].append(i)
+
+    for i in range(len(word)):
+        look(i, i + 1)
+    while queue:
+        rank = heapq.heappop(queue)
+        found = places.pop(rank)
+        if len(found) > 1 and not all(map(operator.le, found, found[1:])):
+            found = sorted(found)
+        for i in found:
+            j = i + len(tokens[i])
+            if not is_first[i] or ranks.get((tokens[i], tokens[j])) != rank:
                 continue  # another merge has taken one of the two
-            symbols[i], symbols[j] = symbols[i] + symbols[j], ""
-            right[i], left[right[j]] = right[j], i
-            for k in (left[i], i):
-                new = ranks.get((symbols[k], symbols[right[k]]))
-                if new is not None:
-                    heapq.heappush(heap, new * n + k)
-    return [symbol for symbol in symbols if symbol]
+            end, is_first[j] = j + len(tokens[j]), 0
+            tokens[i] = tokens[end - 1] = sys.intern(tokens[i] + tokens[j])  # one copy of each
+            if i > 0:
+                look(i - len(tokens[i - 1]), i)
+            look(i, end)
+    return [token for token, first in zip(tokens, is_first) if first]  # noqa: B905  (tokens has one more)
 
 
 class Encoder:
@@ -75,8 +86,8 @@ class Encoder:
 
     def bpe(self, word):
         """The ids of one word of the text."""
-        symbols = [self.byte_encoder[byte] for byte in word.encode("utf-8")]
-        return [self.encoder[symbol] for symbol in merge(symbols, self.bpe_ranks)]
+        word = word.encode("utf-8").decode("latin-1").translate(self.byte_encoder)  # a character for each byte
+        return [self.encoder[token] for token in merge(word, self.bpe_ranks)]
 
     def encode(self, text):
         """str -> list of ids. <|endoftext|> is text like any other. Raises UnicodeEncodeError for lone surrogates."""

@@ -9,7 +9,7 @@ import unicodedata
 
 import pytest
 import tiktoken
-from conftest import GENUINE
+from conftest import GENUINE, REPO, command
 from hypothesis import given
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -141,7 +141,7 @@ pieces = st.text("ab", min_size=1, max_size=4)
 @given(st.text("ab", max_size=30), st.lists(st.tuples(pieces, pieces), unique=True, max_size=20))
 def test_merges_are_the_textbooks_for_any_ranks(word, pairs):
     ranks = {pair: rank for rank, pair in enumerate(pairs)}
-    assert encoder.merge(list(word), ranks) == textbook_merge(list(word), ranks)
+    assert encoder.merge(word, ranks) == textbook_merge(list(word), ranks)
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", string.ascii_lowercase, "é", "中文字"])
@@ -151,6 +151,21 @@ def test_a_word_ten_times_as_long_takes_about_ten_times_as_long(alphabet, genuin
     whole, ids = timed(genuine.encode, word)
     assert whole < 40 * tenth  # were it quadratic in the length, 100
     assert genuine.decode(ids) == word
+
+
+@pytest.mark.parametrize("alphabet", ["a", string.ascii_lowercase])
+def test_a_word_takes_at_most_twenty_times_its_size_in_memory(alphabet):
+    code = f"""
+import random, resource
+from encoder import get_encoder
+encoder = get_encoder({GENUINE.name!r}, {str(GENUINE.parent)!r})
+word = "".join(random.Random(0).choices({alphabet!r}, k=5_000_000))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+encoder.encode(word)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / len(word))
+"""
+    result = command(code=code, cwd=REPO)
+    assert float(result.stdout) < 20, result.stderr
 
 
 def timed(function, text):
