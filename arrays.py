@@ -4,11 +4,17 @@ NumPy's and CuPy's are written in place, and every shape is as good as another. 
 the model for every shape it meets, in seconds each, and lets it write into arrays that nobody else will read (donated).
 """
 
+import contextlib
 import functools
+import itertools
+import math
 import operator
+import os
 import sys
 
 from devices import cache_sharding, spread
+
+READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
 
 
 def namespace(x):
@@ -64,15 +70,16 @@ def as_batch(inputs, n_vocab):
     return prompts, is_batch
 
 
-def check_bounds(ids, n_past, n_vocab, n_slots):
-    """Raises ValueError for ids that are not in the vocabulary, and for more tokens than there are slots.
+def check_bounds(ids, n_past, wte, wpe, kv_cache):
+    """Raises ValueError for ids that are not in the vocabulary, and for more tokens than wpe or the cache has room for.
 
     NumPy would count from the end, and JAX take the nearest that there is. What JAX traces has no values yet: only the
     number of ids is then known to fit.
     """
     if 0 in ids.shape:
         raise ValueError("there are no token ids")
-    check_ids(*extremes(ids), n_vocab)
+    check_ids(*extremes(ids), len(wte))
+    n_slots = min([len(wpe), *(cache["k"].shape[-2] for cache in kv_cache or [])])
     first, last = extremes(n_past)
     if first < 0:
         raise ValueError(f"n_past must be 0 or more, not {first}")
@@ -93,6 +100,38 @@ def extremes(x):
         return 0, 0
 
 
+def check_room(n_prompt, n_tokens_to_generate, n_ctx, sliding_window):
+    """Raises ValueError unless the context has room for the prompt and for what is to follow, or slides."""
+    if n_prompt + n_tokens_to_generate > n_ctx and not sliding_window:
+        tokens = f"the prompt's {n_prompt} tokens and the {n_tokens_to_generate} to generate"
+        raise ValueError(f"{tokens} are more than the model's context of {n_ctx} tokens holds (see sliding_window)")
+
+
+def check_memory(params, n_rows, n_slots):
+    """Raises MemoryError where weights, cache and logits are more than this machine has: before it is busy."""
+    wte, n_layer = params["wte"], len(params["blocks"])
+    n_vocab, n_embd = wte.shape
+    n_weights = n_vocab * n_embd + 12 * n_layer * n_embd**2
+    needed = wte.dtype.itemsize * (n_weights + n_rows * (2 * n_layer * n_slots * n_embd + 2 * n_vocab)) / 2**30
+    if needed > memory():
+        raise MemoryError(
+            f"{n_rows} texts of {n_slots} tokens at once need {needed:.1f} GiB, and this machine has {memory():.1f}: "
+            "take fewer at once, fewer tokens, or a smaller model"
+        )
+
+
+def memory():
+    """The memory of this machine, or of the container that this runs in, in GiB."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as f:
+            limit = float(f.read().replace("max", "inf"))
+    except (OSError, ValueError):
+        limit = math.inf
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows does not say
+        limit = min(limit, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return limit / 2**30
+
+
 def empty_cache(params, n_head, n_rows, n_slots, **options):
     """For every block {"k": [n_rows, n_head, n_slots, n_embd/n_head], "v": the same}; options: of zeros."""
     wte = params["wte"]
@@ -103,7 +142,8 @@ def empty_cache(params, n_head, n_rows, n_slots, **options):
 def cached(model, params, n_head, n_rows, n_slots):
     """The model as forward(rows, n_past, n_last=1) -> logits, with its own cache of n_slots tokens for n_rows rows.
 
-    model: gpt2(). rows: n_rows lists of ids, which follow the first n_past[row] tokens that the cache has of each.
+    model: gpt2(). rows: n_rows lists of ids, which follow the first n_past[row] tokens that the cache has of each; of
+    several rows, those that bring more than one id are new: they begin at slot 0.
     Returns the logits at the last n_last ids of each row: [n_rows, n_last, n_vocab].
     """
     make = cached_under_jax if is_jax(params["wte"]) else cached_in_place
@@ -113,24 +153,35 @@ def cached(model, params, n_head, n_rows, n_slots):
 def cached_in_place(model, params, n_head, n_rows, n_slots):
     xp, kv_cache = namespace(params["wte"]), empty_cache(params, n_head, n_rows, n_slots)
 
-    def run(ids, n_past, n_last, which, n_seen):  # the model sees a view of the cache that ends at the newest slot
-        views = [{name: array[which, :, :n_seen] for name, array in cache.items()} for cache in kv_cache]
-        return model(ids, **params, n_head=n_head, kv_cache=views, n_past=n_past, n_last=n_last)
+    def read(prompts):  # {prompt: its rows}: those of like length together, padded on their right, as in JAX's case
+        waiting = sorted(prompts, key=len)
+        while waiting:
+            n_ids = len(waiting[-1])
+            some = waiting[-max(1, READ_AT_ONCE // n_ids) :]
+            del waiting[-len(some) :]
+            ids = xp.asarray([[*prompt, *[0] * (n_ids - len(prompt))] for prompt in some])  # [n_some, n_ids]
+            filled = empty_cache(params, n_head, len(some), n_ids)
+            model(ids, **params, n_head=n_head, kv_cache=filled, n_last=1)
+            for cache, new in zip(kv_cache, filled, strict=True):
+                for i, prompt in enumerate(some):
+                    for row, name in itertools.product(prompts[prompt], cache):
+                        cache[name][row, :, : len(prompt)] = new[name][i, :, : len(prompt)]
 
     def forward(rows, n_past, n_last=1):
-        if max(map(len, rows)) == 1:  # the newest id of every row: one pass for all
-            past = n_past[0] if len({*n_past}) == 1 else xp.asarray(n_past)
-            return run(rows, past, n_last, slice(None), max(n_past) + 1)
-        logits = []
-        for i, (row, past) in enumerate(zip(rows, n_past, strict=True)):
-            if i and past == n_past[i - 1] == 0 and row == rows[i - 1]:  # samples of one prompt share its pass
-                for cache in kv_cache:
-                    for array in cache.values():
-                        array[i, :, : len(row)] = array[i - 1, :, : len(row)]
-                logits.append(logits[-1])
-            else:
-                logits.append(run(row, past, n_last, i, past + len(row)))
-        return xp.stack(logits)
+        if len(rows) > 1:  # read each prompt once, but for its last id; with that, all rows bring one
+            prompts = {}
+            for i, row in enumerate(rows):
+                if len(row) > 1:
+                    prompts.setdefault(tuple(row[:-1]), []).append(i)
+            read(prompts)
+            rows, n_past = (
+                [row[-1:] for row in rows],
+                [past + len(row) - 1 for row, past in zip(rows, n_past, strict=True)],
+            )
+        n_seen = max(n_past) + len(rows[0])  # the model sees views of the cache that end at the newest slot
+        views = [{name: array[:, :, :n_seen] for name, array in cache.items()} for cache in kv_cache]
+        past = n_past[0] if len({*n_past}) == 1 else xp.asarray(n_past)
+        return model(xp.asarray(rows), **params, n_head=n_head, kv_cache=views, n_past=past, n_last=n_last)
 
     return forward
 
@@ -169,7 +220,7 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
     return forward
 
 
-@functools.cache
+@functools.lru_cache
 def compiled(model):
     """The model under jit, which returns (logits, kv_cache)."""
     import jax

@@ -23,6 +23,12 @@ def fail(message):
     sys.exit(f"{os.path.basename(sys.argv[0])}: {message}")
 
 
+def note(message):
+    """One line on stderr, if there is something to say."""
+    if message:
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def mistakes(kind, where=""):
     """Turns errors of one kind, which are the user's, into one line on stderr and status 1."""
@@ -50,7 +56,21 @@ def run(function, stopped=""):
         os._exit(130)
 
     signal.signal(signal.SIGINT, stop)
+    if sys.version_info < (3, 10):  # noqa: UP036  (which knows what pyproject.toml asks for, not what runs)
+        fail(f"needs Python 3.10 or newer, and this is {sys.version.split()[0]}")
+    try:
+        run_with_fire(function)
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed here: activate its environment, or pip install -r requirements.txt")
+    except MemoryError as error:
+        fail(f"not enough memory: {one_line(error) or 'take fewer at once, or a smaller model'}")
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # as JAX says that a device has no memory left
+            raise
+        fail(f"not enough memory on the device: {str(error).splitlines()[0]}")
 
+
+def run_with_fire(function):
     import fire
 
     for name in ("stdin", "stdout", "stderr"):  # None where the shell has closed it
@@ -76,7 +96,7 @@ def run(function, stopped=""):
 
 
 def is_text(option):
-    return option.annotation in (str, str | None)
+    return option.annotation is str
 
 
 def arguments(argv, function):
@@ -143,15 +163,19 @@ def take_avx512():
 # prompts and stop texts
 
 
-def check_flags(prompt, interactive, prompts_file, stream, n_samples, temperature, **draws):
+def check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size, out, temperature, **draws):
     """Ends with one line for flags that contradict each other or would do nothing. draws: top_k, top_p, seed."""
     modes = {"interactive": interactive, "prompts_file": prompts_file, "stream": stream, "n_samples": n_samples > 1}
-    modes = [mode for mode, wanted in modes.items() if wanted and not (mode == "stream" and interactive)]
-    if prompts_file == "":
-        fail("--prompts_file needs a value")
+    modes = [mode for mode, wanted in modes.items() if wanted]
+    for name, value in {"prompts_file": prompts_file, "out": out}.items():
+        if value == "":
+            fail(f"--{name} needs a value")
+    for name, given in {"batch_size": batch_size != 32, "out": out}.items():
+        if given and not prompts_file:
+            fail(f"--{name} does nothing without --prompts_file")
     if isinstance(draws["seed"], list):
         fail(f"--seed must be a whole number, 0 or more, not {draws['seed']!r}")
-    if len(modes) > 1:
+    if len(modes) > 1 and modes not in (["interactive", "stream"], ["prompts_file", "n_samples"]):
         fail(f"--{modes[0]} and --{modes[1]} do not go together")
     if prompt is not None and (interactive or prompts_file):
         fail(f"--{modes[0]} brings its own prompts, so {prompt!r} is one too many")
@@ -305,29 +329,86 @@ def converse(answer):
             return print() if sys.stdin.isatty() else None
 
 
-def answer_lines(lines, encode, answer, n_at_once=8):
-    """Prints a JSON object for each of lines, which are bytes; at the end, fails if there were any with an "error".
+def answer_file(lines, path, out, encode, answer, batch_size, n_samples):
+    """Prints a JSON object for each of lines, which are bytes, in their order; at the end, fails if any has an "error".
 
-    encode: text -> ids, or a ValueError. answer: a batch of ids -> of each (text, number of tokens, whether stopped).
+    path: whose lines they are; those of a .jsonl are objects with a "prompt". out: the path of a file to append to
+    instead; the lines that it answers already are passed over. encode: text -> ids, or a ValueError. answer: a batch of
+    ids -> n_samples of (text, number of tokens, whether stopped) for each.
     """
     from tqdm import tqdm
 
-    n_lines, n_errors = 0, 0
-    with tqdm(desc="prompts", disable=None) as bar:
-        while batch := list(itertools.islice(lines, n_at_once)):
-            objects, ids = [], {}
-            for i, line in enumerate(batch):
-                objects.append({"prompt": line_text(line, "replace")})
+    objects = (prompt_object(line, path.endswith(".jsonl")) for line in lines)
+    file, done = open_out(out, path, objects) if out else (sys.stdout, [])
+    n_done, n_errors, n_at_once = len(done), sum(done), max(1, batch_size // n_samples)
+    with tqdm(desc="prompts", disable=None, initial=n_done) as bar:
+        while window := list(itertools.islice(objects, 4 * n_at_once)):
+            waiting = []  # [(ids, object)]
+            for line in window:
                 try:
-                    ids[i] = encode(line_text(line))
+                    waiting += [] if "error" in line else [(encode(line["prompt"]), line)]
                 except ValueError as error:
-                    objects[i]["error"] = one_line(error)
-            for i, (text, n_tokens, stopped) in zip(ids, answer([*ids.values()]) if ids else [], strict=True):
-                objects[i] |= {"text": text, "n_tokens": n_tokens, "finish_reason": "stop" if stopped else "length"}
-            for line in objects:
-                tqdm.write(json.dumps(line, ensure_ascii=False), file=sys.stdout)  # clear of the bar
-            sys.stdout.flush()
-            n_lines, n_errors = n_lines + len(batch), n_errors + len(batch) - len(ids)
-            bar.update(len(batch))
+                    line["error"] = one_line(error)
+            waiting.sort(key=lambda pair: len(pair[0]))  # a batch takes as long as its longest prompt
+            for start in range(0, len(waiting), n_at_once):
+                ids, answered = zip(*waiting[start : start + n_at_once], strict=True)
+                texts = iter(answer([*ids]))
+                for line in answered:
+                    line |= answer_fields([*itertools.islice(texts, n_samples)])
+                bar.update(len(ids))
+            for line in window:
+                tqdm.write(json.dumps(line, ensure_ascii=False), file=file)  # clear of the bar
+            file.flush()
+            n_done, n_errors = n_done + len(window), n_errors + sum("error" in line for line in window)
     if n_errors:
-        fail(f'{n_errors} of {n_lines} prompts could not be continued: their lines have an "error"')
+        fail(f'{n_errors} of {n_done} prompts could not be continued: their lines have an "error"')
+
+
+def prompt_object(line, is_json):
+    """A line of bytes -> {"prompt"} and, from JSON, what stands beside it; or with an "error"."""
+    text = line_text(line, "replace")
+    try:
+        fields = json.loads(line_text(line)) if is_json else {"prompt": line_text(line)}
+    except (ValueError, RecursionError) as error:
+        what = "" if isinstance(error, UnicodeError) else "no JSON: "
+        return {"prompt": text, "error": what + one_line(error)}
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+        return {"prompt": text, "error": 'no object with a "prompt" that is a text'}
+    return {key: value for key, value in fields.items() if key not in ("text", "error", "samples")}
+
+
+def answer_fields(samples):
+    """[(text, number of tokens, whether stopped)] -> what an answer says of one, or of several "samples"."""
+    fields = [
+        {"text": text, "n_tokens": n, "finish_reason": "stop" if stopped else "length"} for text, n, stopped in samples
+    ]
+    return fields[0] if len(fields) == 1 else {"samples": fields}
+
+
+def open_out(out, path, objects):
+    """(the file out to append to, for each line that it has whether that is an error), with objects past those lines.
+
+    A last line that was cut short is removed. Ends with one line if the others do not answer these prompts.
+    """
+    if os.path.exists(out) and path != "-" and os.path.samefile(out, path):
+        fail("--out and --prompts_file are the same file")
+    try:
+        file = open(out, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115
+        file.seek(0)
+        whole, done = 0, []
+        for line in iter(file.readline, ""):
+            if not line.endswith("\n"):
+                break
+            answered, asked = json.loads(line), next(objects, None)
+            if asked is None or {**answered, **asked} != answered:
+                fail(f"{out} answers other prompts, from line {len(done) + 1} on: choose another file, or delete it")
+            whole = file.tell()
+            done.append("error" in answered)
+        file.truncate(whole)
+        return file, done
+    except (OSError, ValueError, TypeError) as error:
+        fail(f"{out} cannot be added to: {error.strerror if isinstance(error, OSError) else 'it is no JSON'}")
+
+
+if __name__ == "__main__":
+    fail("does nothing by itself: see python gpt2.py --help")

@@ -20,8 +20,33 @@ DIVIDED = {  # over "parts": the heads of attention and the features of the feed
 }
 
 
-class DeviceError(Exception):
+class DeviceError(ValueError):
     """What was asked of arrays and devices cannot be had: one line for the user."""
+
+
+def check(backend="numpy", dtype="float32", tensor_parallel=1):
+    """Raises DeviceError unless there is such a backend, installed and with a device to run on: see place."""
+    if backend not in BACKENDS:
+        raise DeviceError(f"backend must be {', '.join(BACKENDS)}, not {backend!r}")
+    if dtype not in DTYPES[backend]:
+        raise DeviceError(f"dtype must be {' or '.join(DTYPES[backend])} with {BACKENDS[backend]}, not {dtype!r}")
+    if type(tensor_parallel) is not int or tensor_parallel < 1:
+        raise DeviceError(f"tensor_parallel must be a whole number, 1 or more, not {tensor_parallel!r}")
+    if tensor_parallel > 1 and backend != "jax":
+        raise DeviceError("tensor_parallel needs the backend jax")
+    if backend == "numpy":
+        return
+    try:
+        library = importlib.import_module(backend)
+    except ImportError as error:
+        raise DeviceError(f"{BACKENDS[backend]} is not installed: {INSTALL[backend]}") from error
+    try:
+        n_devices = len(library.devices()) if backend == "jax" else library.cuda.runtime.getDeviceCount()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that JAX_PLATFORMS names one that is installed
+        reason = str(error) or f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')}"
+        raise DeviceError(f"{BACKENDS[backend]} has no device to run on: {reason}") from error
+    if n_devices % tensor_parallel:
+        raise DeviceError(f"tensor_parallel must divide the {n_devices} devices that JAX sees, not {tensor_parallel}")
 
 
 def place(params, backend="numpy", dtype="float32", tensor_parallel=1):
@@ -30,51 +55,35 @@ def place(params, backend="numpy", dtype="float32", tensor_parallel=1):
     backend: a key of BACKENDS. dtype: one of the backend's DTYPES. tensor_parallel: how many devices share the weights
     of each block. Raises DeviceError.
     """
-    if backend not in BACKENDS:
-        raise DeviceError(f"no backend {backend!r}: choose {', '.join(BACKENDS)}")
-    if dtype not in DTYPES[backend]:
-        raise DeviceError(f"no dtype {dtype!r} with {BACKENDS[backend]}: choose {', '.join(DTYPES[backend])}")
-    if type(tensor_parallel) is not int or tensor_parallel < 1:
-        raise DeviceError(f"tensor_parallel must be a whole number, 1 or more, not {tensor_parallel!r}")
-    if tensor_parallel > 1 and backend != "jax":
-        raise DeviceError("tensor_parallel needs the backend jax")
+    check(backend, dtype, tensor_parallel)
     if backend == "numpy":
         return params
-    try:
-        library = importlib.import_module(backend)
-    except ImportError as error:
-        raise DeviceError(f"{BACKENDS[backend]} is not installed: {INSTALL[backend]}") from error
-    try:
-        return place_with_jax(params, dtype, tensor_parallel) if backend == "jax" else on_cupy(params, library)
-    except (RuntimeError, AssertionError) as error:  # no driver, no device, no such platform, no memory there
-        reason = " ".join(str(error).split()) or f"no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
-        raise DeviceError(f"{BACKENDS[backend]} has no device to run on: {reason}") from error
+    return on_jax(params, dtype, tensor_parallel) if backend == "jax" else on_cupy(params)
 
 
-def on_cupy(node, cupy):
+def on_cupy(node):
+    import cupy
+
     if isinstance(node, dict):
-        return {key: on_cupy(value, cupy) for key, value in node.items()}
-    return [on_cupy(value, cupy) for value in node] if isinstance(node, list) else cupy.asarray(node)
+        return {key: on_cupy(value) for key, value in node.items()}
+    return [*map(on_cupy, node)] if isinstance(node, list) else cupy.asarray(node)
 
 
-def place_with_jax(params, dtype, tensor_parallel):
+def on_jax(params, dtype, tensor_parallel):
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     keep_compiled(jax)
-    n_devices, n_embd = len(jax.devices()), params["wte"].shape[-1]
-    if n_devices % tensor_parallel or n_embd % tensor_parallel:
-        raise DeviceError(
-            f"tensor_parallel={tensor_parallel} does not divide the {n_devices} devices, and the width of {n_embd}"
-        )
+    if params["wte"].shape[-1] % tensor_parallel:
+        raise DeviceError(f"tensor_parallel must divide the model's width of {params['wte'].shape[-1]}")
     devices = np.array(jax.devices()).reshape(-1, tensor_parallel)
     mesh = Mesh(devices, ("rows", "parts"))
 
     def put(path, x):
-        names = tuple(getattr(key, "key", None) for key in path[-2:])
-        sharding = NamedSharding(mesh, PartitionSpec(*DIVIDED.get(names, ())))
-        return jax.device_put(x.astype(dtype), sharding if n_devices > 1 else devices[0, 0])
+        layer = tuple(getattr(key, "key", None) for key in path[-2:])
+        sharding = NamedSharding(mesh, PartitionSpec(*DIVIDED.get(layer, ())))
+        return jax.device_put(x.astype(dtype), sharding if devices.size > 1 else devices[0, 0])
 
     return jax.tree.map_with_path(put, params)
 
@@ -125,14 +134,13 @@ def spread(x, params):  # [n_rows, ...] -> [n_rows, ...]
 
 
 def described(params):
-    """What params are on, in words for the user."""
+    """What params are on, in words for the user; nothing where that is NumPy, which needs no mention."""
     wte = params["wte"]
-    library = type(wte).__module__.partition(".")[0].removesuffix("lib")  # jaxlib has JAX's arrays
-    version = importlib.import_module(library).__version__
-    if library == "jax":
-        devices = sorted(wte.devices(), key=lambda device: device.id)
-        what = f"{len(devices)} x {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
-        what = "the CPU: it sees no GPU or TPU" if what == "cpu" else what
-    else:
-        what = "the CPU" if library == "numpy" else "a GPU"
-    return f"{BACKENDS.get(library, library)} {version} on {what}, {wte.dtype}"
+    backend = type(wte).__module__.partition(".")[0].removesuffix("lib")  # jaxlib has JAX's arrays
+    if backend == "numpy":
+        return ""
+    what = "a GPU"
+    if backend == "jax":
+        kind, n = min(device.device_kind for device in wte.devices()), len(wte.devices())
+        what = f"{n} x {kind}" if n > 1 else "the CPU: it sees no GPU or TPU" if kind == "cpu" else kind
+    return f"{BACKENDS[backend]} {importlib.import_module(backend).__version__} on {what}, {wte.dtype}"

@@ -11,7 +11,7 @@ import os
 import sys
 
 import lookup
-from arrays import as_batch, cached, check_bounds, namespace, write
+from arrays import as_batch, cached, check_bounds, check_memory, check_room, namespace, write
 from sampling import check_options, sampler
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
@@ -140,7 +140,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_last
     """
     xp = namespace(wte)
     inputs = xp.asarray(inputs)
-    check_bounds(inputs, n_past, len(wte), min([len(wpe), *(cache["k"].shape[-2] for cache in kv_cache or [])]))
+    check_bounds(inputs, n_past, wte, wpe, kv_cache)
 
     # token + positional embeddings
     slots = xp.asarray(n_past)[..., None] + xp.arange(inputs.shape[-1])  # [n_seq], or [n_rows, n_seq]
@@ -186,13 +186,6 @@ def until(stop, steps, n_rows):
             return
 
 
-def check_room(n_prompt, n_tokens_to_generate, n_ctx):
-    """Raises ValueError unless the context has room for the prompt and for what is to follow."""
-    if n_prompt + n_tokens_to_generate > n_ctx:
-        tokens = f"the prompt's {n_prompt} tokens and the {n_tokens_to_generate} to generate"
-        raise ValueError(f"{tokens} are more than the model's context of {n_ctx} tokens holds (see sliding_window)")
-
-
 def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, sliding_window=False, **sampling):
     """Yields the ids that continue a prompt, one at a time, on the arrays that params are: NumPy's, CuPy's or JAX's.
 
@@ -201,21 +194,19 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
     stop: called with the ids generated so far for a prompt; a true result ends it.
     sliding_window: where the context is full, go on with the newest half of it as the prompt.
     sampling: temperature (0, the default, is greedy), top_k, top_p, seed: see sampling.py.
-    Raises, before any work, TypeError for what is no ids, and ValueError for what is out of range, empty or too long.
+    Raises, before any work, TypeError for what is no ids, ValueError for what is out of range, empty or too long, and
+    MemoryError for what is more than the machine has.
     """
     prompts, is_batch = as_batch(inputs, len(params["wte"]))
     n_rows, longest, n_ctx = len(prompts), max(map(len, prompts)), len(params["wpe"])
-    check_options(n_tokens_to_generate, **sampling)
-    if not sliding_window:
-        check_room(longest, n_tokens_to_generate, n_ctx)
-    if stop is not None and not callable(stop):
-        raise TypeError(f"stop must be a function of the ids so far, not {stop!r}")
+    check_options(n_tokens_to_generate, stop=stop, **sampling)
+    check_room(longest, n_tokens_to_generate, n_ctx, sliding_window)
     pick = sampler(n_rows, **sampling)
 
     n_slots = min(longest + n_tokens_to_generate, n_ctx)
+    check_memory(params, n_rows, n_slots)
     forward = cached(gpt2, params, n_head, n_rows, n_slots)
-    is_exact = params["wte"].dtype.itemsize >= 4  # half precision rounds too much to check a draft
-    if n_rows == 1 and sampling.get("temperature", 0) == 0 and is_exact:
+    if n_rows == 1 and sampling.get("temperature", 0) == 0 and lookup.is_exact(params):
         steps = lookup.decode(prompts[0], forward, n_slots, n_ctx)
     else:
         steps = decode(prompts, forward, pick, n_ctx)
@@ -227,8 +218,7 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
 def generate(inputs, params, n_head, n_tokens_to_generate, bar=True, **options):
     """The ids that continue a prompt: greedy unless told otherwise, n_tokens_to_generate of them unless stopped.
 
-    Returns a list, or for a batch of prompts a list of lists. bar: show progress, on a terminal. The other options and
-    the errors are those of generate_ids.
+    Returns a list, for a batch a list of lists. bar: show progress on a terminal. More options, errors: generate_ids.
     """
     prompts, is_batch = as_batch(inputs, len(params["wte"]))
     steps = generate_ids(prompts, params, n_head, n_tokens_to_generate, **options)
@@ -242,22 +232,27 @@ def generate(inputs, params, n_head, n_tokens_to_generate, bar=True, **options):
 
 
 def main(
-    prompt: str | None = None,
+    prompt: str = None,
     n_tokens_to_generate: int = 40,
     model_size: str = "124M",
     models_dir: str = MODELS_DIR,
     temperature: float = 0,
     top_k: int = 0,
     top_p: float = 1,
-    seed: int | None = None,
+    seed: int = None,
     n_samples: int = 1,
-    stop: str | None = None,
-    prompts_file: str | None = None,
+    stop: str = None,
     stream: bool = False,
     interactive: bool = False,
+    prompts_file: str = None,
+    batch_size: int = 32,
+    out: str = None,
     sliding_window: bool = False,
+    backend: str = "numpy",
+    dtype: str = "float32",
+    tensor_parallel: int = 1,
 ):
-    """Continues a prompt with GPT-2.
+    """Continues a prompt with GPT-2: python gpt2.py "Alan Turing theorized that computers" --n_tokens_to_generate 40
 
     Args:
         prompt: the text to continue; "" generates from nothing, - reads standard input, as does no prompt in a pipe
@@ -270,24 +265,33 @@ def main(
         seed: with a temperature, makes the draws repeatable
         n_samples: with a temperature, how many continuations to draw at once
         stop: end before this text appears; \\n is a line break; several are given as a list, '["User:", "Bot:"]'
-        prompts_file: continue every line of this file (-: of standard input); prints a JSON object a line
         stream: print the text as it is made
         interactive: ask for prompt after prompt; Ctrl-C stops a text, Ctrl-D leaves
+        prompts_file: continue every line (-: of standard input), in .jsonl every "prompt"; prints a JSON object a line
+        batch_size: with prompts_file, how many texts are made at once
+        out: with prompts_file, append to this file; what it has already is not done again
         sliding_window: past the end of the model's context, go on with the newest half of it as the prompt
+        backend: whose arrays to compute with: numpy, jax (on a GPU or TPU where it sees one), or cupy
+        dtype: of the weights: float32, or bfloat16 with jax
+        tensor_parallel: with jax, over how many devices to divide the weights of each block
     """
     import cli
+    import devices
     from utils import ModelError, load_encoder_hparams_and_params
 
     # what is wrong without looking at a model
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     with cli.mistakes(ValueError):
-        check_options(n_tokens_to_generate, n_samples, **sampling)
-    cli.check_flags(prompt, interactive, prompts_file, stream, n_samples, **sampling)
+        check_options(n_tokens_to_generate, n_samples, batch_size, **sampling)
+        devices.check(backend, dtype, tensor_parallel)
+    cli.check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size, out, **sampling)
     source, stop_texts = cli.open_prompts(prompt, interactive, prompts_file), cli.stop_texts(stop)
 
     # load encoder, hparams, and params from the released open-ai gpt-2 files
-    with cli.mistakes(ModelError):
+    with cli.mistakes((ModelError, ValueError)):
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+        params = devices.place(params, backend, dtype, tensor_parallel)
+    cli.note(devices.described(params))
     options = {"params": params, "n_head": hparams["n_head"], "n_tokens_to_generate": n_tokens_to_generate, **sampling}
     options |= {"sliding_window": sliding_window, "stop": cli.stop_rule(stop_texts, encoder)}
 
@@ -295,22 +299,22 @@ def main(
         # encode the input string using the BPE tokenizer
         ids = encoder.encode(prompt) if prompt else [encoder.encoder["<|endoftext|>"]]
         # make sure we are not surpassing the max sequence length of our model
-        if not sliding_window:
-            check_room(len(ids), n_tokens_to_generate, hparams["n_ctx"])
+        check_room(len(ids), n_tokens_to_generate, hparams["n_ctx"], sliding_window)
         return ids
 
     def pieces(ids):
         # decode the ids back into a string
         return cli.text_pieces(ids, encoder, stop_texts)
 
-    def answer(batch):  # with one seed for all, so that each is continued as it would be alone
-        outputs = generate(batch, bar=False, **options | {"seed": [seed] * len(batch)})
+    def answer(batch):  # the same seeds for each prompt, so that it is continued as it would be alone
+        seeds = [seed if seed is None else seed + i for i in range(n_samples)] * len(batch)
+        outputs = generate([ids for ids in batch for _ in range(n_samples)], bar=False, **options | {"seed": seeds})
         return [("".join(pieces(ids)), len(ids), options["stop"](ids)) for ids in outputs]
 
     if interactive:
         return cli.converse(lambda prompt: pieces(generate_ids(encode(prompt), **options)))
     if prompts_file:
-        return cli.answer_lines(source, encode, answer)
+        return cli.answer_file(source, prompts_file, out, encode, answer, batch_size, n_samples)
     with cli.mistakes(ValueError):
         ids = encode(source)
     if stream:
@@ -320,10 +324,6 @@ def main(
 
 
 if __name__ == "__main__":
-    import signal
-
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports of cli, too
-
     import cli
 
     cli.take_avx512()

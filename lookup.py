@@ -52,6 +52,11 @@ def decode(prompt, forward, n_slots, n_ctx):
             yield [next_id]
 
 
+def is_exact(params):
+    """Whether passes over several ids and over one agree within MARGIN: not in half precision."""
+    return params["wte"].dtype.itemsize >= 4
+
+
 def guess(ids, seen, n_match):
     """The N_DRAFT ids behind the last place where the newest N_MATCH of ids stood before, {N_MATCH ids: place} = seen.
 

@@ -62,13 +62,19 @@ def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None):
     return pick
 
 
-def check_options(n_tokens_to_generate=0, n_samples=1, temperature=0, top_k=0, top_p=1, seed=None):
-    """Raises ValueError for a value that generate, or the command, cannot take."""
+def check_options(
+    n_tokens_to_generate=0, n_samples=1, batch_size=1, temperature=0, top_k=0, top_p=1, seed=None, stop=None
+):
+    """Raises ValueError for a value that generate, or the command, cannot take, and TypeError for such a stop."""
+    if stop is not None and not callable(stop):
+        raise TypeError(f"stop must be a function of the ids so far, not {stop!r}")
     for name, value in {"n_tokens_to_generate": n_tokens_to_generate, "top_k": top_k}.items():
         if not is_whole(value):
             raise ValueError(f"{name} must be a whole number, 0 or more, not {value!r}")
     if not is_whole(n_samples) or not 1 <= n_samples <= 1000:
         raise ValueError(f"n_samples must be a whole number from 1 to 1000, not {n_samples!r}")
+    if not is_whole(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number, 1 or more, not {batch_size!r}")
     if not is_number(temperature) or not (temperature == 0 or 1e-6 <= temperature <= 1e6):
         raise ValueError(f"temperature must be 0, or a number from 1e-6 to 1e6, not {temperature!r}")
     if not is_number(top_p) or not 0 < top_p <= 1:

@@ -7,8 +7,10 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import (
     HPARAMS,
@@ -26,6 +28,8 @@ from conftest import (
 import checkpoint
 import gpt2
 import utils
+
+OLD_PYTHON = next(pathlib.Path.home().glob(".pyenv/versions/3.9.*/bin/python"), None) or shutil.which("python3.9")
 
 # Text
 
@@ -200,6 +204,49 @@ def test_a_full_disk_is_an_error(run):
 
 def test_a_flag_in_the_place_of_a_number_is_an_error(run):
     assert_one_line_error(run("Hello", "--temperature", "--seed", "1"), "--temperature needs a value")
+
+
+def test_a_run_that_needs_more_memory_than_the_machine_has_is_an_error_beforehand(params):
+    wpe = np.broadcast_to(np.float32(0), (10**6, HPARAMS["n_embd"]))
+    with pytest.raises(
+        MemoryError, match=r"1000 texts of 1000000 tokens at once need 1788.\d GiB, and this machine has"
+    ):
+        gpt2.generate([[1]] * 1000, params | {"wpe": wpe}, HPARAMS["n_head"], 10**6 - 1)
+
+
+def test_memory_that_runs_out_is_an_error(long):
+    limited = ["bash", "-c", 'ulimit -v 4000000; exec "$@"', "-"]
+    samples = ["--n_samples=300", "--temperature=1"]  # 7 GB of cache
+    result = command("Hello", *samples, model=long, n=190_000, through=limited, env={"OPENBLAS_NUM_THREADS": "1"})
+    assert_one_line_error(result, "not enough memory")
+
+
+def test_a_package_that_is_not_installed_is_an_error_that_names_it():
+    bare = [sys.executable, "-S", REPO / "gpt2.py", "Hello"]  # without those of its environment
+    result = subprocess.run(bare, capture_output=True, text=True)
+    assert_one_line_error(result, "gpt2.py: fire is not installed here: activate its environment, or pip install -r ")
+
+
+def test_a_python_that_is_too_old_is_an_error():
+    code = """
+import collections, sys
+sys.version_info = collections.namedtuple("version", "major minor")(3, 9)
+sys.argv = ["gpt2.py", "Hello"]
+import cli, gpt2
+cli.run(gpt2.main)
+"""
+    result = command(code=code, cwd=REPO)
+    assert_one_line_error(result, "gpt2.py: needs Python 3.10 or newer, and this is ")
+
+
+@pytest.mark.skipif(not OLD_PYTHON, reason="there is no Python 3.9 here")
+def test_python_3_9_says_that_it_is_too_old():
+    result = subprocess.run([OLD_PYTHON, REPO / "gpt2.py", "Hello"], capture_output=True, text=True, cwd="/")
+    assert_one_line_error(result, "gpt2.py: needs Python 3.10 or newer, and this is 3.9")
+
+
+def test_cli_py_is_no_command_and_says_where_to_go():
+    assert_one_line_error(command(script="cli.py"), "see python gpt2.py --help")
 
 
 def test_a_bug_keeps_its_traceback(run, tmp_path):

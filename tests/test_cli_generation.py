@@ -235,8 +235,8 @@ def test_a_line_that_cannot_be_continued_says_why_and_the_others_are(run, contin
 
 
 def test_a_file_is_read_as_it_is_needed(tiny):
-    with running("--prompts_file=-", model=tiny, n=N) as process:
-        process.stdin.write(b"prompt\n" * 8)  # a batch
+    with running("--prompts_file=-", "--batch_size=2", model=tiny, n=N) as process:
+        process.stdin.write(b"prompt\n" * 8)  # four batches, among which prompts are sorted by length
         process.stdin.flush()
         assert json.loads(process.stdout.readline())["prompt"] == "prompt"  # while more may come
 
@@ -247,12 +247,87 @@ def test_a_file_that_is_not_there_is_an_error(run):
 
 def test_a_killed_job_loses_nothing_that_it_printed(long, tmp_path):
     (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(200)))
-    args, out = ["--prompts_file", tmp_path / "prompts.txt"], tmp_path / "out"
+    args, out = ["--prompts_file", tmp_path / "prompts.txt", "--batch_size=4"], tmp_path / "out"
     with out.open("wb") as stdout, running(*args, model=long, n=300, stdout=stdout):
         wait_until(lambda: out.read_bytes().count(b"\n") >= 20)
     lines = out.read_text("utf-8").splitlines()
     assert 20 <= len(lines) < 200
     assert [json.loads(line)["prompt"] for line in lines] == [f"prompt {i}" for i in range(len(lines))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_answers_come_in_the_order_of_the_prompts_whatever_the_batches(batch_size, run, continuation):
+    result = run("--prompts_file=-", "--batch_size", batch_size, input="\n".join(PROMPTS))
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(answer["prompt"], answer["text"]) for answer in answers] == [(p, continuation(p)) for p in PROMPTS]
+
+
+def test_several_samples_of_each_prompt_are_drawn_with_seeds_in_a_row(run, continuation):
+    draws = ["--n_samples=2", "--temperature=1", "--seed=3"]
+    one, two = map(json.loads, run("--prompts_file=-", *draws, input="one\ntwo\n").stdout.splitlines())
+    for answer in (one, two):
+        texts = [continuation(answer["prompt"], temperature=1, seed=seed) for seed in (3, 4)]
+        assert [sample["text"] for sample in answer["samples"]] == texts
+
+
+def test_what_stands_beside_a_prompt_in_jsonl_is_carried_through(run, tmp_path, continuation):
+    (tmp_path / "p.jsonl").write_text('{"id": 7, "prompt": "one", "of": [1, {"a": null}]}\n')
+    (answer,) = map(json.loads, run("--prompts_file", tmp_path / "p.jsonl").stdout.splitlines())
+    assert {key: answer[key] for key in ("id", "of")} == {"id": 7, "of": [1, {"a": None}]}
+    assert answer["text"] == continuation("one")
+
+
+@pytest.mark.parametrize("line", ["no json", '"one"', '{"text": "one"}', '{"prompt": 1}', "[" * 100_000, ""])
+def test_a_line_of_jsonl_that_holds_no_prompt_says_so(line, run, tmp_path, continuation):
+    (tmp_path / "p.jsonl").write_text(line + '\n{"prompt": "one"}\n')
+    result = run("--prompts_file", tmp_path / "p.jsonl")
+    bad, good = map(json.loads, result.stdout.splitlines())
+    assert bad["prompt"] == line
+    assert "JSON" in bad["error"] or '"prompt"' in bad["error"]
+    assert good["text"] == continuation("one")
+    assert result.returncode == 1
+
+
+def test_a_job_with_a_file_to_append_to_goes_on_where_it_was_killed(run, tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    args, out = ["--prompts_file", tmp_path / "p.txt", "--out", tmp_path / "out.jsonl"], tmp_path / "out.jsonl"
+    assert run(*args).stdout == ""
+    whole = out.read_text("utf-8")
+    assert [json.loads(line)["prompt"] for line in whole.splitlines()] == PROMPTS
+    first, *others = whole.splitlines()
+    kept = json.dumps({**json.loads(first), "text": "kept"})
+    out.write_text("\n".join([kept, *others[:3], '{"prompt": "19']), "utf-8")
+    assert run(*args).returncode == 0
+    assert out.read_text("utf-8").splitlines() == [kept, *others]  # what is done is not done again
+
+
+def test_errors_that_were_there_before_still_count(run, tmp_path):
+    (tmp_path / "p.jsonl").write_text("{}\n")
+    for _ in range(2):
+        result = run("--prompts_file", tmp_path / "p.jsonl", "--out", tmp_path / "out")
+        assert "1 of 1 prompts could not be continued" in result.stderr
+        assert result.returncode == 1
+    assert (tmp_path / "out").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("there", ['{"prompt": "another", "text": ""}\n', "no json\n", "[]\n", "\xff\n", "{}\n" * 3])
+def test_a_file_that_answers_other_prompts_is_left_alone(there, run, tmp_path):
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    (tmp_path / "out").write_text(there, "latin-1")
+    assert_one_line_error(run("--prompts_file", tmp_path / "p.txt", "--out", tmp_path / "out"), str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text("latin-1") == there
+
+
+def test_prompts_are_not_written_into_their_own_file(run, tmp_path):
+    (tmp_path / "p.txt").write_text("one\n")
+    args = ["--prompts_file", tmp_path / "p.txt", "--out", tmp_path / "p.txt"]
+    assert_one_line_error(run(*args), "the same file")
+    assert (tmp_path / "p.txt").read_text() == "one\n"
+
+
+@pytest.mark.parametrize("flag", ["--out=x", "--batch_size=8"])
+def test_a_flag_for_files_of_prompts_is_an_error_without_one(flag, run):
+    assert_one_line_error(run("Hello", flag), f"{flag.partition('=')[0]} does nothing without --prompts_file")
 
 
 # The sliding window

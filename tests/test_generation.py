@@ -102,7 +102,16 @@ def test_equal_prompts_are_read_once(generate, monkeypatch):
         gpt2, "gpt2", lambda ids, *args, **kwargs: passes.append(np.shape(ids)) or forward(ids, *args, **kwargs)
     )
     generate([[1, 2, 3]] * 4, 3)
-    assert passes == [(3,), (4, 1), (4, 1)]
+    assert passes == [(1, 2), (4, 1), (4, 1), (4, 1)]
+
+
+def test_prompts_of_like_length_are_read_in_one_pass(generate, monkeypatch):
+    passes, forward = [], gpt2.gpt2
+    monkeypatch.setattr(
+        gpt2, "gpt2", lambda ids, *args, **kwargs: passes.append(np.shape(ids)) or forward(ids, *args, **kwargs)
+    )
+    generate(prompts_of_lengths(5, 3, 7, 1), 1)
+    assert passes == [(3, 6), (4, 1)]
 
 
 def test_prompts_may_be_arrays_of_any_library(generate):

@@ -1,0 +1,120 @@
+"""Backends and devices. XLA makes as many devices of this processor as it is told to."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from conftest import HPARAMS, REPO, N, assert_one_line_error, command, leaves
+
+import devices
+import gpt2
+
+EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("caches")), "JAX_PLATFORMS": "cpu"}
+
+
+def test_numpys_params_stay_as_they_are(params):
+    assert devices.place(params) is params
+
+
+def test_jax_prints_numpys_text_and_says_first_on_what_it_runs(run, continuation, caches):
+    result = run("Hello", "--backend=jax", env=caches)
+    assert result.stdout == continuation("Hello") + "\n"
+    assert result.stderr.startswith(f"gpt2.py: JAX {jax.__version__} on the CPU: it sees no GPU or TPU, float32\n")
+
+
+def test_every_way_to_run_works_on_jax(run, continuation, caches):
+    lines = run("--prompts_file=-", "--backend=jax", input="one\nanother\n", env=caches).stdout.splitlines()
+    assert [continuation(prompt) in line for prompt, line in zip(("one", "another"), lines, strict=True)] == [True] * 2
+    draws = ["--temperature=1", "--seed=5"]
+    result = run("Hello", "--stream", "--backend=jax", *draws, env=caches)
+    assert result.stdout == continuation("Hello", temperature=1, seed=5) + "\n"
+
+
+def test_what_was_compiled_is_kept_for_the_next_start(run, tmp_path, caches):
+    env = caches | {"XDG_CACHE_HOME": str(tmp_path)}
+    kept = []
+    for _ in range(2):
+        assert run("Hello", "--backend=jax", env=env).returncode == 0
+        kept.append({path.name for path in pathlib.Path(tmp_path / "gpt2-jax").iterdir() if "atime" not in path.name})
+    assert kept[0] == kept[1] != set()
+
+
+def test_bfloat16_is_near(params):
+    ids = np.random.default_rng(0).integers(0, HPARAMS["n_vocab"], 20)
+    half = devices.place(params, "jax", "bfloat16")
+    assert {str(leaf.dtype) for _, leaf in leaves(half)} == {"bfloat16"}
+    expected = gpt2.gpt2(ids, **params, n_head=HPARAMS["n_head"])
+    logits = np.asarray(gpt2.gpt2(ids, **half, n_head=HPARAMS["n_head"]), np.float32)
+    assert np.linalg.norm(logits - expected) < 0.1 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--backend=torch"], "backend must be numpy, jax, cupy, not 'torch'"),
+        (["--dtype=bfloat16"], "dtype must be float32 with NumPy, not 'bfloat16'"),
+        (["--backend=jax", "--dtype=float16"], "dtype must be float32 or bfloat16 with JAX, not 'float16'"),
+        (["--tensor_parallel=2"], "tensor_parallel needs the backend jax"),
+        (["--backend=jax", "--tensor_parallel=0"], "tensor_parallel must be a whole number, 1 or more, not 0"),
+        (["--backend=jax", "--tensor_parallel=3"], "tensor_parallel must divide the 8 devices that JAX sees, not 3"),
+    ],
+)
+def test_what_cannot_be_had_is_an_error(flags, message, run, caches):
+    assert_one_line_error(run("Hello", *flags, env=caches | EIGHT), message)
+
+
+@pytest.mark.parametrize("platform", ["nonsense", "tpu"])
+def test_a_platform_that_jax_does_not_find_is_an_error(platform, run, caches):
+    assert_one_line_error(
+        run("Hello", "--backend=jax", env=caches | {"JAX_PLATFORMS": platform}), "no device to run on"
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy"), reason="CuPy is installed")
+def test_a_backend_that_is_not_installed_is_an_error_before_anything_is_loaded(models_dir):
+    result = command("Hello", "--backend=cupy", "--model_size=nowhere", "--models_dir", models_dir)
+    assert_one_line_error(result, "CuPy is not installed: pip install cupy")
+
+
+CODE = """
+import json, sys
+import jax, numpy as np
+import devices, gpt2
+sys.path.insert(0, "tests")
+from conftest import HPARAMS, prompts_of_lengths, wild_params
+
+params, prompts = wild_params(HPARAMS), prompts_of_lengths(5, 1, 17, 3, 9, 2, 30, 8, 4, 11)
+for tensor_parallel in (1, 2, 4):
+    placed = devices.place(params, "jax", tensor_parallel=tensor_parallel)
+    for n in (1, 3, 8, 10):  # fewer rows than devices, as many, and more
+        ids = gpt2.generate(prompts[:n], placed, HPARAMS["n_head"], 12)
+        assert ids == gpt2.generate(prompts[:n], params, HPARAMS["n_head"], 12), (tensor_parallel, n)
+    block = placed["blocks"][1]
+    layers = {**block["attn"], **block["mlp"], "c_proj": block["mlp"]["c_proj"]}
+    for name, axis in {"c_attn": 1, "c_fc": 1, "c_proj": 0}.items():
+        whole = layers[name]["w"]
+        parts = {str(shard.index): shard.data.shape[axis] for shard in whole.addressable_shards}
+        assert len(whole.addressable_shards) == 8
+        assert [*parts.values()] == [whole.shape[axis] // tensor_parallel] * tensor_parallel
+x = devices.spread(np.zeros((16, 3)), devices.place(params, "jax"))
+assert [shard.data.shape for shard in x.addressable_shards] == [(2, 3)] * 8
+print("all as it should be")
+"""
+
+
+def test_eight_devices_share_rows_and_weights_and_give_numpys_ids(caches):
+    result = command(code=CODE, cwd=REPO, env=caches | EIGHT | {"PYTHONPATH": "."})
+    assert result.stdout == "all as it should be\n", result.stderr
+
+
+def test_the_command_spreads_over_all_devices(run, continuation, caches):
+    result = run("Hello", "--backend=jax", "--tensor_parallel=2", n=N, env=caches | EIGHT)
+    assert result.stderr.startswith(f"gpt2.py: JAX {jax.__version__} on 8 x cpu, float32\n")
+    assert result.stdout == continuation("Hello") + "\n"
