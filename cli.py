@@ -52,7 +52,7 @@ def run(function, stopped=""):
     """
 
     def stop(*_):  # at once, wherever we are, without a traceback
-        os.write(2, f"\n{stopped}\n".encode() if stopped else b"")
+        os.write(sys.stderr.fileno() if sys.stderr else 2, f"\n{stopped}\n".encode() if stopped else b"")
         os._exit(130)
 
     signal.signal(signal.SIGINT, stop)

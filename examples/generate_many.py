@@ -1,0 +1,340 @@
+"""Continues prompts by the million, on all machines of a Ray cluster or on this one, with the project's own generate().
+
+    pip install -r requirements-ray.txt
+    python examples/generate_many.py prompts.jsonl out/ --n_tokens_to_generate 40
+
+Ray Data reads the prompts as they are needed, hands them to workers, which load the model once, and gives what a worker
+had that died to another. A part of the input is 8 batches of lines: one worker answers it, and this process writes it
+to out/, whole or not at all, under a name that says where in the input it stood. So nothing is done twice or lost: what
+out/ has, the same command leaves out. Read in the order of their names, the parts have the answers in the order of the
+prompts.
+"""
+
+import codecs
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import cli
+import devices
+from gpt2 import MODELS_DIR, check_room, generate
+from sampling import check_options, is_number, is_whole
+from utils import ModelError, load_encoder_hparams_and_params
+
+try:
+    import pyarrow as pa
+    import ray
+    from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
+    from ray.data.datasource import FileBasedDatasource
+except ImportError as error:
+    cli.fail(f"needs Ray Data: pip install -r requirements-ray.txt ({error})")
+
+N_BATCHES, N_TRIES = 8, 5  # batches in a part, and workers that may die over one before it is taken to be the reason
+ANSWER = ("text", "n_tokens", "finish_reason", "error")  # what an answer adds to the fields of a prompt
+SETTINGS = "settings.json"
+
+
+class Parts(FileBasedDatasource):
+    """The parts of files, a row each: {"name": the part's, "first": its first line, "data": bytes, "is_json"}.
+
+    n_lines: how many lines a part has. done: the names of parts to leave out. files: (path, size) of each.
+    """
+
+    def __init__(self, paths, n_lines):
+        super().__init__(paths)
+        self.n_lines, self.done = n_lines, ()
+        self.files = list(zip(self._paths(), self._file_sizes(), strict=True))
+        self.places = {path: i for i, (path, _) in enumerate(self.files)}
+
+    def _read_stream(self, f, path):
+        lines, first = io.BufferedReader(f), 0
+        is_json = re.search(r"\.(json|jsonl|ndjson)(\.\w+)?$", path, re.IGNORECASE) is not None
+        while part := list(itertools.islice(lines, self.n_lines)):
+            name = f"part-{self.places[path]:05}-{first:012}.jsonl"
+            if name not in self.done:
+                row = {"name": name, "first": first, "data": b"".join(part), "is_json": is_json}
+                yield pa.Table.from_pylist([row])
+            first += len(part)
+
+
+class Worker:
+    """Answers parts, as one actor of Ray Data's pool: {"name", "answers": bytes of JSON lines}.
+
+    Where it cannot, and the user can mend that, it says why in {"mistake"}.
+    """
+
+    def __init__(self, model, arrays, stop_texts, batch_size, n_samples, seed, **options):
+        self.stop_texts, self.batch_size, self.n_samples, self.seed = stop_texts, batch_size, n_samples, seed
+        self.mistake = ""
+        try:
+            self.encoder, hparams, params = load_encoder_hparams_and_params(*model)
+            params = devices.place(params, *arrays)
+        except (ModelError, devices.DeviceError) as error:
+            self.mistake = cli.one_line(error)
+        else:
+            self.n_ctx, self.stop = hparams["n_ctx"], cli.stop_rule(stop_texts, self.encoder)
+            self.options = {"params": params, "n_head": hparams["n_head"], "stop": self.stop, **options}
+
+    def __call__(self, part):
+        try:
+            answers = [] if self.mistake else self.answers(**part)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's want of memory
+                raise
+            self.mistake = "a worker ran out of memory: a smaller --batch_size needs less"
+        # what is no Unicode, such as half of an emoji, becomes the \ud83d that it was in JSON
+        text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers) if not self.mistake else ""
+        return {"name": part["name"], "answers": text.encode("utf-8", "backslashreplace"), "mistake": self.mistake}
+
+    def answers(self, name, first, data, is_json):
+        """An object for each line of a part, n_samples for those that can be continued, in the order of the lines."""
+        data = data if first else data.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
+        lines = [self.read(line, is_json) for line in data.removesuffix(b"\n").split(b"\n")]
+        objects = [[fields] for fields, _ in lines]
+        rows = sorted((len(ids), i, ids) for i, (_, ids) in enumerate(lines) if ids)  # by length: so little is wasted
+        for start in range(0, len(rows), self.batch_size):
+            batch = [(i, ids) for _, i, ids in rows[start : start + self.batch_size] for _ in range(self.n_samples)]
+            seeds = [None] * len(batch)
+            if self.seed is not None:
+                samples = itertools.cycle(range(self.n_samples))
+                seeds = [self.seed + (first + i) * self.n_samples + next(samples) for i, _ in batch]
+            outputs = generate([ids for _, ids in batch], bar=False, seed=seeds, **self.options)
+            for i, same in itertools.groupby(zip(batch, outputs, strict=True), lambda pair: pair[0][0]):
+                objects[i] = [lines[i][0] | self.answer(output) for _, output in same]
+        return itertools.chain.from_iterable(objects)
+
+    def answer(self, ids):
+        text = "".join(cli.text_pieces(ids, self.encoder, self.stop_texts))
+        return {"text": text, "n_tokens": len(ids), "finish_reason": "stop" if self.stop(ids) else "length"}
+
+    def read(self, line, is_json):
+        """The (fields, ids) of a line; if it cannot be continued, ids are None and the fields have an "error"."""
+        fields = {"prompt": cli.line_text(line, "replace")}
+        try:
+            text = cli.line_text(line)
+            if is_json:
+                fields = {key: value for key, value in json_object(text).items() if key not in ANSWER}
+                text = fields.get("prompt")
+                if not isinstance(text, str):
+                    raise ValueError('no "prompt" that is a text')
+            ids = self.encoder.encode(text) or [self.encoder.encoder["<|endoftext|>"]]
+            if not self.options["sliding_window"]:
+                check_room(len(ids), self.options["n_tokens_to_generate"], self.n_ctx)
+        except ValueError as error:
+            return fields | {"error": cli.one_line(error)}, None
+        return fields, ids
+
+
+def json_object(text):
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def write(filesystem, path, data):
+    """A file that is there whole or not at all, whenever this ends."""
+    unfinished = f"{path}.{os.getpid()}.unfinished"
+    with filesystem.open_output_stream(unfinished) as f:
+        f.write(data)
+    if isinstance(filesystem, LocalFileSystem):
+        with open(unfinished, "r+b") as f:
+            os.fsync(f.fileno())  # so that not even a power cut can leave less under the final name
+    filesystem.move(unfinished, path)
+
+
+def tally(data):
+    """(objects, objects with an "error") in the lines of a part. Raises ValueError if it is none."""
+    objects = [json.loads(line) for line in data.splitlines()]
+    return len(objects), sum("error" in answer for answer in objects)
+
+
+def begin_or_resume(filesystem, folder, settings):
+    """What is done: {name of a part: its tally}. Ends with one line if it was done with other settings."""
+    filesystem.create_dir(folder)
+    files = {info.base_name: info.path for info in filesystem.get_file_info(FileSelector(folder))}
+    files = {name: path for name, path in files.items() if not name.endswith(".unfinished")}
+    if files and SETTINGS not in files:
+        cli.fail(f"{folder} has files already, and no {SETTINGS} of a run to go on with: give another folder")
+    saved, done = settings, {}
+    for name, path in files.items():
+        with filesystem.open_input_stream(path) as f, cli.mistakes(ValueError, f"{path} is damaged, delete it: "):
+            data = f.read()
+            if name == SETTINGS:
+                saved = json.loads(data)
+            elif re.fullmatch(r"part-\d+-\d+\.jsonl", name):
+                done[name] = tally(data)
+    if not done:
+        write(filesystem, f"{folder}/{SETTINGS}", json.dumps(settings, indent=1).encode())
+    for key, value in settings.items():
+        if done and saved.get(key) != value:
+            fault = "other files of prompts" if key == "files" else f"{key}={saved.get(key)!r}, not {value!r}"
+            cli.fail(f"the run in {folder} has {fault}: give another folder, or the settings that it has")
+    return done
+
+
+def room_for_workers(need):
+    """How many workers the machines of the cluster have room for. need: {"CPU": of each, "GPU": of each}."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(int(min(has.get(key, 0) / n for key, n in need.items() if n)) for has in machines)
+
+
+def silence_ray():
+    """Has all that Ray prints, from Python and C++, go nowhere: its own log files have it. sys.stderr stays ours."""
+    logging.disable()
+    warnings.simplefilter("ignore")
+    sys.stderr = open(os.dup(2), "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def main(
+    *paths: str,
+    model_size: str = "124M",
+    models_dir: str = MODELS_DIR,
+    n_tokens_to_generate: int = 40,
+    temperature: float = 0,
+    top_k: int = 0,
+    top_p: float = 1,
+    seed: int | None = None,
+    n_samples: int = 1,
+    stop: str | None = None,
+    sliding_window: bool = False,
+    batch_size: int = 32,
+    backend: str = "numpy",
+    dtype: str = "float32",
+    num_workers: int | None = None,
+    num_cpus: int = 1,
+    num_gpus: float | None = None,
+):
+    """Continues files of prompts with GPT-2, on all machines of a Ray cluster or on this one.
+
+    Runs on the cluster that RAY_ADDRESS names or this machine is a part of, else on this machine alone.
+
+    Args:
+        paths: files or folders of prompts, and last the folder for the answers, here or as Ray has them: s3://... In
+            .jsonl files each line is an object with a "prompt", whose other fields the answer keeps; in others a prompt
+        model_size: 124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint
+        models_dir: the folder that holds the models, on every machine
+        n_tokens_to_generate: how many tokens to append
+        temperature: 0 always takes the likeliest token; 1 draws from the model's probabilities; more is more random
+        top_k: with a temperature, draw from the k likeliest tokens only (0: from all)
+        top_p: with a temperature, draw from the smallest set of likeliest tokens whose probabilities reach p
+        seed: with a temperature, makes the draws repeatable: sample j of line i of a file, both counted from 0, is what
+            gpt2.py draws with seed + i * n_samples + j
+        n_samples: with a temperature, how many continuations to draw for each prompt: each is an object of its own
+        stop: end before this text appears; \\n is a line break; several are given as a list, '["User:", "Bot:"]'
+        sliding_window: past the end of the model's context, go on with the newest half of it as the prompt
+        batch_size: prompts that a worker continues at once
+        backend: numpy, jax or cupy
+        dtype: float32, or with JAX bfloat16
+        num_workers: how many at most; all that there is room for unless given
+        num_cpus: processor cores of each worker
+        num_gpus: GPUs of each worker, or a part of one such as 0.5; 1 with jax and cupy where the cluster has GPUs
+    """
+    if len(paths) < 2:
+        cli.fail("give files or folders of prompts, and last the folder for the answers (see --help)")
+    *paths, out = paths
+    paths = [path if "://" in path else os.path.abspath(path) for path in paths]
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    with cli.mistakes(ValueError):
+        check_options(n_tokens_to_generate, n_samples, **sampling)
+        for name, value in {"batch_size": batch_size, "num_workers": num_workers, "num_cpus": num_cpus}.items():
+            if value is not None and (not is_whole(value) or value == 0):
+                raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
+        if num_gpus is not None and not (
+            is_number(num_gpus) and num_gpus >= 0 and (num_gpus <= 1 or num_gpus % 1 == 0)
+        ):
+            raise ValueError(f"num_gpus must be a whole number or a part of 1, not {num_gpus!r}")
+    cli.check_flags(None, False, None, False, n_samples, **sampling)
+    stop_texts, model, arrays = cli.stop_texts(stop), (model_size, os.path.abspath(models_dir)), (backend, dtype)
+    if dtype not in devices.DTYPES.get(backend, ()):
+        cli.fail(f"no backend {backend!r} with dtype {dtype!r}: choose from {devices.DTYPES}")
+    with cli.mistakes(ModelError):  # before any worker meets it, and fetched only once
+        load_encoder_hparams_and_params(*model)
+
+    silence_ray()
+    with cli.mistakes((ConnectionError, ValueError), "Ray does not start: "):
+        ray.init(log_to_driver=False)
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    num_gpus = int(backend != "numpy" and has_gpus) if num_gpus is None else num_gpus
+    room = room_for_workers({"CPU": num_cpus, "GPU": num_gpus})
+    if not num_workers and not room:
+        cli.fail(f"no machine of the cluster has {num_cpus} CPUs and {num_gpus} GPUs for a worker")
+
+    with cli.mistakes((OSError, ValueError), "the prompts cannot be read: "):
+        parts = Parts(paths, N_BATCHES * batch_size)
+    generation = {"n_tokens_to_generate": n_tokens_to_generate, "sliding_window": sliding_window, **sampling}
+    generation |= {"n_samples": n_samples, "batch_size": batch_size}
+    settings = {
+        "model_size": model_size,
+        "models_dir": model[1],
+        "backend": backend,
+        "dtype": dtype,
+        "stop": stop_texts,
+    }
+    settings |= {**generation, "files": [[*file] for file in parts.files]}
+    with cli.mistakes((OSError, pa.ArrowException), f"{out} cannot be written: "):
+        filesystem, folder = FileSystem.from_uri(out if "://" in out else os.path.abspath(out))
+        parts.done = done = begin_or_resume(filesystem, folder, settings)
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.target_max_block_size = 1  # or Ray would put small parts together, for one worker
+    # reading takes next to nothing: it waits for no CPU, and is done where the files are
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    answers = ray.data.read_datasource(parts, num_cpus=0, concurrency=1, label_selector=here).map(
+        Worker,
+        fn_constructor_args=(model, arrays, stop_texts),
+        fn_constructor_kwargs=generation,
+        compute=ray.data.ActorPoolStrategy(size=num_workers or room, max_tasks_in_flight_per_actor=1),
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        max_task_retries=N_TRIES - 1,
+        runtime_env={"env_vars": worker_environment(num_cpus, num_gpus)},
+    )
+    n_done = sum(n for n, _ in done.values())
+    with tqdm(desc="answers", initial=n_done, disable=None) as bar:
+        try:
+            for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for part in batch.to_pylist():
+                    if part["mistake"]:
+                        cli.fail(part["mistake"])
+                    write(filesystem, f"{folder}/{part['name']}", part["answers"])
+                    done[part["name"]] = tally(part["answers"])
+                    bar.update(done[part["name"]][0])
+        except ray.exceptions.RayActorError as error:
+            if getattr(error, "actor_init_failed", False):
+                raise
+            cli.fail(f"{N_TRIES} workers died over the same prompts, the last so: {cli.one_line(error)}")
+    if n_errors := sum(n for _, n in done.values()):
+        cli.fail(f'{n_errors} prompts could not be continued: their objects in {out} have an "error"')
+
+
+def worker_environment(num_cpus, num_gpus):
+    """Variables by which a worker finds our code, and keeps to the cores and the part of a GPU that it was given."""
+    variables = {
+        "PYTHONPATH": os.path.dirname(cli.__file__),
+        "OPENBLAS_NUM_THREADS": num_cpus,
+        "OMP_NUM_THREADS": num_cpus,
+        "NPROC": num_cpus,
+    }  # NPROC: of XLA
+    if 0 < num_gpus < 1:
+        variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = 0.9 * num_gpus  # JAX would take three quarters of all
+    return {name: str(value) for name, value in variables.items()}
+
+
+if __name__ == "__main__":
+    cli.take_avx512()
+    cli.run(main, "generate_many.py: stopped; the same command goes on from here")
