@@ -97,7 +97,7 @@ class Worker:
     def answers(self, name, first, data, is_json):
         """An object for each line of a part, n_samples for those that can be continued, in the order of the lines."""
         data = data if first else data.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
-        lines = [self.read(line, is_json) for line in data.removesuffix(b"\n").split(b"\n")]
+        lines = [self.read(line, is_json) for line in io.BytesIO(data)]
         objects = [[fields] for fields, _ in lines]
         rows = sorted((len(ids), i, ids) for i, (_, ids) in enumerate(lines) if ids)  # by length: so little is wasted
         for start in range(0, len(rows), self.batch_size):

@@ -1,0 +1,312 @@
+"""examples/generate_many.py: on a Ray cluster of two nodes, on this machine alone, and its parts by themselves."""
+
+import importlib.util
+import json
+import signal
+
+import psutil
+import pytest
+from conftest import REPO, TIMEOUT, N, assert_one_line_error, command, running, wait_until
+from pyarrow.fs import LocalFileSystem
+from ray.cluster_utils import Cluster
+
+from gpt2 import generate
+from utils import load_encoder_hparams_and_params
+
+SCRIPT = "examples/generate_many.py"
+GENERATION = {"n_tokens_to_generate": N, "sliding_window": False, "temperature": 0, "top_k": 0, "top_p": 1}
+
+spec = importlib.util.spec_from_file_location("generate_many", REPO / SCRIPT)
+many = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(many)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one CPU each, as environment variables that lead to them."""
+    cluster = Cluster()
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
+    yield {"RAY_ADDRESS": cluster.address}
+    cluster.shutdown()
+
+
+def workers():
+    """The processes that answer prompts, of all Ray nodes below this process."""
+    processes = psutil.Process().children(recursive=True)
+    return [process for process in processes if "ray::MapWorker" in " ".join(command_line(process))]
+
+
+def command_line(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it ended meanwhile
+        return []
+
+
+def write_prompts(path, n):
+    """JSON lines of n prompts of 0 to 12 words, each with an id."""
+    prompts = [" ".join(f"w{i * j % 97}" for j in range(i % 13)) for i in range(n)]
+    path.write_text("".join(json.dumps({"id": i, "prompt": prompt}) + "\n" for i, prompt in enumerate(prompts)))
+    return prompts
+
+
+def parts(out):
+    return sorted(out.glob("part-*.jsonl"))
+
+
+def answers(out):
+    """The objects of all parts, in the order of the parts' names."""
+    return [json.loads(line) for part in parts(out) for line in part.read_text("utf-8").split("\n")[:-1]]
+
+
+@pytest.fixture(scope="module")
+def expected(models_dir):
+    """What gpt2.generate gives for each prompt alone, in this process."""
+    encoder, hparams, params = load_encoder_hparams_and_params("tiny", models_dir)
+
+    def text(prompt, n=N, **options):
+        ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
+        return encoder.decode(generate(ids, params, hparams["n_head"], n, **options))
+
+    return text
+
+
+# On a cluster
+
+
+def test_a_worker_that_is_killed_is_replaced_and_every_prompt_has_its_one_answer(cluster, tiny, tmp_path, expected):
+    prompts, out = write_prompts(tmp_path / "prompts.jsonl", 2000), tmp_path / "out"
+    flags = ["--batch_size=8", "--temperature=0.8", "--top_k=50", "--seed=3"]
+    args = [tmp_path / "prompts.jsonl", out, *flags]
+    with running(*args, script=SCRIPT, model=tiny, n=N, env=cluster) as process:
+        wait_until(lambda: len(parts(out)) >= 8)
+        first, *others = workers()
+        assert [other.ppid() for other in others] != [first.ppid()]  # each on a node of its own
+        first.kill()
+        n_before = len(parts(out))
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, stdout, stderr) == (0, b"", b"")
+    assert 8 <= n_before < 32 == len(parts(out))
+    options = {"temperature": 0.8, "top_k": 50}
+    assert answers(out) == [
+        {
+            "id": i,
+            "prompt": prompt,
+            "text": expected(prompt, seed=3 + i, **options),
+            "n_tokens": N,
+            "finish_reason": "length",
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_command_and_does_nothing_twice(
+    cluster, tiny, tmp_path, expected
+):
+    folder, out = tmp_path / "a b#c%20é", tmp_path / "out"
+    folder.mkdir()
+    (folder / "1.txt").write_bytes("\ufeffone\r\ntwo\n".encode() + b"caf\xe9\n" + b"x y " * 99)
+    prompts = write_prompts(folder / "2.jsonl", 1000)
+    args, run = [folder, out, "--batch_size=4"], {"script": SCRIPT, "model": tiny, "n": N}
+
+    # on this machine alone, stopped by Ctrl-C: no process of Ray's stays
+    with running(*args, **run, env={"RAY_ADDRESS": "local"}) as process:
+        wait_until(lambda: len(parts(out)) >= 3)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, stdout) == (130, b"")
+    assert stderr == b"\ngenerate_many.py: stopped; the same command goes on from here\n"
+    wait_until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+    stopped = {part: part.stat().st_mtime_ns for part in parts(out)}
+    assert 3 <= len(stopped) < 33
+
+    # on the cluster, killed
+    with running(*args, **run, env=cluster):
+        wait_until(lambda: len(parts(out)) >= len(stopped) + 3)
+    killed = {part: part.stat().st_mtime_ns for part in parts(out)}
+    assert len(killed) < 33
+
+    done = command(*args, **run, env=cluster)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        done.stderr == f'generate_many.py: 2 prompts could not be continued: their objects in {out} have an "error"\n'
+    )
+    assert stopped.items() <= killed.items() <= {part: part.stat().st_mtime_ns for part in parts(out)}.items()
+    one, two, no_text, long, *others = answers(out)
+    assert [(answer["prompt"], answer["text"]) for answer in (one, two)] == [
+        (prompt, expected(prompt)) for prompt in ("one", "two")
+    ]
+    assert no_text == {"prompt": "caf\ufffd", "error": "not valid Unicode text"}
+    assert "more than the model's context" in long["error"]
+    assert [(answer["id"], answer["text"]) for answer in others] == [
+        (i, expected(prompt)) for i, prompt in enumerate(prompts)
+    ]
+
+
+def test_what_a_worker_lacks_is_told_in_one_line(cluster, tiny, tmp_path):
+    write_prompts(tmp_path / "prompts.jsonl", 3)
+    args = [tmp_path / "prompts.jsonl", tmp_path / "out", "--backend=cupy"]
+    assert_one_line_error(command(*args, script=SCRIPT, model=tiny, n=N, env=cluster), "CuPy is not installed")
+
+
+# A part by itself
+
+
+@pytest.fixture(scope="module")
+def answer(tiny):
+    """The objects that a worker answers a part of these lines with."""
+
+    def answer(data, first=0, is_json=True, stop=(), batch_size=3, n_samples=1, seed=None, **options):
+        model, arrays = (tiny.name, tiny.parent), ("numpy", "float32")
+        worker = many.Worker(model, arrays, [*stop], batch_size, n_samples, seed, **GENERATION | options)
+        answered = worker({"name": "part", "first": first, "data": data, "is_json": is_json})
+        assert (answered["name"], answered["mistake"]) == ("part", "")
+        return [json.loads(line) for line in answered["answers"].splitlines()]
+
+    return answer
+
+
+def lines(*objects):
+    return "".join(json.dumps(value) + "\n" for value in objects).encode()
+
+
+def test_the_fields_of_a_prompt_are_kept_but_for_those_of_an_earlier_answer(answer, expected):
+    fields = {"id": [1, {"a": None}], "prompt": "one\0", "ü": "\ud83d"}
+    assert answer(lines(fields | {"error": "earlier", "text": "earlier"})) == [
+        fields | {"text": expected("one\0"), "n_tokens": N, "finish_reason": "length"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (b"{broken", "not JSON"),
+        (b"", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'["prompt"]', "not a JSON object"),
+        (b'{"id": 1}', 'no "prompt" that is a text'),
+        (b'{"id": 1, "prompt": 5}', 'no "prompt" that is a text'),
+        (b'{"id": 1, "prompt": "\\ud83d"}', "not valid Unicode"),
+        (b'{"id": 1, "prompt": "caf\xe9"}', "not valid Unicode"),
+        (lines({"id": 1, "prompt": "x y " * 99})[:-1], "more than the model's context"),
+    ],
+    ids=range(9),
+)
+def test_a_bad_line_is_an_object_with_an_error_and_the_others_are_answered(line, error, answer, expected):
+    one, bad, two = answer(lines({"prompt": "one"}) + line + b"\n" + lines({"prompt": "two"}))
+    assert [one["text"], two["text"]] == [expected("one"), expected("two")]
+    assert error in bad.pop("error")
+    assert bad.keys() <= {"prompt", "id"}
+    assert bad.get("id", 1) == 1
+
+
+def test_text_has_a_prompt_a_line_which_ends_at_a_line_break_and_nowhere_else(answer, expected):
+    data = "\ufeffone\r\n\n{}\na\u2028b\x0cc\nlast\r".encode()
+    prompts = ["one", "", "{}", "a\u2028b\x0cc", "last\r"]
+    answers = answer(data, is_json=False)
+    assert [(answer["prompt"], answer["text"]) for answer in answers] == [(p, expected(p)) for p in prompts]
+
+
+def test_the_mark_before_the_first_line_of_a_file_is_text_before_another(answer):
+    assert [answer(b"\xef\xbb\xbfone\n", first, is_json=False)[0]["prompt"] for first in (0, 9)] == [
+        "one",
+        "\ufeffone",
+    ]
+
+
+def test_samples_are_drawn_with_seeds_that_follow_from_the_line_alone(answer, expected):
+    prompts = ["one", "a longer one", "two", "one"]
+    options = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
+    got = answer(lines(*({"prompt": prompt} for prompt in prompts)), first=100, n_samples=2, seed=7, **options)
+    seeds = [(prompt, 7 + (100 + i) * 2 + j) for i, prompt in enumerate(prompts) for j in (0, 1)]
+    assert [answer["text"] for answer in got] == [expected(prompt, seed=seed, **options) for prompt, seed in seeds]
+    alone = answer(lines({"prompt": "one"}), first=103, n_samples=2, seed=7, **options)
+    assert alone == got[6:]
+
+
+def test_a_text_ends_before_a_stop_text(answer, expected):
+    text = expected("one")
+    stop = text[4:7]
+    one, _ = answer(lines({"prompt": "one"}, {"prompt": "two"}), stop=[stop])
+    assert (one["text"], one["finish_reason"]) == (text[: text.index(stop)], "stop")
+
+
+def test_the_sliding_window_goes_on_past_the_context(answer, expected):
+    options = {"n_tokens_to_generate": 100, "sliding_window": True}
+    (one,) = answer(lines({"prompt": "one"}), **options)
+    assert (one["text"], one["n_tokens"]) == (expected("one", 100, sliding_window=True), 100)
+
+
+# The folder of the answers
+
+
+def test_what_is_written_is_whole_or_not_there(tmp_path):
+    many.write(LocalFileSystem(), f"{tmp_path}/part", b"first")
+    with pytest.raises(TypeError):
+        many.write(LocalFileSystem(), f"{tmp_path}/part", None)  # as a crash midway
+    assert (tmp_path / "part").read_bytes() == b"first"
+
+
+def begin(out, **settings):
+    return many.begin_or_resume(LocalFileSystem(), str(out), settings)
+
+
+def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
+    assert begin(tmp_path / "out", seed=1, files=[["a", 3]]) == {}
+    assert begin(tmp_path / "out", seed=2, files=[["a", 3]]) == {}  # nothing was done with the others
+    part = tmp_path / "out" / "part-00000-000000000000.jsonl"
+    part.write_text('{"prompt": "a", "text": "b"}\n{"prompt": 1, "error": "c"}\n')
+    assert begin(tmp_path / "out", seed=2, files=[["a", 3]]) == {part.name: (2, 1)}
+    with pytest.raises(SystemExit, match="has seed=2, not 3: give another folder"):
+        begin(tmp_path / "out", seed=3, files=[["a", 3]])
+    with pytest.raises(SystemExit, match="has other files of prompts"):
+        begin(tmp_path / "out", seed=2, files=[["a", 4]])
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years")
+    with pytest.raises(SystemExit, match=r"has files already, and no settings\.json"):
+        begin(tmp_path, seed=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_damaged_part_is_an_error_that_names_it(tmp_path):
+    begin(tmp_path, seed=1)
+    (tmp_path / "part-00000-000000000000.jsonl").write_text('{"prompt": "a", "te')
+    with pytest.raises(SystemExit, match=r"part-00000-000000000000\.jsonl is damaged, delete it: "):
+        begin(tmp_path, seed=1)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["a"], "give files or folders of prompts, and last the folder for the answers"),
+        (["a", "out", "--top_k=3"], "--top_k does nothing at a temperature of 0"),
+        (["a", "out", "--batch_size=0"], "batch_size must be a whole number, 1 or more, not 0"),
+        (["a", "out", "--num_workers=x"], "num_workers must be"),
+        (["a", "out", "--num_gpus=1.5"], "num_gpus must be"),
+        (["a", "out", "--dtype=int8"], "no backend 'numpy' with dtype 'int8'"),
+        (["a", "out", "--stop="], "--stop must be a text"),
+        (["a", "out", "--model_size=none"], "no model 'none'"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_in_one_line_before_ray_starts(args, said, models_dir, monkeypatch, capsys):
+    monkeypatch.setattr(many, "silence_ray", lambda: pytest.fail("Ray starts"))
+    monkeypatch.setattr("sys.argv", [SCRIPT, *args, f"--models_dir={models_dir}"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        many.cli.run(many.main)
+    assert said in ended.value.code
+    assert "\n" not in ended.value.code
+
+
+def test_without_ray_one_line_says_what_to_install(tmp_path):
+    (tmp_path / "ray.py").write_text("raise ImportError('no ray')")
+    done = command("a", "out", script=SCRIPT, env={"PYTHONPATH": tmp_path})
+    assert_one_line_error(done, "needs Ray Data: pip install -r requirements-ray.txt")
