@@ -37,7 +37,7 @@ try:
 except ImportError as error:
     cli.fail(f"needs Ray Data: pip install -r requirements-ray.txt ({error})")
 
-N_BATCHES, N_TRIES = 8, 5  # batches in a part, and workers that may die over one before it is taken to be the reason
+N_BATCHES = 8  # in a part: enough to sort by length, and little to lose
 ANSWER = ("text", "n_tokens", "finish_reason", "error")  # what an answer adds to the fields of a prompt
 SETTINGS = "settings.json"
 
@@ -301,23 +301,18 @@ def main(
         compute=ray.data.ActorPoolStrategy(size=num_workers or room, max_tasks_in_flight_per_actor=1),
         num_cpus=num_cpus,
         num_gpus=num_gpus,
-        max_task_retries=N_TRIES - 1,
         runtime_env={"env_vars": worker_environment(num_cpus, num_gpus)},
     )
     n_done = sum(n for n, _ in done.values())
     with tqdm(desc="answers", initial=n_done, disable=None) as bar:
-        try:
-            for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for part in batch.to_pylist():
-                    if part["mistake"]:
-                        cli.fail(part["mistake"])
-                    write(filesystem, f"{folder}/{part['name']}", part["answers"])
-                    done[part["name"]] = tally(part["answers"])
-                    bar.update(done[part["name"]][0])
-        except ray.exceptions.RayActorError as error:
-            if getattr(error, "actor_init_failed", False):
-                raise
-            cli.fail(f"{N_TRIES} workers died over the same prompts, the last so: {cli.one_line(error)}")
+        # Ray Data replaces workers and machines that are lost, as often as it takes
+        for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for part in batch.to_pylist():
+                if part["mistake"]:
+                    cli.fail(part["mistake"])
+                write(filesystem, f"{folder}/{part['name']}", part["answers"])
+                done[part["name"]] = tally(part["answers"])
+                bar.update(done[part["name"]][0])
     if n_errors := sum(n for _, n in done.values()):
         cli.fail(f'{n_errors} prompts could not be continued: their objects in {out} have an "error"')
 

@@ -31,9 +31,9 @@ def cluster():
     cluster.shutdown()
 
 
-def workers():
-    """The processes that answer prompts, of all Ray nodes below this process."""
-    processes = psutil.Process().children(recursive=True)
+def workers(pid=None):
+    """The processes that answer prompts, of all Ray nodes below a process: this one, unless told otherwise."""
+    processes = psutil.Process(pid).children(recursive=True)
     return [process for process in processes if "ray::MapWorker" in " ".join(command_line(process))]
 
 
@@ -62,14 +62,16 @@ def answers(out):
 
 @pytest.fixture(scope="module")
 def expected(models_dir):
-    """What gpt2.generate gives for each prompt alone, in this process."""
+    """What gpt2.generate gives for a prompt, or for each of a list, in this process."""
     encoder, hparams, params = load_encoder_hparams_and_params("tiny", models_dir)
 
-    def text(prompt, n=N, **options):
-        ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
-        return encoder.decode(generate(ids, params, hparams["n_head"], n, **options))
+    def texts(prompts, n=N, **options):
+        batch = [prompts] if isinstance(prompts, str) else prompts
+        ids = [encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]] for prompt in batch]
+        outputs = [encoder.decode(output) for output in generate(ids, params, hparams["n_head"], n, **options)]
+        return outputs[0] if isinstance(prompts, str) else outputs
 
-    return text
+    return texts
 
 
 # On a cluster
@@ -83,21 +85,16 @@ def test_a_worker_that_is_killed_is_replaced_and_every_prompt_has_its_one_answer
         wait_until(lambda: len(parts(out)) >= 8)
         first, *others = workers()
         assert [other.ppid() for other in others] != [first.ppid()]  # each on a node of its own
+        assert first.environ()["OPENBLAS_NUM_THREADS"] == "1"  # no more than its own core
         first.kill()
         n_before = len(parts(out))
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, stdout, stderr) == (0, b"", b"")
     assert 8 <= n_before < 32 == len(parts(out))
-    options = {"temperature": 0.8, "top_k": 50}
+    texts = expected(prompts, temperature=0.8, top_k=50, seed=[3 + i for i in range(2000)])
     assert answers(out) == [
-        {
-            "id": i,
-            "prompt": prompt,
-            "text": expected(prompt, seed=3 + i, **options),
-            "n_tokens": N,
-            "finish_reason": "length",
-        }
-        for i, prompt in enumerate(prompts)
+        {"id": i, "prompt": prompt, "text": text, "n_tokens": N, "finish_reason": "length"}
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
 
 
@@ -108,25 +105,26 @@ def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_command_and_does_
     folder.mkdir()
     (folder / "1.txt").write_bytes("\ufeffone\r\ntwo\n".encode() + b"caf\xe9\n" + b"x y " * 99)
     prompts = write_prompts(folder / "2.jsonl", 1000)
-    args, run = [folder, out, "--batch_size=4"], {"script": SCRIPT, "model": tiny, "n": N}
+    args, run = [folder, out, "--batch_size=2"], {"script": SCRIPT, "model": tiny, "n": N}
 
-    # on this machine alone, stopped by Ctrl-C: no process of Ray's stays
+    # on this machine alone, stopped by Ctrl-C: no worker stays
     with running(*args, **run, env={"RAY_ADDRESS": "local"}) as process:
         wait_until(lambda: len(parts(out)) >= 3)
-        children = psutil.Process(process.pid).children(recursive=True)
+        working = workers(process.pid)
+        assert working
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, stdout) == (130, b"")
     assert stderr == b"\ngenerate_many.py: stopped; the same command goes on from here\n"
-    wait_until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+    wait_until(lambda: not any(map(command_line, working)))
     stopped = {part: part.stat().st_mtime_ns for part in parts(out)}
-    assert 3 <= len(stopped) < 33
+    assert 3 <= len(stopped) < 64
 
     # on the cluster, killed
     with running(*args, **run, env=cluster):
         wait_until(lambda: len(parts(out)) >= len(stopped) + 3)
     killed = {part: part.stat().st_mtime_ns for part in parts(out)}
-    assert len(killed) < 33
+    assert len(killed) < 64
 
     done = command(*args, **run, env=cluster)
     assert (done.returncode, done.stdout) == (1, "")
@@ -140,9 +138,7 @@ def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_command_and_does_
     ]
     assert no_text == {"prompt": "caf\ufffd", "error": "not valid Unicode text"}
     assert "more than the model's context" in long["error"]
-    assert [(answer["id"], answer["text"]) for answer in others] == [
-        (i, expected(prompt)) for i, prompt in enumerate(prompts)
-    ]
+    assert [(answer["id"], answer["text"]) for answer in others] == [*enumerate(expected(prompts))]
 
 
 def test_what_a_worker_lacks_is_told_in_one_line(cluster, tiny, tmp_path):
