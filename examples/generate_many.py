@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import warnings
 
@@ -56,7 +57,7 @@ class Parts(FileBasedDatasource):
 
     def _read_stream(self, f, path):
         lines, first = io.BufferedReader(f), 0
-        is_json = re.search(r"\.(json|jsonl|ndjson)(\.\w+)?$", path, re.IGNORECASE) is not None
+        is_json = re.search(r"\.(json|jsonl|ndjson)(\.(gz|bz2|br|lz4|zst|snappy))?$", path, re.IGNORECASE) is not None
         while part := list(itertools.islice(lines, self.n_lines)):
             name = f"part-{self.places[path]:05}-{first:012}.jsonl"
             if name not in self.done:
@@ -105,7 +106,7 @@ class Worker:
             seeds = [None] * len(batch)
             if self.seed is not None:
                 samples = itertools.cycle(range(self.n_samples))
-                seeds = [self.seed + (first + i) * self.n_samples + next(samples) for i, _ in batch]
+                seeds = [(self.seed + (first + i) * self.n_samples + next(samples)) % 2**63 for i, _ in batch]
             outputs = generate([ids for _, ids in batch], bar=False, seed=seeds, **self.options)
             for i, same in itertools.groupby(zip(batch, outputs, strict=True), lambda pair: pair[0][0]):
                 objects[i] = [lines[i][0] | self.answer(output) for _, output in same]
@@ -264,6 +265,10 @@ def main(
     with cli.mistakes(ModelError):  # before any worker meets it, and fetched only once
         load_encoder_hparams_and_params(*model)
 
+    host, colon, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+    if colon and port.isdecimal() and "://" not in host:
+        with cli.mistakes(OSError, f"the Ray cluster at {host}:{port} cannot be reached: "):
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray would try for minutes
     silence_ray()
     with cli.mistakes((ConnectionError, ValueError), "Ray does not start: "):
         ray.init(log_to_driver=False)
@@ -275,6 +280,8 @@ def main(
 
     with cli.mistakes((OSError, ValueError), "the prompts cannot be read: "):
         parts = Parts(paths, N_BATCHES * batch_size)
+        if len(parts.places) < len(parts.files):
+            raise ValueError("a file is given twice")
     generation = {"n_tokens_to_generate": n_tokens_to_generate, "sliding_window": sliding_window, **sampling}
     generation |= {"n_samples": n_samples, "batch_size": batch_size}
     settings = {

@@ -306,3 +306,8 @@ def test_without_ray_one_line_says_what_to_install(tmp_path):
     (tmp_path / "ray.py").write_text("raise ImportError('no ray')")
     done = command("a", "out", script=SCRIPT, env={"PYTHONPATH": tmp_path})
     assert_one_line_error(done, "needs Ray Data: pip install -r requirements-ray.txt")
+
+
+def test_a_cluster_that_is_not_there_is_an_error(tiny):
+    done = command("a", "out", script=SCRIPT, model=tiny, env={"RAY_ADDRESS": "127.0.0.1:1"})
+    assert_one_line_error(done, "the Ray cluster at 127.0.0.1:1 cannot be reached")
