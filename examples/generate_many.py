@@ -26,7 +26,8 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
 import devices
-from gpt2 import MODELS_DIR, check_room, generate
+from arrays import check_room
+from gpt2 import MODELS_DIR, generate
 from sampling import check_options, is_number, is_whole
 from utils import ModelError, load_encoder_hparams_and_params
 
@@ -39,7 +40,6 @@ except ImportError as error:
     cli.fail(f"needs Ray Data: pip install -r requirements-ray.txt ({error})")
 
 N_BATCHES = 8  # in a part: enough to sort by length, and little to lose
-ANSWER = ("text", "n_tokens", "finish_reason", "error")  # what an answer adds to the fields of a prompt
 SETTINGS = "settings.json"
 
 
@@ -57,7 +57,7 @@ class Parts(FileBasedDatasource):
 
     def _read_stream(self, f, path):
         lines, first = io.BufferedReader(f), 0
-        is_json = re.search(r"\.(json|jsonl|ndjson)(\.(gz|bz2|br|lz4|zst|snappy))?$", path, re.IGNORECASE) is not None
+        is_json = re.search(r"\.jsonl(\.(gz|bz2|br|lz4|zst|snappy))?$", path, re.IGNORECASE) is not None
         while part := list(itertools.islice(lines, self.n_lines)):
             name = f"part-{self.places[path]:05}-{first:012}.jsonl"
             if name not in self.done:
@@ -90,58 +90,44 @@ class Worker:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's want of memory
                 raise
-            self.mistake = "a worker ran out of memory: a smaller --batch_size needs less"
+            self.mistake = f"a worker has not enough memory, a smaller --batch_size needs less: {cli.one_line(error)}"
         # what is no Unicode, such as half of an emoji, becomes the \ud83d that it was in JSON
         text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers) if not self.mistake else ""
         return {"name": part["name"], "answers": text.encode("utf-8", "backslashreplace"), "mistake": self.mistake}
 
     def answers(self, name, first, data, is_json):
-        """An object for each line of a part, n_samples for those that can be continued, in the order of the lines."""
+        """An object for each line of a part, in their order: see cli.prompt_object and cli.answer_fields."""
         data = data if first else data.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
-        lines = [self.read(line, is_json) for line in io.BytesIO(data)]
-        objects = [[fields] for fields, _ in lines]
-        rows = sorted((len(ids), i, ids) for i, (_, ids) in enumerate(lines) if ids)  # by length: so little is wasted
-        for start in range(0, len(rows), self.batch_size):
-            batch = [(i, ids) for _, i, ids in rows[start : start + self.batch_size] for _ in range(self.n_samples)]
-            seeds = [None] * len(batch)
-            if self.seed is not None:
-                samples = itertools.cycle(range(self.n_samples))
-                seeds = [(self.seed + (first + i) * self.n_samples + next(samples)) % 2**63 for i, _ in batch]
-            outputs = generate([ids for _, ids in batch], bar=False, seed=seeds, **self.options)
-            for i, same in itertools.groupby(zip(batch, outputs, strict=True), lambda pair: pair[0][0]):
-                objects[i] = [lines[i][0] | self.answer(output) for _, output in same]
-        return itertools.chain.from_iterable(objects)
+        objects = [cli.prompt_object(line, is_json) for line in io.BytesIO(data)]
+        waiting = []  # (number of ids, place in the part, ids)
+        for i, fields in enumerate(objects):
+            try:
+                if "error" not in fields:
+                    ids = self.encode(fields["prompt"])
+                    waiting.append((len(ids), i, ids))
+            except ValueError as error:
+                fields["error"] = cli.one_line(error)
+        waiting.sort()  # by length: a batch takes as long as its longest prompt
+        n_at_once = max(1, self.batch_size // self.n_samples)
+        for start in range(0, len(waiting), n_at_once):
+            rows = [(i, j, ids) for _, i, ids in waiting[start : start + n_at_once] for j in range(self.n_samples)]
+            seeds = [self.seed if self.seed is None else self.row_seed(first + i, j) for i, j, _ in rows]
+            outputs = generate([ids for _, _, ids in rows], bar=False, seed=seeds, **self.options)
+            for k in range(0, len(rows), self.n_samples):
+                objects[rows[k][0]] |= cli.answer_fields([*map(self.text, outputs[k : k + self.n_samples])])
+        return objects
 
-    def answer(self, ids):
-        text = "".join(cli.text_pieces(ids, self.encoder, self.stop_texts))
-        return {"text": text, "n_tokens": len(ids), "finish_reason": "stop" if self.stop(ids) else "length"}
+    def row_seed(self, line, sample):
+        """Follows from a prompt's place in its file alone, so that neither worker nor batch matters."""
+        return (self.seed + line * self.n_samples + sample) % 2**63
 
-    def read(self, line, is_json):
-        """The (fields, ids) of a line; if it cannot be continued, ids are None and the fields have an "error"."""
-        fields = {"prompt": cli.line_text(line, "replace")}
-        try:
-            text = cli.line_text(line)
-            if is_json:
-                fields = {key: value for key, value in json_object(text).items() if key not in ANSWER}
-                text = fields.get("prompt")
-                if not isinstance(text, str):
-                    raise ValueError('no "prompt" that is a text')
-            ids = self.encoder.encode(text) or [self.encoder.encoder["<|endoftext|>"]]
-            if not self.options["sliding_window"]:
-                check_room(len(ids), self.options["n_tokens_to_generate"], self.n_ctx)
-        except ValueError as error:
-            return fields | {"error": cli.one_line(error)}, None
-        return fields, ids
+    def text(self, ids):
+        return "".join(cli.text_pieces(ids, self.encoder, self.stop_texts)), len(ids), self.stop(ids)
 
-
-def json_object(text):
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
+    def encode(self, prompt):
+        ids = self.encoder.encode(prompt) or [self.encoder.encoder["<|endoftext|>"]]
+        check_room(len(ids), self.options["n_tokens_to_generate"], self.n_ctx, self.options["sliding_window"])
+        return ids
 
 
 def write(filesystem, path, data):
@@ -156,7 +142,7 @@ def write(filesystem, path, data):
 
 
 def tally(data):
-    """(objects, objects with an "error") in the lines of a part. Raises ValueError if it is none."""
+    """(prompts, prompts with an "error") of a part. Raises ValueError if it is none."""
     objects = [json.loads(line) for line in data.splitlines()]
     return len(objects), sum("error" in answer for answer in objects)
 
@@ -208,16 +194,16 @@ def main(
     temperature: float = 0,
     top_k: int = 0,
     top_p: float = 1,
-    seed: int | None = None,
+    seed: int = None,
     n_samples: int = 1,
-    stop: str | None = None,
+    stop: str = None,
     sliding_window: bool = False,
     batch_size: int = 32,
     backend: str = "numpy",
     dtype: str = "float32",
-    num_workers: int | None = None,
+    num_workers: int = None,
     num_cpus: int = 1,
-    num_gpus: float | None = None,
+    num_gpus: float = None,
 ):
     """Continues files of prompts with GPT-2, on all machines of a Ray cluster or on this one.
 
@@ -234,10 +220,10 @@ def main(
         top_p: with a temperature, draw from the smallest set of likeliest tokens whose probabilities reach p
         seed: with a temperature, makes the draws repeatable: sample j of line i of a file, both counted from 0, is what
             gpt2.py draws with seed + i * n_samples + j
-        n_samples: with a temperature, how many continuations to draw for each prompt: each is an object of its own
+        n_samples: with a temperature, how many continuations to draw for each prompt, as its "samples"
         stop: end before this text appears; \\n is a line break; several are given as a list, '["User:", "Bot:"]'
         sliding_window: past the end of the model's context, go on with the newest half of it as the prompt
-        batch_size: prompts that a worker continues at once
+        batch_size: how many texts a worker makes at once
         backend: numpy, jax or cupy
         dtype: float32, or with JAX bfloat16
         num_workers: how many at most; all that there is room for unless given
@@ -250,19 +236,19 @@ def main(
     paths = [path if "://" in path else os.path.abspath(path) for path in paths]
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     with cli.mistakes(ValueError):
-        check_options(n_tokens_to_generate, n_samples, **sampling)
-        for name, value in {"batch_size": batch_size, "num_workers": num_workers, "num_cpus": num_cpus}.items():
+        check_options(n_tokens_to_generate, n_samples, batch_size, **sampling)
+        for name, value in {"num_workers": num_workers, "num_cpus": num_cpus}.items():
             if value is not None and (not is_whole(value) or value == 0):
                 raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
         if num_gpus is not None and not (
             is_number(num_gpus) and num_gpus >= 0 and (num_gpus <= 1 or num_gpus % 1 == 0)
         ):
             raise ValueError(f"num_gpus must be a whole number or a part of 1, not {num_gpus!r}")
-    cli.check_flags(None, False, None, False, n_samples, **sampling)
+    cli.check_flags(None, False, paths, False, n_samples, batch_size, None, **sampling)
     stop_texts, model, arrays = cli.stop_texts(stop), (model_size, os.path.abspath(models_dir)), (backend, dtype)
     if dtype not in devices.DTYPES.get(backend, ()):
         cli.fail(f"no backend {backend!r} with dtype {dtype!r}: choose from {devices.DTYPES}")
-    with cli.mistakes(ModelError):  # before any worker meets it, and fetched only once
+    with cli.mistakes((ModelError, ValueError)):  # before any worker meets it, and fetched only once
         load_encoder_hparams_and_params(*model)
 
     host, colon, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
@@ -311,7 +297,7 @@ def main(
         runtime_env={"env_vars": worker_environment(num_cpus, num_gpus)},
     )
     n_done = sum(n for n, _ in done.values())
-    with tqdm(desc="answers", initial=n_done, disable=None) as bar:
+    with tqdm(desc="prompts", initial=n_done, disable=None) as bar:
         # Ray Data replaces workers and machines that are lost, as often as it takes
         for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for part in batch.to_pylist():
@@ -320,8 +306,9 @@ def main(
                 write(filesystem, f"{folder}/{part['name']}", part["answers"])
                 done[part["name"]] = tally(part["answers"])
                 bar.update(done[part["name"]][0])
-    if n_errors := sum(n for _, n in done.values()):
-        cli.fail(f'{n_errors} prompts could not be continued: their objects in {out} have an "error"')
+    n_done, n_errors = map(sum, zip((0, 0), *done.values(), strict=True))
+    if n_errors:
+        cli.fail(f'{n_errors} of {n_done} prompts could not be continued: their lines in {out} have an "error"')
 
 
 def worker_environment(num_cpus, num_gpus):
