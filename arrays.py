@@ -143,9 +143,10 @@ def cached(model, params, n_head, n_rows, n_slots):
     """The model as forward(rows, n_past, n_last=1) -> logits, with its own cache of n_slots tokens for n_rows rows.
 
     model: gpt2(). rows: n_rows lists of ids, which follow the first n_past[row] tokens that the cache has of each; of
-    several rows, those that bring more than one id are new: they begin at slot 0.
+    several rows, those that bring more than one id are new: they begin at slot 0. Raises MemoryError: see check_memory.
     Returns the logits at the last n_last ids of each row: [n_rows, n_last, n_vocab].
     """
+    check_memory(params, n_rows, n_slots)
     make = cached_under_jax if is_jax(params["wte"]) else cached_in_place
     return make(model, params, n_head, n_rows, n_slots)
 

@@ -8,10 +8,11 @@ is why none is imported here. Read xp as np.
 import itertools
 import math
 import os
+import signal
 import sys
 
 import lookup
-from arrays import as_batch, cached, check_bounds, check_memory, check_room, namespace, write
+from arrays import as_batch, cached, check_bounds, check_room, namespace, write
 from sampling import check_options, sampler
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
@@ -201,15 +202,13 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
     n_rows, longest, n_ctx = len(prompts), max(map(len, prompts)), len(params["wpe"])
     check_options(n_tokens_to_generate, stop=stop, **sampling)
     check_room(longest, n_tokens_to_generate, n_ctx, sliding_window)
-    pick = sampler(n_rows, **sampling)
 
     n_slots = min(longest + n_tokens_to_generate, n_ctx)
-    check_memory(params, n_rows, n_slots)
     forward = cached(gpt2, params, n_head, n_rows, n_slots)
     if n_rows == 1 and sampling.get("temperature", 0) == 0 and lookup.is_exact(params):
         steps = lookup.decode(prompts[0], forward, n_slots, n_ctx)
     else:
-        steps = decode(prompts, forward, pick, n_ctx)
+        steps = decode(prompts, forward, sampler(n_rows, **sampling), n_ctx)
     steps = itertools.islice(steps, n_tokens_to_generate)
     steps = until(stop, steps, n_rows) if stop else steps
     return steps if is_batch else (next_id for (next_id,) in steps)  # one prompt: ids, not lists of one
@@ -279,7 +278,6 @@ def main(
     import devices
     from utils import ModelError, load_encoder_hparams_and_params
 
-    # what is wrong without looking at a model
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     with cli.mistakes(ValueError):
         check_options(n_tokens_to_generate, n_samples, batch_size, **sampling)
@@ -324,6 +322,8 @@ def main(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until cli.run has its own, Ctrl-C ends at once, too
+
     import cli
 
     cli.take_avx512()

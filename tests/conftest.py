@@ -37,6 +37,21 @@ TIMEOUT = 300  # seconds: it ends what hangs, and nothing else
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class Absent:
+    """A package that is not installed here: a test that asks anything of it is skipped."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, _):
+        pytest.skip(f"{self.name} is not installed")
+
+
+def optional(name):
+    """An oracle, which the tests on other Pythons go without: see .ci/run."""
+    return importlib.import_module(name) if importlib.util.find_spec(name.partition(".")[0]) else Absent(name)
+
+
 def wild_params(hparams, seed=0):
     """Random weights eight times as large as GPT-2's initial ones: a model that says more than its last token again."""
 
@@ -137,9 +152,7 @@ def assert_one_line_error(result, message):
 
 def hugging_face(hparams, params):
     """The same model as transformers' GPT2LMHeadModel, on PyTorch in float32."""
-    import torch
-    import transformers
-
+    torch, transformers = optional("torch"), optional("transformers")
     sizes = {key: hparams[key] for key in ("n_embd", "n_head", "n_layer")}
     sizes |= {"vocab_size": hparams["n_vocab"], "n_positions": hparams["n_ctx"]}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
@@ -160,7 +173,13 @@ def leaves(node, name="params"):
         yield name, node
 
 
+def need_tensorflow():
+    if not importlib.util.find_spec("tensorflow"):  # whose import takes seconds
+        pytest.skip("tensorflow is not installed")
+
+
 def write_model(model_dir, hparams, params):
+    need_tensorflow()
     checkpoint.save_checkpoint(model_dir, hparams, params)
     write_tokenizer(model_dir, hparams["n_vocab"])
     return model_dir
@@ -171,16 +190,21 @@ def params():
     return wild_params(HPARAMS)
 
 
-@pytest.fixture(scope="session")
-def models_dir(tmp_path_factory, params):
+def write_models(path):
     """A models folder that tests read but never change: `tiny`, and `long` with a context too long to wait for."""
-    path = tmp_path_factory.mktemp("models")
-    write_model(path / "tiny", HPARAMS, params)
+    write_model(path / "tiny", HPARAMS, wild_params(HPARAMS))
     long = {"n_vocab": 300, "n_ctx": 200_000, "n_embd": 16, "n_head": 2, "n_layer": 1}
     write_model(path / "long", long, wild_params(long))
     for name in ("tiny", "long"):
         utils.load_encoder_hparams_and_params(name, path)  # verified, so that later loads need no TensorFlow
     return path
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory):
+    """What write_models wrote: to the folder GPT2_TEST_MODELS, for others to use, or for this run."""
+    written = os.environ.get("GPT2_TEST_MODELS")
+    return pathlib.Path(written) if written else write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
@@ -214,5 +238,6 @@ def continuation(models_dir):
 @pytest.fixture
 def model_dir(tmp_path, models_dir):
     """A copy of the tiny model, not verified yet, for tests to change or break."""
+    need_tensorflow()
     shutil.copytree(models_dir / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("SHA256SUMS"))
     return tmp_path / "tiny"

@@ -22,7 +22,7 @@ from conftest import (
     on_a_terminal,
     running,
     wait_until,
-    write_tokenizer,
+    write_model,
 )
 
 import checkpoint
@@ -301,8 +301,7 @@ def test_a_closed_pipe_ends_silently(run):
 
 def test_a_genuine_prompt_of_a_genuine_vocabulary_runs(tmp_path):
     hparams = HPARAMS | {"n_vocab": 50257}
-    checkpoint.save_checkpoint(tmp_path / "genuine", hparams, checkpoint.random_params(hparams))
-    write_tokenizer(tmp_path / "genuine", 50257)
+    write_model(tmp_path / "genuine", hparams, checkpoint.random_params(hparams))
     prompt = "Alan Turing theorized that computers would one day become"
     assert command(prompt, model=tmp_path / "genuine").returncode == 0
 

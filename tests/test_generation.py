@@ -2,18 +2,17 @@
 
 import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from conftest import HPARAMS, prompts_of_lengths
+from conftest import HPARAMS, optional, prompts_of_lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import arrays
 import checkpoint
 import gpt2
+
+jax, jnp, torch = optional("jax"), optional("jax.numpy"), optional("torch")
 
 N_HEAD, N_VOCAB, N_CTX = HPARAMS["n_head"], HPARAMS["n_vocab"], HPARAMS["n_ctx"]
 TAME = checkpoint.random_params(HPARAMS)  # soon says the same token over and over

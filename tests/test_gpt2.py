@@ -4,18 +4,17 @@ import functools
 import sys
 import types
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from conftest import HPARAMS, hugging_face, new_cache, wild_params
+from conftest import HPARAMS, hugging_face, new_cache, optional, wild_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import arrays
 import gpt2
+
+jax, jnp, torch = optional("jax"), optional("jax.numpy"), optional("torch")
 
 N_HEAD = HPARAMS["n_head"]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4)  # for logits, which reach +-8 here

@@ -3,15 +3,15 @@
 import bisect
 import math
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
+from conftest import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampling import sample
+
+jnp, torch, transformers = optional("jax.numpy"), optional("torch"), optional("transformers")
 
 LOGITS = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -3.0], np.float32)
 

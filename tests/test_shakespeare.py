@@ -8,7 +8,7 @@ import shutil
 import conftest
 import numpy as np
 import pytest
-from conftest import REPO, command
+from conftest import REPO, command, optional
 
 from gpt2 import gpt2
 from utils import load_encoder_hparams_and_params
@@ -91,7 +91,7 @@ def test_hugging_face_computes_the_same_logits(windows, hugging_face):
 
 
 def test_jax_computes_the_same_logits_compiled(model, windows):
-    import jax
+    jax = optional("jax")
 
     (_, hparams, params), (ids, logits) = model, windows
     compiled = jax.jit(functools.partial(gpt2, n_head=hparams["n_head"]))
@@ -99,7 +99,7 @@ def test_jax_computes_the_same_logits_compiled(model, windows):
 
 
 def test_jax_computes_the_same_logits_for_sequences_mapped_one_by_one(model, windows):
-    import jax
+    jax = optional("jax")
 
     (_, hparams, params), (ids, logits) = model, windows
     params = jax.tree.map(jax.numpy.asarray, params)
