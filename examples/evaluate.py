@@ -1,18 +1,27 @@
 """How well a model predicts: figures that can be held against published ones.
 
-python examples/evaluate.py text.txt --model_size 124M
+    python examples/evaluate.py text.txt --model_size 124M
+    python examples/evaluate.py lambada_test.jsonl --task lambada --model_size 124M
+
+Everything rests on one number: -log of the probability that the model gives a token, in nats, summed over tokens.
 """
 
 import functools
+import html
+import inspect
+import json
+import math
 import os
+import re
 import sys
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import cli
 from arrays import is_jax, namespace, round_up
-from devices import spread
-from gpt2 import gpt2
+from devices import DeviceError, place, spread
+from gpt2 import MODELS_DIR, gpt2
+
+# the model's part
 
 
 def losses(params, windows, n_head, n_last=0):  # [..., n_seq+1] -> 2 of [..., n_last]
@@ -42,6 +51,8 @@ def scores(params, rows, n_head):
 
     Rows that follow one another are a batch, padded at their ends to the longest: they should be of similar lengths.
     """
+    import numpy as np  # only here: it must not be imported before cli.take_avx512()
+
     xp, n_ctx, use_jax = namespace(params["wte"]), len(params["wpe"]), is_jax(params["wte"])
     n_rows_before = {}
     # JAX compiles every shape anew, so these are few; NumPy gains nothing from more than 1,024 tokens at once
@@ -80,7 +91,7 @@ def text_nats(params, ids, n_ctx, n_head, stride=0):
     A window of n_ctx tokens begins every stride, n_ctx/2 unless told otherwise, and scores only what the one before did
     not reach: behind the first window, every token is predicted from n_ctx - stride others or more.
     """
-    stride = stride or n_ctx // 2
+    stride = stride or max(1, n_ctx // 2)
 
     def windows():
         n_scored = 0
@@ -90,3 +101,231 @@ def text_nats(params, ids, n_ctx, n_head, stride=0):
             n_scored = start + len(window) - 1
 
     return (nats for nats, _ in scores(params, windows(), n_head))
+
+
+# the tasks' part: each turns an object of a file into an example, (context, endings, which of them is right)
+
+
+def lambada(text, **_):
+    """The last word of a text (https://arxiv.org/abs/1606.06031).
+
+    As in lm-evaluation-harness's lambada_openai, that is what follows the last space.
+    """
+    context, _, word = text.rpartition(" ")
+    return context, [word], 0
+
+
+def hellaswag(activity_label, ctx_a, ctx_b, endings, label, **_):
+    """The likeliest of four endings (https://arxiv.org/abs/1905.07830), cleaned as lm-evaluation-harness does."""
+
+    def clean(text):  # what comes from WikiHow has headings and notes in brackets
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    context = clean(f"{activity_label}: {ctx_a} {ctx_b.capitalize()}")
+    return context, [clean(ending) for ending in endings], int(label) if isinstance(label, str) else label
+
+
+def cloze(context, endings, label, **_):
+    """The likeliest of several endings."""
+    return context, endings, label
+
+
+TASKS = {"lambada": lambada, "hellaswag": hellaswag, "cloze": cloze}
+
+
+def read_examples(path, task):
+    """[(where it stands, example)] of a file with a JSON object a line. Ends with one line for what is no example."""
+    fields = ", ".join(name for name in inspect.signature(TASKS[task]).parameters if name != "_")
+    examples = []
+    for number, line in enumerate(cli.open_lines(path), 1):
+        where = f"{path}, line {number}"
+        try:
+            if not line.strip():
+                continue
+            context, endings, label = TASKS[task](**json.loads(line))
+            if not endings or not all(ending.strip() for ending in endings):
+                raise ValueError("there are no endings, or one is empty")
+            if type(label) is not int or not 0 <= label < len(endings):
+                raise ValueError(f"label must be from 0 to {len(endings) - 1}, not {label!r}")
+            "".join([context, *endings]).encode()  # lone surrogates are no text
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            cli.fail(f"{where}: no example of {task}, which has {fields}: {cli.one_line(error)}")
+        examples.append((where, (context, endings, label)))
+    return examples or cli.fail(f"{path} has no examples")
+
+
+def encode_pair(encoder, context, ending):
+    """(ids, number of those that are the ending's), with a space between the two, as lm-evaluation-harness has it.
+
+    A word begins with its space, so spaces at the end of the context belong to the ending. Where there is no context,
+    <|endoftext|> is.
+    """
+    text, context = f"{context} {ending}", context.rstrip()
+    if not context:
+        ids = encoder.encode(text)
+        return [encoder.encoder["<|endoftext|>"], *ids], len(ids)
+    ids = encoder.encode(text)
+    return ids, len(ids) - len(encoder.encode(context))
+
+
+def evaluate_task(examples, encoder, params, n_head, task):
+    """{figure: value} of [(where it stands, (context, endings, label))]. Raises ValueError for an ending too long."""
+    from tqdm import tqdm
+
+    n_ctx, encoded, n_cut = len(params["wpe"]), [], 0
+    for where, (context, endings, label) in examples:
+        rows = [encode_pair(encoder, context, ending) for ending in endings]
+        if max(n_scored for _, n_scored in rows) > n_ctx:
+            raise ValueError(f"{where}: an ending has more tokens than the model's context of {n_ctx}")
+        n_cut += max(len(ids) for ids, _ in rows) > n_ctx + 1
+        encoded.append(([(ids[-n_ctx - 1 :], n_scored) for ids, n_scored in rows], endings, label))
+    if n_cut:
+        print(f"{n_cut} contexts are longer than the model's, and lose their beginning", file=sys.stderr)
+    encoded.sort(key=lambda example: -max(len(ids) for ids, _ in example[0]))  # batches of similar lengths
+    scored = scores(params, (row for rows, _, _ in encoded for row in rows), n_head)
+
+    totals, bar = {}, tqdm(encoded, task, unit="example", disable=None)
+    for n, (_, endings, label) in enumerate(bar, 1):
+        results = [next(scored) for _ in endings]
+        nats = [result.sum() for result, _ in results]
+        if task == "lambada":
+            example = {"accuracy": results[0][1].all(), "nats": nats[0]}
+        else:
+            per_character = [total / len(ending) for total, ending in zip(nats, endings, strict=True)]
+            example = {
+                "acc": nats.index(min(nats)) == label,
+                "acc_norm": per_character.index(min(per_character)) == label,
+            }
+        totals = {name: totals.get(name, 0) + value for name, value in example.items()}
+        figures = {name: total / n for name, total in totals.items()}
+        if "nats" in figures:
+            figures["perplexity"] = exp(figures.pop("nats"))
+        bar.set_postfix(figures, refresh=False)
+    return {"examples": len(encoded), **figures}
+
+
+# a text
+
+
+def evaluate_text(text, encoder, params, n_head, stride=0):
+    """({figure: value}, ids, the nats of each id), the first of which is predicted from <|endoftext|>."""
+    from tqdm import tqdm
+
+    ids, parts, total = encoder.encode(text), [], 0.0
+    with tqdm(total=len(ids), desc="evaluating", unit="token", disable=None) as bar:
+        for part in text_nats(params, [encoder.encoder["<|endoftext|>"], *ids], len(params["wpe"]), n_head, stride):
+            parts.append(part)
+            total += part.sum()
+            bar.update(len(part))
+            bar.set_postfix({"nats per token": total / sum(map(len, parts))}, refresh=False)
+    n_bytes = len(text.encode())
+    figures = {"tokens": len(ids), "characters": len(text), "bytes": n_bytes}
+    figures |= {"nats per token": total / len(ids), "perplexity per token": exp(total / len(ids))}
+    figures |= {"nats per character": total / len(text), "bits per character": total / len(text) / math.log(2)}
+    figures |= {"bits per byte": total / n_bytes / math.log(2)}
+    return figures, ids, [nats for part in parts for nats in part]
+
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ margin: 2em auto; max-width: 50em; padding: 0 1em; background: #fff; color: #000; font: 16px/1.7 serif; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; }}
+span {{ background: rgb(255 90 0 / calc(var(--nats) * 10%)); }}
+</style>
+<p>{title}. The darker, the less expected: {legend} nats. ↵ is a line break.</p>
+<pre>
+{text}</pre>
+"""
+
+
+def as_html(title, encoder, ids, nats):
+    """A page of HTML with the text of ids, each token on a colour that says how many nats it took.
+
+    Tokens that hold parts of a character are shown together.
+    """
+
+    def span(text, total):
+        text = html.escape(text).replace("\r", "␍").replace("\n", "↵\n")
+        return f'<span style="--nats:{min(total, 10):.1f}" title="{total:.2f}">{text}</span>'
+
+    spans, data, total = [], b"", 0.0
+    for token, n in zip(ids, nats, strict=True):
+        data, total = data + encoder.decode_bytes([token]), total + n
+        try:
+            spans.append(span(data.decode(), total))
+        except UnicodeDecodeError:
+            continue
+        data, total = b"", 0.0
+    legend = " ".join(span(str(n), n) for n in (0, 2, 4, 6, 8)) + " " + span("10 or more", 10)
+    return PAGE.format(title=html.escape(title), legend=legend, text="".join(spans))
+
+
+def exp(x):
+    return math.exp(x) if x < 700 else math.inf
+
+
+def main(
+    file: str,
+    *,
+    task: str | None = None,
+    model_size: str = "124M",
+    models_dir: str = MODELS_DIR,
+    stride: int | None = None,
+    heatmap: str | None = None,
+    backend: str = "numpy",
+    dtype: str = "float32",
+    tensor_parallel: int = 1,
+):
+    """Measures how well a model predicts a text, or how well it does a task.
+
+    Args:
+        file: a UTF-8 text, or the task's examples, a JSON object a line; - is standard input
+        task: lambada, hellaswag, or cloze, whose lines have {"context", "endings", "label"}
+        model_size: 124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint
+        models_dir: the folder that holds the models
+        stride: tokens of a text from one window to the next, half the model's context unless told otherwise
+        heatmap: write the text to this file, as HTML, each token on a colour that says how little it was expected
+        backend: numpy, jax or cupy
+        dtype: float32, or with jax bfloat16
+        tensor_parallel: with jax, how many devices share the weights of each block
+    """
+    from utils import ModelError, load_encoder_hparams_and_params
+
+    if task is not None and task not in TASKS:
+        cli.fail(f"no task {task!r}: choose {', '.join(TASKS)}")
+    if task and (stride is not None or heatmap):
+        cli.fail(f"--{'heatmap' if heatmap else 'stride'} is for texts, and does nothing for a task")
+    if heatmap is not None and not os.path.isdir(os.path.dirname(heatmap) or "."):
+        cli.fail(f"{heatmap} cannot be written: there is no such folder")
+    if task:
+        examples = read_examples(file, task)
+    else:
+        with cli.mistakes(UnicodeDecodeError, f"{file}: "):
+            text = cli.open_lines(file).read().decode()
+        if not text:
+            cli.fail(f"{file} is empty")
+
+    with cli.mistakes((ModelError, DeviceError)):
+        encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+        params = place(params, backend, dtype, tensor_parallel)
+    n_ctx, n_head = hparams["n_ctx"], hparams["n_head"]
+    if stride is not None and (type(stride) is not int or not 0 < stride <= n_ctx):
+        cli.fail(f"--stride must be a whole number from 1 to the model's context of {n_ctx}, not {stride!r}")
+
+    if task:
+        with cli.mistakes(ValueError):
+            figures = evaluate_task(examples, encoder, params, n_head, task)
+    else:
+        figures, ids, nats = evaluate_text(text, encoder, params, n_head, stride)
+    for name, value in figures.items():
+        print(f"{name:20}  {value:,}" if isinstance(value, int) else f"{name:20}  {value:,.4f}")
+    if heatmap:
+        with cli.mistakes(OSError), open(heatmap, "w", encoding="utf-8", newline="") as f:
+            f.write(as_html(f"{file}, {model_size}", encoder, ids, nats))
+
+
+if __name__ == "__main__":
+    cli.take_avx512()
+    cli.run(main)
