@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import random
-import re
 import shutil
 import statistics
 import subprocess
@@ -106,7 +105,10 @@ def transformers(folder):
 
     converted = folder + "-transformers"
     if not os.path.exists(converted):
-        save_as_transformers(folder, converted)
+        from convert import save_as_transformers
+
+        os.makedirs(converted + ".part", exist_ok=True)
+        convert(folder, converted, save_as_transformers)
     model = GPT2LMHeadModel.from_pretrained(converted)
 
     def generate(prompts, n_tokens):
@@ -149,7 +151,9 @@ def llama_cpp(folder, dtype="float32"):
 
     converted = f"{folder}-{dtype}.gguf"
     if not os.path.exists(converted):
-        save_as_gguf(folder, converted, dtype)
+        from convert import save_as_gguf
+
+        convert(folder, converted, save_as_gguf, dtype)
     llama.llama_backend_init()
     silence = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(silence, None)
@@ -241,53 +245,11 @@ CONTESTANTS = {
 }
 
 
-def save_as_transformers(folder, converted):
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+def convert(folder, converted, save, *options):
+    """Has a function of examples/convert.py make `converted` of a model's folder: all of it, or nothing."""
+    from utils import load_encoder_hparams_and_params
 
-    hparams, weights = read_checkpoint(folder)
-    n_vocab, n_ctx = hparams.pop("n_vocab"), hparams.pop("n_ctx")
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=n_vocab, n_positions=n_ctx, **hparams))
-    state = {}
-    for name, array in weights.items():  # h0/attn/c_attn/w -> transformer.h.0.attn.c_attn.weight
-        name = re.sub(r"^h(\d+)", r"h/\1", name)
-        name = re.sub("/[gw]$|(?<=^w[tp]e)$", "/weight", re.sub("/b$", "/bias", name))
-        state["transformer." + name.replace("/", ".")] = torch.tensor(array)
-    model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
-    model.save_pretrained(converted)
-    for theirs, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
-        shutil.copy(os.path.join(folder, ours), os.path.join(converted, theirs))
-
-
-def save_as_gguf(folder, converted, dtype):
-    import gguf
-
-    hparams, weights = read_checkpoint(folder)
-    writer = gguf.GGUFWriter(converted + ".part", "gpt2")
-    writer.add_context_length(hparams["n_ctx"])
-    writer.add_embedding_length(hparams["n_embd"])
-    writer.add_feed_forward_length(4 * hparams["n_embd"])
-    writer.add_block_count(hparams["n_layer"])
-    writer.add_head_count(hparams["n_head"])
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    with open(os.path.join(folder, "encoder.json"), encoding="utf-8") as f:
-        writer.add_token_list(list(json.load(f)))  # in the order of the ids
-    with open(os.path.join(folder, "vocab.bpe"), encoding="utf-8") as f:
-        writer.add_token_merges(f.read().split("\n")[1:-1])
-    names = {"wte": "token_embd.weight", "wpe": "position_embd.weight", "ln_f": "output_norm", "ln_1": "attn_norm"}
-    names |= {"attn/c_attn": "attn_qkv", "attn/c_proj": "attn_output", "ln_2": "ffn_norm"}
-    names |= {"mlp/c_fc": "ffn_up", "mlp/c_proj": "ffn_down", "g": "weight", "b": "bias", "w": "weight"}
-    for name, array in weights.items():  # h0/attn/c_attn/w -> blk.0.attn_qkv.weight
-        block, layer, leaf = re.fullmatch(r"(?:h(\d+)/)?(.*?)(?:/([gbw]))?", name).groups()
-        theirs = ".".join([*(["blk", block] if block else []), names[layer], *([names[leaf]] if leaf else [])])
-        if array.ndim == 2 and name != "wpe":
-            array = (array.T if leaf else array).astype(dtype, order="C")  # [in, out] -> [out, in]
-        writer.add_tensor(theirs, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save(converted + ".part", *load_encoder_hparams_and_params(*os.path.split(folder)[::-1]), *options)
     os.replace(converted + ".part", converted)
 
 
@@ -559,7 +521,7 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, ROOT)
+    sys.path[:0] = [ROOT, os.path.join(ROOT, "examples")]
     if sys.argv[1:2] == ["--worker"]:
         worker(*sys.argv[2:])
     else:
