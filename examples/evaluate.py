@@ -9,11 +9,13 @@ Everything rests on one number: -log of the probability that the model gives a t
 import functools
 import html
 import inspect
+import itertools
 import json
 import math
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
@@ -46,18 +48,20 @@ def compiled_losses():
     return jax.jit(losses, static_argnames=("n_head", "n_last"))
 
 
-def scores(params, rows, n_head):
+def scores(params, rows, n_head, n_threads=1):
     """Yields for each of rows, (ids, n_scored): the losses of its last n_scored ids, float64, and which are likeliest.
 
     Rows that follow one another are a batch, padded at their ends to the longest: they should be of similar lengths.
+    n_threads: how many batches NumPy works on at a time; more than one pay where its BLAS has one thread for each.
     """
     import numpy as np  # only here: it must not be imported before cli.take_avx512()
 
     xp, n_ctx, use_jax = namespace(params["wte"]), len(params["wpe"]), is_jax(params["wte"])
-    n_rows_before = {}
     # JAX compiles every shape anew, so these are few; NumPy gains nothing from more than 1,024 tokens at once
     round_to_few, n_tokens = (round_up, 8192) if use_jax else (min, 1024)
-    for batch in batches(rows, lambda row: round_to_few(len(row[0]) - 1, n_ctx), n_tokens):
+    n_rows_before = {}
+
+    def scored(batch):
         n_rows, n_seq = len(batch), round_to_few(max(len(ids) for ids, _ in batch) - 1, n_ctx)
         if use_jax:
             n_rows = n_rows_before[n_seq] = max(n_rows_before.get(n_seq, 0), 1 << (n_rows - 1).bit_length())
@@ -67,9 +71,16 @@ def scores(params, rows, n_head):
             window[: len(ids)] = ids
         run = compiled_losses() if use_jax else losses
         nats, likeliest = (x.tolist() for x in run(params, spread(xp.asarray(windows), params), n_head, n_last))
-        for row, (ids, n_scored) in enumerate(batch):
-            stop = len(ids) - 1 - (n_seq - n_last)
-            yield np.array(nats[row][stop - n_scored : stop]), np.array(likeliest[row][stop - n_scored : stop])
+        stops = [len(ids) - 1 - (n_seq - n_last) for ids, _ in batch]
+        parts = [slice(stop - n_scored, stop) for stop, (_, n_scored) in zip(stops, batch, strict=True)]
+        return [(np.array(nats[row][part]), np.array(likeliest[row][part])) for row, part in enumerate(parts)]
+
+    work = batches(rows, lambda row: round_to_few(len(row[0]) - 1, n_ctx), n_tokens)
+    if use_jax or n_threads == 1:
+        yield from itertools.chain.from_iterable(map(scored, work))
+    else:
+        with ThreadPoolExecutor(n_threads) as pool:
+            yield from itertools.chain.from_iterable(pool.map(scored, work))
 
 
 def batches(rows, length, n_tokens):
@@ -85,7 +96,7 @@ def batches(rows, length, n_tokens):
         yield batch
 
 
-def text_nats(params, ids, n_ctx, n_head, stride=0):
+def text_nats(params, ids, n_ctx, n_head, stride=0, n_threads=1):
     """Yields the cross-entropy in nats of all ids but the first, in their order: arrays of float64, one a window.
 
     A window of n_ctx tokens begins every stride, n_ctx/2 unless told otherwise, and scores only what the one before did
@@ -100,7 +111,7 @@ def text_nats(params, ids, n_ctx, n_head, stride=0):
             yield window, start + len(window) - 1 - n_scored
             n_scored = start + len(window) - 1
 
-    return (nats for nats, _ in scores(params, windows(), n_head))
+    return (nats for nats, _ in scores(params, windows(), n_head, n_threads))
 
 
 # the tasks' part: each turns an object of a file into an example, (context, endings, which of them is right)
@@ -168,8 +179,11 @@ def encode_pair(encoder, context, ending):
     return ids, len(ids) - len(encoder.encode(context))
 
 
-def evaluate_task(examples, encoder, params, n_head, task):
-    """{figure: value} of [(where it stands, (context, endings, label))]. Raises ValueError for an ending too long."""
+def evaluate_task(examples, encoder, params, n_head, task, **options):
+    """{figure: value} of [(where it stands, (context, endings, label))]; options: see scores.
+
+    Raises ValueError for an ending that is longer than the context.
+    """
     from tqdm import tqdm
 
     n_ctx, encoded, n_cut = len(params["wpe"]), [], 0
@@ -182,7 +196,7 @@ def evaluate_task(examples, encoder, params, n_head, task):
     if n_cut:
         print(f"{n_cut} contexts are longer than the model's, and lose their beginning", file=sys.stderr)
     encoded.sort(key=lambda example: -max(len(ids) for ids, _ in example[0]))  # batches of similar lengths
-    scored = scores(params, (row for rows, _, _ in encoded for row in rows), n_head)
+    scored = scores(params, (row for rows, _, _ in encoded for row in rows), n_head, **options)
 
     totals, bar = {}, tqdm(encoded, task, unit="example", disable=None)
     for n, (_, endings, label) in enumerate(bar, 1):
@@ -207,13 +221,14 @@ def evaluate_task(examples, encoder, params, n_head, task):
 # a text
 
 
-def evaluate_text(text, encoder, params, n_head, stride=0):
-    """({figure: value}, ids, the nats of each id), the first of which is predicted from <|endoftext|>."""
+def evaluate_text(text, encoder, params, n_head, **options):
+    """({figure: value}, ids, nats of each), with the first id predicted from <|endoftext|>; options: see text_nats."""
     from tqdm import tqdm
 
     ids, parts, total = encoder.encode(text), [], 0.0
+    windows = text_nats(params, [encoder.encoder["<|endoftext|>"], *ids], len(params["wpe"]), n_head, **options)
     with tqdm(total=len(ids), desc="evaluating", unit="token", disable=None) as bar:
-        for part in text_nats(params, [encoder.encoder["<|endoftext|>"], *ids], len(params["wpe"]), n_head, stride):
+        for part in windows:
             parts.append(part)
             total += part.sum()
             bar.update(len(part))
@@ -262,6 +277,19 @@ def as_html(title, encoder, ids, nats):
     return PAGE.format(title=html.escape(title), legend=legend, text="".join(spans))
 
 
+def share_cores():
+    """How many batches NumPy should work on at a time. Before NumPy is imported, it has its BLAS use the other cores.
+
+    One batch on all cores would leave all but one of them idle between its matrix products.
+    """
+    if "numpy" in sys.modules or {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
+        return 1
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    n_threads = min(n_cores, 8)  # each batch takes some hundred MB
+    os.environ["OPENBLAS_NUM_THREADS"] = str(n_cores // n_threads)
+    return n_threads
+
+
 def exp(x):
     return math.exp(x) if x < 700 else math.inf
 
@@ -291,6 +319,8 @@ def main(
         dtype: float32, or with jax bfloat16
         tensor_parallel: with jax, how many devices share the weights of each block
     """
+    n_threads = share_cores() if backend == "numpy" else 1
+
     from utils import ModelError, load_encoder_hparams_and_params
 
     if task is not None and task not in TASKS:
@@ -316,9 +346,9 @@ def main(
 
     if task:
         with cli.mistakes(ValueError):
-            figures = evaluate_task(examples, encoder, params, n_head, task)
+            figures = evaluate_task(examples, encoder, params, n_head, task, n_threads=n_threads)
     else:
-        figures, ids, nats = evaluate_text(text, encoder, params, n_head, stride)
+        figures, ids, nats = evaluate_text(text, encoder, params, n_head, stride=stride, n_threads=n_threads)
     for name, value in figures.items():
         print(f"{name:20}  {value:,}" if isinstance(value, int) else f"{name:20}  {value:,.4f}")
     if heatmap:
