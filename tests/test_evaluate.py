@@ -211,7 +211,7 @@ def test_lambada_is_the_accuracy_and_perplexity_of_the_last_word(tiny, encoder, 
 def test_cloze_takes_the_ending_of_the_fewest_nats_and_acc_norm_those_per_character(tiny, encoder, log_probs, tmp_path):
     rng, words = np.random.default_rng(0), TEXT.split()
     examples = []
-    for start in range(0, 400, 20):
+    for start in range(0, 200, 20):
         endings = [" ".join(words[i : i + 1 + i % 4]) for i in rng.integers(0, 5000, 4)]
         examples.append(
             {"context": " ".join(words[start : start + 9]), "endings": endings, "label": int(rng.integers(4))}
@@ -225,7 +225,7 @@ def test_cloze_takes_the_ending_of_the_fewest_nats_and_acc_norm_those_per_charac
     assert np.mean(right) != np.mean(right_per_character)
     got = figures(command(write_lines(tmp_path / "a.jsonl", *examples), "--task=cloze", model=tiny, script=SCRIPT))
     assert got == pytest.approx(
-        {"examples": 20, "acc": np.mean(right), "acc_norm": np.mean(right_per_character)}, abs=1e-4
+        {"examples": 10, "acc": np.mean(right), "acc_norm": np.mean(right_per_character)}, abs=1e-4
     )
 
 
@@ -237,11 +237,8 @@ def test_hellaswag_is_cleaned_of_the_marks_of_wikihow():
         endings=[" [step] Stir  it. ", "rest [substeps] now"],
         label="1",
     )
-    assert (context, endings, label) == (
-        "Baking:  How to bake. Mix. Take flour. Then you".replace("  ", " "),
-        [" Stir it.", "rest now"],
-        1,
-    )
+    assert context == "Baking: How to bake. Mix. Take flour. Then you"
+    assert (endings, label) == ([" Stir it.", "rest now"], 1)
 
 
 def test_spaces_before_an_ending_belong_to_it(encoder):
