@@ -214,7 +214,7 @@ def check_variables(path, shapes, dtypes, hparams):
 
 def import_tensorflow():
     """TensorFlow, imported without its chatter, which goes past Python's sys.stderr. Raises CheckpointError."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # JAX, if it came first, has made it 1
     sys.stderr.flush()
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
