@@ -62,6 +62,16 @@ def new_adapters(params, rank, names, seed=0):
     ]
 
 
+def lora_layers(lora_rank, lora_alpha, lora_on):
+    """--lora_on, as it was typed -> which of LAYERS. Ends with one line for others, and for flags that do nothing."""
+    names = lora_on.replace(" ", "").split(",")
+    if not {*names} <= LAYERS.keys():
+        fail(f"--lora_on takes {', '.join(LAYERS)}, not {lora_on}")
+    if not lora_rank and (lora_alpha is not None or lora_on != "c_attn"):
+        fail("--lora_alpha and --lora_on do nothing without --lora_rank")
+    return names
+
+
 def save_adapters(folder, adapters, alpha, names, model_size):
     """Writes adapters as PEFT does, whose matrices are the other way round: lora_A [rank, in], lora_B [out, rank]."""
     from safetensors.numpy import save_file
@@ -121,13 +131,15 @@ def peft_name(i, path):
 def examples_of(encoder, documents, n_ctx):
     """[(ids, how many of the last are learned)] of prompts and completions: only the latter are.
 
-    A completion ends with <|endoftext|>, and so does an empty prompt. Ends with one line for examples that are too long.
+    A completion ends with <|endoftext|>, which also stands for an empty prompt. Ends with one line for those too long.
     """
     end, examples = encoder.encoder[training.END], []
     for document in documents:
         completion = [*encoder.encode(document["completion"]), end]
         examples.append(((encoder.encode(document["prompt"]) or [end]) + completion, len(completion)))
-    too_long = [document["where"] for document, (ids, _) in zip(documents, examples) if len(ids) > n_ctx + 1]
+    too_long = [
+        document["where"] for document, (ids, _) in zip(documents, examples, strict=True) if len(ids) > n_ctx + 1
+    ]
     if too_long:
         more = f" (as are {len(too_long) - 1} others)" if too_long[1:] else ""
         fail(f"{too_long[0]} is longer than the {n_ctx} tokens that the model sees at once{more}")
@@ -199,9 +211,7 @@ def main(
     """
     if merge:
         return save_merged(merge, files, resume, model_size, name, models_dir)
-    names = lora_on.replace(" ", "").split(",")
-    if not {*names} <= LAYERS.keys() or (not lora_rank and (lora_alpha is not None or lora_on != "c_attn")):
-        fail(f"--lora_on takes {', '.join(LAYERS)}, and like --lora_alpha does nothing without --lora_rank")
+    names = lora_layers(lora_rank, lora_alpha, lora_on)
     settings = {"lora_rank": lora_rank, "lora_alpha": 2 * lora_rank if lora_alpha is None else lora_alpha}
     settings |= {"n_steps": n_steps, "batch_size": batch_size, "accumulate": accumulate, "n_ctx": n_ctx}
     settings |= {"learning_rate": (1e-3 if lora_rank else 1e-4) if learning_rate is None else learning_rate}
@@ -211,17 +221,13 @@ def main(
     settings |= {"model_size": model_size, "lora_on": names}
 
     kinds = ("text",), ("prompt", "completion")
-    if not files:
-        fail("no files to learn from (see --help)")
     documents = training.read_documents(files, *kinds)
     others = training.read_documents([held_out], *kinds) if held_out else []
     if others and others[0].keys() != documents[0].keys():
         fail(f"{held_out} is of another kind than {files[0]}")
     with mistakes(ModelError):
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    n_head, n_ctx = hparams["n_head"], n_ctx or min(256, hparams["n_ctx"])
-    if n_ctx > hparams["n_ctx"]:
-        fail(f"the model sees {hparams['n_ctx']} tokens at once, not {n_ctx}")
+    n_head, n_ctx = hparams["n_head"], training.context(n_ctx, hparams)
 
     if "text" in documents[0]:
         texts, others = ([document["text"] for document in part] for part in (documents, others))

@@ -103,6 +103,13 @@ def join_processes():
         fail(f"the processes cannot be joined: {' '.join(str(error).split())}: see {names}")
 
 
+def context(n_ctx, hparams):
+    """n_ctx as the user has it, or 256 tokens; ends with one line for more than the model sees at once."""
+    if n_ctx is not None and n_ctx > hparams["n_ctx"]:
+        fail(f"the model sees {hparams['n_ctx']} tokens at once, not {n_ctx}")
+    return n_ctx or min(256, hparams["n_ctx"])
+
+
 # texts
 
 
@@ -137,6 +144,8 @@ def read_documents(patterns, *kinds):
     them parted by <|endoftext|>. Ends with one line that names bad lines by file and number.
     """
     documents = []
+    if not patterns:
+        fail("no files to learn from (see --help)")
     for path in paths_of(patterns):
         if path.endswith(".jsonl"):
             documents += read_jsonl(path, kinds)
@@ -468,7 +477,7 @@ def needs(update):
 
 
 def command_to_resume():
-    return shlex.join(["python", *sys.argv, *["--resume"][: "--resume" not in sys.argv]])
+    return shlex.join([*sys.orig_argv, *["--resume"][: "--resume" not in sys.argv]])
 
 
 @contextlib.contextmanager
