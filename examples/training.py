@@ -414,7 +414,7 @@ def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save,
     keep_compiled(jax)
     update = update_of(loss, adamw, settings["seed"], accumulate)
     update = jax.jit(update, donate_argnums=(0, 1), out_shardings=everywhere)
-    update = update.lower(learned, optimizer_state, frozen, rows_at(which), np.int32(0)).compile()
+    update = compiled(update, settings["recompute"], learned, optimizer_state, frozen, rows_at(which), np.int32(0))
     say(f"{size(learned):,} of {size((learned, frozen)):,} numbers learn, which takes about {needs(update):.2g} GB")
 
     def save_run():
@@ -435,9 +435,10 @@ def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save,
                 save(here(learned), here(frozen))
             history.append([step, scale * float(np.mean(losses)) if losses else None, value])
             losses.clear()
-            save_run()
             if is_first:
                 plot(os.path.join(model_dir, "loss.png"), history, unit)
+            if step:
+                save_run()
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -463,6 +464,13 @@ def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save,
         os._exit(130)
     step, _, value = min(history, key=lambda entry: entry[2])
     say(f"{model_dir} has the weights of step {step}: {value:.4f} {unit}")
+
+
+def compiled(function, recompute, *arguments):
+    """A function under jit, compiled for arguments like these."""
+    # on CPUs, XLA drops the barriers that part what is computed again from what was, and then makes one of the two
+    passes = "cse_barrier_expander" if recompute and jax.default_backend() == "cpu" else ""
+    return function.lower(*arguments).compile(compiler_options={"xla_disable_hlo_passes": passes})
 
 
 def size(tree):

@@ -1,32 +1,37 @@
 """examples/train.py: a short run on a small text, and what it leaves behind."""
 
 import collections
-import importlib.util
 import json
 import math
 import os
+import pathlib
 import re
+import shlex
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tokenizers
-from conftest import REPO, command
+from conftest import REPO, TIMEOUT, assert_one_line_error, command, running
+
+sys.path.insert(0, str(REPO / "examples"))
+import train
+import training
 
 from checkpoint import random_params
 from encoder import get_encoder
 from gpt2 import generate, gpt2
 from utils import load_encoder_hparams_and_params
 
-TEXT_FILE = REPO / "tests" / "data" / "tinyshakespeare_heldout.txt"
-TEXT = TEXT_FILE.read_text(encoding="utf-8")
+TEXT_FILE = str(REPO / "tests" / "data" / "tinyshakespeare_heldout.txt")
+TEXT = pathlib.Path(TEXT_FILE).read_text(encoding="utf-8")
 SMALL = {"n_vocab": 300, "n_ctx": 32, "n_embd": 32, "n_head": 2, "n_layer": 1}
 SETTINGS = {**SMALL, "n_steps": 120, "batch_size": 8, "learning_rate": 0.02, "evaluate_every": 60}
 DATA = "model.ckpt.data-00000-of-00001"
-
-spec = importlib.util.spec_from_file_location("train", REPO / "examples" / "train.py")
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,7 @@ def models_dir(tmp_path_factory):
     flags = [f"--{key}={value}" for key, value in SETTINGS.items()]
     done = command(TEXT_FILE, "--name", "small", "--models_dir", path, *flags, script="examples/train.py")
     assert done.returncode == 0, done.stderr
+    (path / "stderr.txt").write_text(done.stderr, "utf-8")
     return path
 
 
@@ -44,13 +50,20 @@ def progress(model_dir):
         return json.loads(str(state["progress"]))
 
 
+def losses_of(model_dir):  # [step, training, held-out]
+    return progress(model_dir)[2]
+
+
+def weights_of(model_dir):
+    return np.fromfile(model_dir / DATA, np.float32)
+
+
 def test_loss_falls_well_below_the_entropy_of_single_characters(models_dir):
     # the best that a model can do which knows how often each character occurs, but nothing of what came before
     counts = collections.Counter(TEXT)
     unigram_entropy = -sum(n / len(TEXT) * math.log(n / len(TEXT)) for n in counts.values())
-    _, step, history = progress(models_dir / "small")
-    assert step == 120
-    assert min(held_out for _, _, held_out in history) < unigram_entropy - 0.3
+    assert losses_of(models_dir / "small")[-1][0] == 120
+    assert min(held_out for _, _, held_out in losses_of(models_dir / "small")) < unigram_entropy - 0.3
 
 
 def test_the_checkpoint_generates_through_the_command_line(models_dir):
@@ -68,18 +81,27 @@ def test_a_trained_model_starts_without_tensorflow(models_dir):
     }
 
 
-def test_the_loss_curve_is_drawn_beside_the_checkpoint(models_dir):
+def test_the_loss_curve_is_drawn_beside_the_checkpoint_from_before_the_first_step(models_dir):
     assert (models_dir / "small" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [step for step, _, _ in losses_of(models_dir / "small")] == [0, 60, 120]
+
+
+def test_there_are_sixteen_evaluations_unless_told_otherwise(tmp_path):
+    for n_steps, expected in [(8000, 500), (500, 31), (3, 1)]:
+        settings = {"batch_size": 8, "accumulate": 1, "dtype": "float32", "dropout": 0, "evaluate_every": None}
+        _, settings = training.begin("new", tmp_path, False, False, settings | {"n_steps": n_steps})
+        assert settings["evaluate_every"] == expected
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one_with_the_same_seed(models_dir, tmp_path, monkeypatch):
-    def save_and_stop(*args):
-        save_state(*args)
-        raise KeyboardInterrupt
+    def save_and_stop(path, settings, step, *rest):
+        save_state(path, settings, step, *rest)
+        if step == 60:
+            raise SystemExit
 
-    save_state = train.save_state
-    monkeypatch.setattr(train, "save_state", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    save_state = training.save_state
+    monkeypatch.setattr(training, "save_state", save_and_stop)
+    with pytest.raises(SystemExit):
         train.main(TEXT_FILE, name="small", models_dir=tmp_path, **SETTINGS)
     monkeypatch.undo()
     assert progress(tmp_path / "small")[1] == 60
@@ -90,22 +112,127 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_with_the_same_seed(models_di
     assert (tmp_path / "small" / DATA).read_bytes() == (models_dir / "small" / DATA).read_bytes()
 
 
+def test_a_run_that_ends_before_its_first_evaluation_leaves_one_to_resume(tmp_path, monkeypatch):
+    def stop(*args):
+        raise SystemExit
+
+    monkeypatch.setattr(training, "text_nats", stop)
+    with pytest.raises(SystemExit):
+        train.main(TEXT_FILE, name="small", models_dir=tmp_path, **SETTINGS)
+    monkeypatch.undo()
+    train.main(TEXT_FILE, name="small", models_dir=tmp_path, resume=True, **SETTINGS | {"n_steps": 2})
+    assert [step for step, _, _ in losses_of(tmp_path / "small")] == [0, 2]
+
+
+def test_ctrl_c_saves_at_once_and_names_the_command_that_goes_on(tmp_path):
+    flags = [f"--{key}={value}" for key, value in (SETTINGS | {"n_steps": 100_000, "evaluate_every": 50_000}).items()]
+    args = (TEXT_FILE, "--name", "small", "--models_dir", tmp_path, *flags)
+    with running(*args, script="examples/train.py") as process:
+        for line in process.stderr:
+            if b"minutes to go" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        last = process.stderr.read().decode().splitlines()[-1]
+        assert process.wait() == 130
+    step, resume = re.fullmatch(r"stopped at step (\d+) of 100000, which is saved; to go on: (.*)", last).groups()
+    assert progress(tmp_path / "small")[1] == int(step) > 0
+    assert shlex.split(resume) == [*map(str, process.args), "--resume"]
+
+
+def test_a_finished_run_is_lengthened_by_more_steps(models_dir, tmp_path, capfd):
+    shutil.copytree(models_dir / "small", tmp_path / "small")
+    said = message(TEXT_FILE, name="small", models_dir=tmp_path, resume=True, **SETTINGS)
+    assert "has made 120 steps already: to add some, give a larger --n_steps" in said
+    train.main(TEXT_FILE, name="small", models_dir=tmp_path, resume=True, **SETTINGS | {"n_steps": 150})
+    assert [step for step, _, _ in losses_of(tmp_path / "small")] == [0, 60, 120, 150]
+    assert "the learning rate goes on as in a run of 150" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_never_the_best(tmp_path):
+    settings = SETTINGS | {"learning_rate": 1e30, "weight_decay": 0, "evaluate_every": 5}
+    said = message(TEXT_FILE, name="small", models_dir=tmp_path, **settings)
+    assert "the loss is no number any more at step 5: the learning_rate is too high" in said
+    assert np.isfinite(weights_of(tmp_path / "small")).all()
+
+
+def test_nothing_is_on_stderr_that_the_run_does_not_say_itself(models_dir):
+    said = (models_dir / "stderr.txt").read_text("utf-8")
+    lines = [line for line in said.splitlines() if not line.startswith("    ")]  # those are samples
+    expected = [r"[0-9,]+ of .* numbers learn, which takes about \S+ GB", "step 0: held out .*", "a step takes .*"]
+    expected += ["step 60: held out .*", "step 120: held out .*", ".* has the weights of step .*"]
+    assert len(lines) == len(expected)
+    assert all(map(re.fullmatch, expected, lines))
+
+
+# several devices, several processes
+
+
+SHORT = {**SMALL, "n_steps": 20, "batch_size": 8, "learning_rate": 0.01, "evaluate_every": 10}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The folder of a model that one process has trained on one device."""
+    path = tmp_path_factory.mktemp("one")
+    train.main(TEXT_FILE, name="small", models_dir=path, **SHORT)
+    return path / "small"
+
+
+def short_run(models_dir, *flags):
+    settings = [f"--{key}={value}" for key, value in SHORT.items()]
+    return (TEXT_FILE, "--name", "small", "--models_dir", models_dir, *settings, *flags)
+
+
+def test_rows_divided_over_eight_devices_give_the_same_weights(short, tmp_path):
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = command(*short_run(tmp_path), script="examples/train.py", env=devices)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(weights_of(tmp_path / "small"), weights_of(short), atol=1e-4)
+
+    done = command(*short_run(tmp_path / "new", "--accumulate=2"), script="examples/train.py", env=devices)
+    assert_one_line_error(done, "4 rows cannot be divided over 8 devices")
+
+
+def test_two_processes_that_each_take_half_of_the_rows_give_the_same_weights(short, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+
+    def process(i):
+        kwargs = {"env": environment | {"JAX_PROCESS_ID": str(i)}, "stderr": None if i else subprocess.PIPE}
+        return running(*short_run(tmp_path, "--distributed"), script="examples/train.py", **kwargs)
+
+    with process(0) as first, process(1) as second:
+        said = first.communicate(timeout=TIMEOUT)[1].decode()
+        assert (first.returncode, second.wait(TIMEOUT)) == (0, 0), said
+    np.testing.assert_allclose(weights_of(tmp_path / "small"), weights_of(short), atol=1e-4)
+
+
+def test_processes_that_cannot_find_one_another_are_told_of_in_one_line(tmp_path):
+    done = command(*short_run(tmp_path, "--distributed"), script="examples/train.py")
+    assert_one_line_error(done, "the processes cannot be joined")
+
+
+# the parts
+
+
 def test_another_seed_gives_other_first_weights_and_another_order():
     first, other = (train.initial_params(SMALL, seed)["wte"] for seed in (0, 1))
     assert not np.array_equal(first, other)
-    first, other = (next(train.batches(np.arange(1000), 40, 7, seed, 0, n_steps=9)) for seed in (0, 1))
+    first, other = (windows_of_steps(1000, seed, 0, 9)[0] for seed in (0, 1))
     assert not np.array_equal(first, other)
 
 
 def test_the_model_kept_is_the_one_with_the_lowest_held_out_loss(tmp_path, monkeypatch):
-    losses = iter([300.0, 200.0, 400.0])
-    monkeypatch.setattr(train, "held_out_nats", lambda *args: next(losses))
-    kept = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda model_dir, hparams, params: kept.append(params["ln_f"]["g"]))
-    seen = []
-    monkeypatch.setattr(train, "save_state", lambda path, settings, step, history, arrays: seen.append(arrays[0]))
+    losses = iter([500.0, 300.0, 200.0, 400.0])
+    monkeypatch.setattr(training, "text_nats", lambda *args: [next(losses)])
+    kept, seen = [], []
+    monkeypatch.setattr(
+        train, "save_checkpoint", lambda model_dir, hparams, params: kept.append(np.array(params["ln_f"]["g"]))
+    )
+    monkeypatch.setattr(training, "save_state", lambda *args: seen.append(np.array(args[-1][0]["ln_f"]["g"])))
     train.main(TEXT_FILE, name="small", models_dir=tmp_path, **{**SETTINGS, "n_steps": 3, "evaluate_every": 1})
-    assert [np.array_equal(g, kept[-1]) for g in (params["ln_f"]["g"] for params in seen)] == [False, True, False]
+    assert [np.array_equal(g, kept[-1]) for g in seen] == [False, False, True, False]
 
 
 def test_the_vocabulary_is_what_tokenizers_reads_and_encodes_alike(models_dir):
@@ -120,8 +247,8 @@ def test_the_vocabulary_is_what_tokenizers_reads_and_encodes_alike(models_dir):
 
 
 def test_the_tokenizer_learns_from_the_first_nine_tenths_alone(tmp_path, monkeypatch):
-    def stop(text, n_vocab, model_dir):
-        assert text == TEXT[: -(len(TEXT) // 10)]
+    def stop(texts, n_vocab, model_dir):
+        assert texts == [TEXT[: -(len(TEXT) // 10)]]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train_tokenizer", stop)
@@ -129,9 +256,15 @@ def test_the_tokenizer_learns_from_the_first_nine_tenths_alone(tmp_path, monkeyp
         train.main(TEXT_FILE, name="small", models_dir=tmp_path, **SETTINGS)
 
 
+def windows_of_steps(n_ids, seed, first_step, n_steps):
+    """7 windows of 40 of consecutive ids for every step."""
+    order, rows = training.windows_of(np.arange(n_ids), 40, 7)
+    return [rows(which)["ids"] for which in training.batches(order, 7, seed, first_step, n_steps)]
+
+
 def test_an_epoch_cuts_the_text_into_shuffled_windows_that_do_not_overlap():
-    steps = train.batches(np.arange(1000), n_ctx=40, batch_size=7, seed=0, first_step=0, n_steps=6)
-    epochs = [np.concatenate([next(steps) for _ in range(3)]) for _ in range(2)]  # 23 windows of 40, batches of 7
+    steps = windows_of_steps(1000, 0, 0, 6)
+    epochs = [np.concatenate(steps[:3]), np.concatenate(steps[3:])]  # 23 windows of 40, batches of 7
     for windows in epochs:
         assert windows.shape == (21, 41)
         assert (np.diff(windows, axis=1) == 1).all()  # consecutive ids
@@ -140,24 +273,23 @@ def test_an_epoch_cuts_the_text_into_shuffled_windows_that_do_not_overlap():
 
 
 @pytest.mark.parametrize("n_ids", [321, 330, 1000])
-def test_every_window_lies_within_the_text(n_ids):  # 321: the shortest text that main accepts for 7 windows of 40
-    for windows in train.batches(np.arange(n_ids), 40, 7, seed=0, first_step=0, n_steps=60):
+def test_every_window_lies_within_the_text(n_ids):  # 321: the shortest text that is accepted for 7 windows of 40
+    for windows in windows_of_steps(n_ids, 0, 0, 60):
         assert 0 <= windows.min() <= windows.max() < n_ids
 
 
 def test_batches_go_on_at_any_step_as_if_they_had_begun_at_the_first():
-    every = list(train.batches(np.arange(1000), 40, 7, seed=3, first_step=0, n_steps=40))
+    every = windows_of_steps(1000, 3, 0, 40)
     for step in (1, 20, 35):
-        resumed = train.batches(np.arange(1000), 40, 7, seed=3, first_step=step, n_steps=40)
-        for expected, got in zip(every[step:], resumed, strict=True):
+        for expected, got in zip(every[step:], windows_of_steps(1000, 3, step, 40), strict=True):
             np.testing.assert_array_equal(expected, got)
 
 
 def test_dropout_silences_features_behind_each_layer_norm_and_scales_the_others():
     rng = np.random.default_rng(0)
-    norms = [{name: train.jnp.asarray(rng.uniform(0.5, 1.5, 4000)) for name in ("g", "b")} for _ in range(5)]
+    norms = [{name: training.jnp.asarray(rng.uniform(0.5, 1.5, 4000)) for name in ("g", "b")} for _ in range(5)]
     params = {"blocks": [dict(zip(("ln_1", "ln_2"), norms[i : i + 2], strict=True)) for i in (0, 2)], "ln_f": norms[4]}
-    dropped = train.with_dropout(params, 0.25, train.jax.random.key(0))
+    dropped = training.with_dropout(params, 0.25, training.jax.random.key(0))
     norms = [(params["ln_f"], dropped["ln_f"])]
     for before, after in zip(params["blocks"], dropped["blocks"], strict=True):
         norms += [(before["ln_1"], after["ln_1"]), (before["ln_2"], after["ln_2"])]
@@ -172,31 +304,22 @@ def test_dropout_silences_features_behind_each_layer_norm_and_scales_the_others(
 
 
 def test_dropout_of_0_changes_nothing_and_each_window_has_a_mask_of_its_own():
-    params = train.jax.tree.map(train.jnp.asarray, random_params(SMALL))
+    params = training.jax.tree.map(training.jnp.asarray, random_params(SMALL))
     params["wte"] *= 50  # far from uniform
-    windows, key = np.tile(np.arange(33), (2, 1)), train.jax.random.key(1)
-    plain, mean_loss = (train.jax.jit(loss, static_argnames="n_head") for loss in (train.token_losses, train.mean_loss))
-    expected = float(plain(params, windows, n_head=2).mean())
-    assert float(mean_loss(params, windows, key, 0.0, n_head=2)) == pytest.approx(expected, rel=1e-5)
-    one, both = (mean_loss(params, windows[:n], key, 0.5, n_head=2) for n in (1, 2))
-    assert not np.isclose(one, both, rtol=1e-4)
+    rows = {"ids": np.tile(np.arange(33), (2, 1)), "counted": np.ones((2, 32), np.float32)}
+    keys = training.jax.random.split(training.jax.random.key(1), 2)
 
+    loss = training.jax.jit(training.text_loss, static_argnums=(3, 4, 5, 6))
 
-@pytest.mark.parametrize("n_ids", [2, 9, 10, 12, 13, 14, 30])
-def test_held_out_loss_counts_every_token_once_with_at_least_half_a_context(n_ids):
-    n_ctx, hparams = 8, {"n_vocab": 50, "n_ctx": 8, "n_embd": 16, "n_head": 2, "n_layer": 1}
-    params = random_params(hparams)
-    params["wte"] *= 50  # far from uniform
-    ids = np.random.default_rng(0).integers(0, 50, n_ids)
+    def mean(n_rows, dropout):
+        part = {name: array[:n_rows] for name, array in rows.items()}
+        total, n = loss(params, part, keys[:n_rows], 2, dropout, "float32", False)
+        return float(total / n)
 
-    expected = 0.0
-    for i in range(1, n_ids):  # by hand, a token at a time: windows begin at 0, 4, 8, ...
-        start = 0 if i <= n_ctx else (i - n_ctx + 3) // 4 * 4
-        logits = gpt2(ids[start:i], **params, n_head=2)[-1].astype(np.float64)
-        expected += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[ids[i]]
-        assert i <= n_ctx or i - start > n_ctx // 2
-    got = train.held_out_nats(train.jax.tree.map(train.jnp.asarray, params), ids, n_ctx, n_head=2)
-    assert got == pytest.approx(expected, rel=1e-5)
+    logits = gpt2(rows["ids"][0, :-1], **random_params(SMALL) | {"wte": np.asarray(params["wte"])}, n_head=2)
+    expected = np.log(np.exp(logits).sum(-1)) - logits[np.arange(32), np.arange(1, 33)]
+    assert mean(2, 0.0) == pytest.approx(expected.mean(), rel=1e-4)
+    assert not np.isclose(mean(1, 0.5), mean(2, 0.5), rtol=1e-4)
 
 
 def test_first_weights_have_the_spread_of_gpt2():
@@ -217,10 +340,9 @@ def test_first_weights_have_the_spread_of_gpt2():
 
 def test_a_first_model_predicts_almost_uniformly():
     hparams = {"n_vocab": 300, "n_ctx": 64, "n_embd": 64, "n_head": 2, "n_layer": 2}
-    windows = np.random.default_rng(0).integers(0, 300, (4, 65))
-    losses = train.jax.jit(train.token_losses, static_argnames="n_head")
-    loss = losses(train.initial_params(hparams, seed=0), windows, n_head=2).mean()
-    assert float(loss) == pytest.approx(math.log(300), abs=0.05)
+    logits = gpt2(np.random.default_rng(0).integers(0, 300, 64), **train.initial_params(hparams, seed=0), n_head=2)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[:, 0]
+    assert losses.mean() == pytest.approx(math.log(300), abs=0.05)
 
 
 def message(*args, **settings):
@@ -235,7 +357,7 @@ def message(*args, **settings):
     [
         ({"name": "../small"}, "no name for a new model"),
         ({"name": "small."}, "no name for a new model"),
-        ({"name": "124M"}, "no name for a new model"),
+        ({"name": "124M"}, "is the name of a model of OpenAI's"),
         ({"n_vocab": 256}, "n_vocab must be 257 or more"),
         ({"n_head": 3}, "n_embd divisible by n_head"),
         ({"n_ctx": 1}, "n_ctx 2 or more"),
@@ -250,6 +372,14 @@ def message(*args, **settings):
 )
 def test_mistakes_are_told_in_one_line(change, said, tmp_path):
     assert said in message(TEXT_FILE, **{"name": "new", "models_dir": tmp_path, **SETTINGS, **change})
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("short", "too short"), ("a " * 100, "too short")])
+def test_a_text_too_short_leaves_no_folder_that_would_be_in_the_way(text, said, tmp_path):
+    (tmp_path / "text.txt").write_text(text)
+    assert said in message(str(tmp_path / "text.txt"), name="new", models_dir=tmp_path / "models", **SETTINGS)
+    assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize(
@@ -291,6 +421,6 @@ def test_the_best_checkpoint_is_the_one_that_loads(models_dir):
     encoder, hparams, params = load_encoder_hparams_and_params("small", str(models_dir))
     held_out = TEXT[-(len(TEXT) // 10) :]
     ids = np.array([encoder.encoder["<|endoftext|>"], *encoder.encode(held_out)])
-    nats = train.held_out_nats(train.jax.tree.map(train.jnp.asarray, params), ids, hparams["n_ctx"], hparams["n_head"])
-    best = min(held_out for _, _, held_out in progress(models_dir / "small")[2])
-    assert nats / len(held_out) == pytest.approx(best, rel=1e-6)
+    nats = sum(map(np.sum, training.text_nats(params, ids, hparams["n_ctx"], hparams["n_head"])))
+    best = min(held_out for _, _, held_out in losses_of(models_dir / "small"))
+    assert nats / len(held_out) == pytest.approx(best, rel=1e-5)

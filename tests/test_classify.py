@@ -1,0 +1,184 @@
+"""examples/classify.py: classes that are learned, told apart, counted and drawn."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from conftest import REPO, assert_one_line_error, command, hugging_face, wild_params, write_tokenizer
+
+sys.path.insert(0, str(REPO / "examples"))
+import classify
+import training
+
+from checkpoint import save_checkpoint
+from utils import load_encoder_hparams_and_params
+
+HPARAMS = {"n_vocab": 307, "n_ctx": 24, "n_embd": 35, "n_head": 5, "n_layer": 1}
+WORDS = {"colours": ["red", "green", "blue"], "numbers": ["one", "two", "three"], "ünits": ["mile", "foot", "inch"]}
+RECIPE = {"n_steps": 40, "batch_size": 8, "evaluate_every": 40, "n_ctx": 8}
+
+
+def write_lines(path, n, seed):
+    """n lines of {"text", "label"}: three words of a class each."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice([*WORDS], n)
+    lines = [{"text": " ".join(rng.choice(WORDS[label], 3)), "label": str(label)} for label in labels]
+    path.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    return lines
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with models/base, train.jsonl and held_out.jsonl."""
+    path = tmp_path_factory.mktemp("data")
+    save_checkpoint(path / "models" / "base", HPARAMS, wild_params(HPARAMS))
+    write_tokenizer(path / "models" / "base", HPARAMS["n_vocab"])
+    write_lines(path / "train.jsonl", 120, seed=0)
+    write_lines(path / "held_out.jsonl", 50, seed=1)
+    return path
+
+
+def learn(data, name, **settings):
+    models_dir = str(data / "models")
+    classify.train(f"{data}/train.jsonl", model_size="base", name=name, models_dir=models_dir, **RECIPE | settings)
+    return classify.load(name, models_dir)
+
+
+@pytest.fixture(scope="module")
+def words(data):
+    """The classifier "words", of which all weights have learned: (encoder, hparams, params, head, labels)."""
+    return learn(data, "words", learning_rate=3e-3)
+
+
+def test_all_weights_learn_to_tell_classes_apart(data, words, capsys):
+    classify.evaluate(f"{data}/held_out.jsonl", name="words", models_dir=str(data / "models"))
+    assert float(capsys.readouterr().out.split()[1]) > 0.95
+
+
+def test_the_logits_are_a_linear_function_of_transformers_last_hidden_state(words):
+    encoder, hparams, params, head, _ = words
+    ids = classify.encoded(encoder, ["red two mile", "x"], 24)
+    assert [row[-1] for row in ids] == [encoder.encoder["<|endoftext|>"]] * 2
+    model = hugging_face(hparams, params).transformer
+    for row, found in zip(ids, classify.probabilities(params, head, ids, hparams["n_head"]), strict=True):
+        with torch.no_grad():
+            hidden = model(torch.tensor([row])).last_hidden_state[0, -1].numpy()
+        expected = torch.softmax(torch.tensor(hidden @ head["w"] + head["b"]), -1).numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_jax_finds_in_padded_batches_what_numpy_finds_one_by_one(words):
+    _, hparams, params, head, _ = words
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 307, n).tolist() for n in rng.integers(1, 25, 40)]
+    on_jax = training.jax.tree.map(training.jnp.asarray, params)
+    expected = classify.probabilities(params, head, rows, hparams["n_head"])
+    np.testing.assert_allclose(classify.probabilities(on_jax, head, rows, hparams["n_head"]), expected, atol=1e-4)
+
+
+def test_the_head_alone_leaves_the_weights_as_they_are_and_adapters_change_some(data):
+    _, _, base = load_encoder_hparams_and_params("base", str(data / "models"))
+    _, _, params, head, _ = learn(data, "head", head_only=True)
+    for ours, theirs in zip(*map(training.jax.tree.leaves, (params, base)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert head["b"].any()
+
+    _, _, params, _, _ = learn(data, "adapted", lora_rank=2, learning_rate=1e-2)
+    changed = {
+        training.jax.tree_util.keystr(path)
+        for path, same in training.jax.tree_util.tree_leaves_with_path(
+            training.jax.tree.map(np.array_equal, params, base)
+        )
+        if not same
+    }
+    assert changed == {"['blocks'][0]['attn']['c_attn']['w']"}
+
+
+def test_evaluate_prints_what_scikit_learn_computes_and_draws_a_confusion_matrix(data, capsys, tmp_path):
+    learn(data, "poor", head_only=True, n_steps=2, evaluate_every=2)  # so that there are mistakes
+    lines = [json.loads(line) for line in (data / "held_out.jsonl").read_text("utf-8").splitlines()]
+    classify.predict(*(line["text"] for line in lines), name="poor", models_dir=str(data / "models"))
+    found = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
+
+    classify.evaluate(f"{data}/held_out.jsonl", name="poor", models_dir=str(data / "models"))
+    first, _, *rows = capsys.readouterr().out.splitlines()
+    right, labels = [line["label"] for line in lines], sorted(WORDS)
+    accuracy = sklearn.metrics.accuracy_score(right, found)
+    assert first == f"accuracy {accuracy:.3f}"
+    assert accuracy < 1
+    columns = sklearn.metrics.precision_recall_fscore_support(right, found, labels=labels, zero_division=0)
+    for label, row, *expected in zip(labels, rows, *columns, strict=True):
+        assert row.split()[0] == label
+        np.testing.assert_allclose([*map(float, row.split()[1:])], expected, atol=6e-4)
+    assert (data / "models" / "poor" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_predict_prints_a_line_of_json_for_every_text_of_a_file(data, words):
+    done = command(
+        *("predict", "red green blue", "--texts_file", "-", "--name", "words", "--models_dir", data / "models"),
+        input="one two three\nmile foot inch\n",
+        script="examples/classify.py",
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["text"] for answer in answers] == ["red green blue", "one two three", "mile foot inch"]
+    assert [answer["label"] for answer in answers] == ["colours", "numbers", "ünits"]
+    for answer in answers:
+        assert [*answer["probabilities"]] == sorted(WORDS)
+        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert max(answer["probabilities"], key=answer["probabilities"].get) == answer["label"]
+
+
+def test_what_is_held_out_by_default_is_a_random_tenth_that_is_not_learned(data, monkeypatch):
+    seen = {}
+
+    def stop(*args, data, evaluate, **kwargs):
+        order, rows = data
+        seen["learned"] = rows(order(np.random.default_rng(0)))["label"]
+        raise SystemExit
+
+    def probabilities(params, head, rows, n_head):
+        seen["held_out"] = rows
+
+    monkeypatch.setattr(training, "train", stop)
+    with pytest.raises(SystemExit):
+        learn(data, "new")
+    assert len(seen["learned"]) == 108
+    assert len({*seen["learned"].tolist()}) == 3
+
+
+def message(function, *args, **settings):
+    with pytest.raises(SystemExit) as error:
+        function(*args, **settings)
+    assert "\n" not in error.value.code
+    return error.value.code
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('{"text": "a", "label": "b"}\n{"text": "a"}', 'line 2: no object with {"text", "label"}'),
+        ('{"text": "a", "label": 5}', 'line 1: "label" is 5, not a text'),
+        ('{"text": "a", "label": "b"}', "there is one class only, 'b'"),
+        ('{"text": "a", "label": "b"}\n{"text": "a", "label": "c"}', "too few to learn from"),
+    ],
+)
+def test_bad_data_are_named_in_one_line(lines, said, data, tmp_path):
+    (tmp_path / "data.jsonl").write_text(lines, "utf-8")
+    options = {"model_size": "base", "models_dir": str(data / "models")}
+    assert said in message(classify.train, f"{tmp_path}/data.jsonl", name="new", **options)
+    assert not (data / "models" / "new").exists()
+
+
+def test_mistakes_are_told_in_one_line(data, words, tmp_path):
+    models_dir, held_out = str(data / "models"), f"{data}/held_out.jsonl"
+    (tmp_path / "other.jsonl").write_text('{"text": "a", "label": "odd"}', "utf-8")
+    said = message(classify.evaluate, f"{tmp_path}/other.jsonl", name="words", models_dir=models_dir)
+    assert "line 1: 'odd' is none of the classes colours, numbers, ünits" in said
+    assert "base is no classifier" in message(classify.evaluate, held_out, name="base", models_dir=models_dir)
+    assert "no texts" in message(classify.predict, name="words", models_dir=models_dir)
+    both = {"head_only": True, "lora_rank": 2}
+    assert "do not go together" in message(classify.train, held_out, name="new", models_dir=models_dir, **both)
+    assert_one_line_error(command("learn", script="examples/classify.py"), "learn is none of train, evaluate, predict")
