@@ -304,6 +304,7 @@ def text_evaluator(encoder, texts, n_ctx, n_head):
     ids, n_chars = text_ids(encoder, texts), sum(map(len, texts))
 
     def evaluate(params):
+        params = on_numpy(params) if jax.default_backend() == "cpu" else params  # in smaller batches: less memory
         nats = sum(map(np.sum, text_nats(params, ids, n_ctx, n_head)))
         line = f"held out {nats / (len(ids) - 1):.4f} nats per token, {nats / n_chars:.4f} per character"
         return nats / n_chars, f"{line}\n{sample(encoder, params, n_head)}"
@@ -317,6 +318,7 @@ def completion_evaluator(encoder, examples, n_head):
     prompt = encoder.decode(examples[0][0][: -examples[0][1]])
 
     def evaluate(params):
+        params = on_numpy(params) if jax.default_backend() == "cpu" else params
         nats = np.concatenate([nats for nats, _ in scores(params, examples, n_head)]).mean()
         line = f"held out {nats:.4f} nats per token\n{indented(prompt)}"
         return nats, f"{line}\n{sample(encoder, params, n_head, prompt)}"
@@ -324,9 +326,13 @@ def completion_evaluator(encoder, examples, n_head):
     return evaluate
 
 
+def on_numpy(params):
+    return jax.tree.map(np.asarray, params)
+
+
 def sample(encoder, params, n_head, prompt="", n_tokens=40):
     """A text that the model makes of a prompt, or of nothing. On NumPy, which compiles nothing."""
-    params, end, n_ctx = jax.tree.map(np.asarray, params), encoder.encoder[END], len(params["wpe"])
+    params, end, n_ctx = on_numpy(params), encoder.encoder[END], len(params["wpe"])
     ids, n_tokens = encoder.encode(prompt)[1 - n_ctx :] or [end], min(n_tokens, n_ctx // 2)
     options = {"temperature": 0.8, "seed": 0, "sliding_window": True, "stop": lambda ids: ids[-1] == end}
     ids = [i for i in generate(ids, params, n_head, n_tokens, bar=False, **options) if i != end]
@@ -334,7 +340,7 @@ def sample(encoder, params, n_head, prompt="", n_tokens=40):
 
 
 def indented(text):
-    return textwrap.indent(text.strip(), "    ", lambda line: True)
+    return textwrap.indent(text.strip(), "    ", lambda _: True)
 
 
 # the loop
@@ -407,10 +413,14 @@ def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save,
     which = next(batches(order, batch_size, settings["seed"], 0, 1))
     settings = {**settings, "data": zlib.crc32(b"".join(array.tobytes() for array in rows_of(which).values()))}
     adamw = optimizer(learned, n_steps, settings["learning_rate"], settings["weight_decay"])
-    optimizer_state, step, history, losses = adamw.init(learned), 0, [], []
+    step, history, losses = 0, [], []
     if resume:
-        step, history, losses, (learned, optimizer_state) = load_state(state_path, settings, (learned, optimizer_state))
-    learned, optimizer_state, frozen = (put(tree, everywhere) for tree in (learned, optimizer_state, frozen))
+        arrays = learned, jax.eval_shape(adamw.init, learned)
+        step, history, losses, (learned, optimizer_state) = load_state(state_path, settings, arrays)
+        optimizer_state = put(optimizer_state, everywhere)
+    learned, frozen = put(learned, everywhere), put(frozen, everywhere)
+    if not resume:
+        optimizer_state = jax.jit(adamw.init, out_shardings=everywhere)(learned)
     keep_compiled(jax)
     update = update_of(loss, adamw, settings["seed"], accumulate)
     update = jax.jit(update, donate_argnums=(0, 1), out_shardings=everywhere)
