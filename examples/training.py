@@ -425,7 +425,7 @@ def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save,
     update = update_of(loss, adamw, settings["seed"], accumulate)
     update = jax.jit(update, donate_argnums=(0, 1), out_shardings=everywhere)
     update = compiled(update, settings["recompute"], learned, optimizer_state, frozen, rows_at(which), np.int32(0))
-    say(f"{size(learned):,} of {size((learned, frozen)):,} numbers learn, which takes about {needs(update):.2g} GB")
+    say(f"{size(learned):,} of {size((learned, frozen)):,} numbers learn; a step needs about {needs(update):.2g} GB")
 
     def save_run():
         if is_first:

@@ -327,7 +327,7 @@ def test_it_says_how_much_learns_how_long_it_takes_and_shows_samples(adapted):
     _, said = adapted
     n_adapters = 3 * 2 * sum(n_in + n_out for n_in, n_out in [(35, 105), (35, 35), (35, 140), (140, 35)])
     assert f"\n{n_adapters:,} of " in f"\n{said}"
-    assert "numbers learn, which takes about 0." in said
+    assert "numbers learn; a step needs about 0." in said
     assert "\na step takes " in said
     assert said.count("\n    36 and 36:\n    ") == 17  # before the first step, and 16 times
     assert "cuInit" not in said

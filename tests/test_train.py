@@ -158,7 +158,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_the_best(tmp_path):
 def test_nothing_is_on_stderr_that_the_run_does_not_say_itself(models_dir):
     said = (models_dir / "stderr.txt").read_text("utf-8")
     lines = [line for line in said.splitlines() if not line.startswith("    ")]  # those are samples
-    expected = [r"[0-9,]+ of .* numbers learn, which takes about \S+ GB", "step 0: held out .*", "a step takes .*"]
+    expected = [r"[0-9,]+ of .* numbers learn; a step needs about \S+ GB", "step 0: held out .*", "a step takes .*"]
     expected += ["step 60: held out .*", "step 120: held out .*", ".* has the weights of step .*"]
     assert len(lines) == len(expected)
     assert all(map(re.fullmatch, expected, lines))
