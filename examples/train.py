@@ -96,7 +96,7 @@ def main(
         dropout: the part of the features behind each layer norm that training silences
         dtype: float32, or bfloat16 to compute in; the weights stay float32
         recompute: keep fewer activations, and compute them again: less memory, a third more time
-        evaluate_every: steps from one evaluation to the next (by default there are 16 in all, and one before the first
+        evaluate_every: steps from one evaluation to the next (by default there are 16 at most, and one before the first
             step); each saves the run, and the model if it is the best yet
         seed: of the first weights and of the order of the text
         distributed: be one of several processes that each take some rows of a batch (see README.md)

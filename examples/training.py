@@ -70,7 +70,7 @@ def begin(name, models_dir, resume, distributed, settings):
         fail(f"there is no run to resume in {model_dir}")
     if not resume and jax.process_index() == 0:  # it alone writes
         refuse_existing(model_dir)
-    return model_dir, {**settings, "evaluate_every": settings["evaluate_every"] or max(1, settings["n_steps"] // 16)}
+    return model_dir, {**settings, "evaluate_every": settings["evaluate_every"] or -(-settings["n_steps"] // 16)}
 
 
 def new_model(name, models_dir):
