@@ -12,10 +12,8 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the GPU's memory, too
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(os.path.dirname(HERE), "examples"))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples"))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 from bench import MODELS_DIR, make_checkpoint, processor
 
@@ -23,6 +21,8 @@ import cli
 import devices
 from gpt2 import generate
 from utils import load_encoder_hparams_and_params
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def on(backend, dtype, hparams, params):
@@ -108,6 +108,7 @@ def main(
         n_long: tokens in the long prompt, of which the time to the first new token is taken
         runs: how often every contestant has its turn, after one that does not count
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the GPU's memory, too
     import jax
     import torch
 
