@@ -4,6 +4,7 @@ NumPy's and CuPy's are written in place, and every shape is as good as another. 
 the model for every shape it meets, in seconds each, and lets it write into arrays that nobody else will read (donated).
 """
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -13,6 +14,7 @@ import os
 import sys
 
 from devices import cache_sharding, spread
+from threads import PART, Watched, each, in_parts, paced, thread_counts
 
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
 
@@ -153,13 +155,17 @@ def cached(model, params, n_head, n_rows, n_slots):
 
 def cached_in_place(model, params, n_head, n_rows, n_slots):
     xp, kv_cache = namespace(params["wte"]), empty_cache(params, n_head, n_rows, n_slots)
+    counts, seconds = thread_counts(params), collections.defaultdict(dict)
 
     def read(prompts):  # {prompt: its rows}: those of like length together, padded on their right, as in JAX's case
-        waiting = sorted(prompts, key=len)
+        waiting, batches = sorted(prompts, key=len), []
+        n_at_once = min(READ_AT_ONCE, max(PART[0], sum(map(len, waiting)) // counts[0]))
         while waiting:
-            n_ids = len(waiting[-1])
-            some = waiting[-max(1, READ_AT_ONCE // n_ids) :]
-            del waiting[-len(some) :]
+            batches.append(waiting[-max(1, n_at_once // len(waiting[-1])) :])
+            del waiting[-len(batches[-1]) :]
+
+        def read_batch(some):
+            n_ids = len(some[-1])
             ids = xp.asarray([[*prompt, *[0] * (n_ids - len(prompt))] for prompt in some])  # [n_some, n_ids]
             filled = empty_cache(params, n_head, len(some), n_ids)
             model(ids, **params, n_head=n_head, kv_cache=filled, n_last=1)
@@ -167,6 +173,8 @@ def cached_in_place(model, params, n_head, n_rows, n_slots):
                 for i, prompt in enumerate(some):
                     for row, name in itertools.product(prompts[prompt], cache):
                         cache[name][row, :, : len(prompt)] = new[name][i, :, : len(prompt)]
+
+        each(read_batch, batches, counts[0])
 
     def forward(rows, n_past, n_last=1):
         if len(rows) > 1:  # read each prompt once, but for its last id; with that, all rows bring one
@@ -179,10 +187,19 @@ def cached_in_place(model, params, n_head, n_rows, n_slots):
                 [row[-1:] for row in rows],
                 [past + len(row) - 1 for row, past in zip(rows, n_past, strict=True)],
             )
-        n_seen = max(n_past) + len(rows[0])  # the model sees views of the cache that end at the newest slot
-        views = [{name: array[:, :, :n_seen] for name, array in cache.items()} for cache in kv_cache]
-        past = n_past[0] if len({*n_past}) == 1 else xp.asarray(n_past)
-        return model(xp.asarray(rows), **params, n_head=n_head, kv_cache=views, n_past=past, n_last=n_last)
+        ids, past = xp.asarray(rows), n_past[0] if len({*n_past}) == 1 else xp.asarray(n_past)
+        n_ids = ids.shape[-1]
+
+        def run(start, stop, written):  # the model sees views of the cache that end at the newest slot
+            n_seen = max(n_past) + stop
+            views = [{name: array[:, :, :n_seen] for name, array in cache.items()} for cache in kv_cache]
+            views = [Watched(view, written) for view in views]
+            options = {"kv_cache": views, "n_past": past + start, "n_last": n_last}
+            return model(ids[:, start:stop], **params, n_head=n_head, **options)
+
+        if n_last == 1 and counts[0] > 1 and n_ids >= 2 * PART[0]:
+            return in_parts(run, n_ids, len(kv_cache), counts[0])
+        return paced(lambda written: run(0, n_ids, written), counts, seconds[ids.shape])
 
     return forward
 

@@ -150,16 +150,6 @@ def arguments(argv, function):
     return [*words, *command, "--", "--separator=\0"]  # Fire's own is "-"
 
 
-def take_avx512():
-    """Has NumPy's OpenBLAS use AVX-512 where Linux says the processor has it; call it before NumPy is imported.
-
-    On processors that it does not know, OpenBLAS takes its AVX2 kernels: half the speed for prompts.
-    """
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
-        if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(f.read(8192).split()):  # the first core's lines
-            os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
-
-
 # prompts and stop texts
 
 

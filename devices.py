@@ -8,6 +8,8 @@ JAX's compiler sees how its weights and rows are divided, and adds what the devi
 import importlib
 import os
 
+from threads import check_threads, use_threads
+
 BACKENDS = {"numpy": "NumPy", "jax": "JAX", "cupy": "CuPy"}
 DTYPES = {"numpy": ("float32",), "jax": ("float32", "bfloat16"), "cupy": ("float32",)}
 INSTALL = {"jax": 'pip install jax, or "jax[cuda12]" for NVIDIA GPUs', "cupy": "pip install cupy-cuda12x"}
@@ -24,8 +26,8 @@ class DeviceError(ValueError):
     """What was asked of arrays and devices cannot be had: one line for the user."""
 
 
-def check(backend="numpy", dtype="float32", tensor_parallel=1):
-    """Raises DeviceError unless there is such a backend, installed and with a device to run on: see place."""
+def check(backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):
+    """Raises DeviceError unless there is such a backend, installed and with a device to run on, and so many threads."""
     if backend not in BACKENDS:
         raise DeviceError(f"backend must be {', '.join(BACKENDS)}, not {backend!r}")
     if dtype not in DTYPES[backend]:
@@ -34,6 +36,9 @@ def check(backend="numpy", dtype="float32", tensor_parallel=1):
         raise DeviceError(f"tensor_parallel must be a whole number, 1 or more, not {tensor_parallel!r}")
     if tensor_parallel > 1 and backend != "jax":
         raise DeviceError("tensor_parallel needs the backend jax")
+    if n_threads is not None and backend != "numpy":
+        raise DeviceError("n_threads needs the backend numpy")
+    check_threads(n_threads)
     if backend == "numpy":
         return
     try:
@@ -49,14 +54,15 @@ def check(backend="numpy", dtype="float32", tensor_parallel=1):
         raise DeviceError(f"tensor_parallel must divide the {n_devices} devices that JAX sees, not {tensor_parallel}")
 
 
-def place(params, backend="numpy", dtype="float32", tensor_parallel=1):
+def place(params, backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):
     """The params of a model, NumPy's, on the arrays and devices that are asked for, once for all that follows.
 
     backend: a key of BACKENDS. dtype: one of the backend's DTYPES. tensor_parallel: how many devices share the weights
-    of each block. Raises DeviceError.
+    of each block. n_threads: how many threads compute with NumPy; None: what is best. Raises DeviceError.
     """
-    check(backend, dtype, tensor_parallel)
+    check(backend, dtype, tensor_parallel, n_threads)
     if backend == "numpy":
+        use_threads(n_threads)
         return params
     return on_jax(params, dtype, tensor_parallel) if backend == "jax" else on_cupy(params)
 

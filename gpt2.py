@@ -195,8 +195,7 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
     stop: called with the ids generated so far for a prompt; a true result ends it.
     sliding_window: where the context is full, go on with the newest half of it as the prompt.
     sampling: temperature (0, the default, is greedy), top_k, top_p, seed: see sampling.py.
-    Raises, before any work, TypeError for what is no ids, ValueError for what is out of range, empty or too long, and
-    MemoryError for what is more than the machine has.
+    Raises, before any work, TypeError for no ids, ValueError for what is out of range, MemoryError for too much.
     """
     prompts, is_batch = as_batch(inputs, len(params["wte"]))
     n_rows, longest, n_ctx = len(prompts), max(map(len, prompts)), len(params["wpe"])
@@ -250,6 +249,7 @@ def main(
     backend: str = "numpy",
     dtype: str = "float32",
     tensor_parallel: int = 1,
+    n_threads: int = None,
 ):
     """Continues a prompt with GPT-2: python gpt2.py "Alan Turing theorized that computers" --n_tokens_to_generate 40
 
@@ -273,6 +273,7 @@ def main(
         backend: whose arrays to compute with: numpy, jax (on a GPU or TPU where it sees one), or cupy
         dtype: of the weights: float32, or bfloat16 with jax
         tensor_parallel: with jax, over how many devices to divide the weights of each block
+        n_threads: with numpy, how many of the processor's cores to use, instead of those that are free
     """
     import cli
     import devices
@@ -281,14 +282,14 @@ def main(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     with cli.mistakes(ValueError):
         check_options(n_tokens_to_generate, n_samples, batch_size, **sampling)
-        devices.check(backend, dtype, tensor_parallel)
+        devices.check(backend, dtype, tensor_parallel, n_threads)
     cli.check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size, out, **sampling)
     source, stop_texts = cli.open_prompts(prompt, interactive, prompts_file), cli.stop_texts(stop)
 
     # load encoder, hparams, and params from the released open-ai gpt-2 files
     with cli.mistakes((ModelError, ValueError)):
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-        params = devices.place(params, backend, dtype, tensor_parallel)
+        params = devices.place(params, backend, dtype, tensor_parallel, n_threads)
     cli.note(devices.described(params))
     options = {"params": params, "n_head": hparams["n_head"], "n_tokens_to_generate": n_tokens_to_generate, **sampling}
     options |= {"sliding_window": sliding_window, "stop": cli.stop_rule(stop_texts, encoder)}
@@ -326,5 +327,4 @@ if __name__ == "__main__":
 
     import cli
 
-    cli.take_avx512()
     cli.run(main)

@@ -59,9 +59,9 @@ def read_checkpoint(folder):
 
 
 def gpt2_py(folder):
-    from cli import take_avx512
+    from threads import tune_openblas
 
-    take_avx512()
+    tune_openblas()
 
     import checkpoint
     from arrays import cached
@@ -194,9 +194,9 @@ def llama_cpp_f16(folder):
 
 def limits(folder):
     """What the hardware allows: the bytes that a token must read, the bus's bytes per second and BLAS's."""
-    from cli import take_avx512
+    from threads import tune_openblas
 
-    take_avx512()
+    tune_openblas()
     import numpy as np
 
     hparams, weights = read_checkpoint(folder)

@@ -304,18 +304,3 @@ def test_a_genuine_prompt_of_a_genuine_vocabulary_runs(tmp_path):
     write_model(tmp_path / "genuine", hparams, checkpoint.random_params(hparams))
     prompt = "Alan Turing theorized that computers would one day become"
     assert command(prompt, model=tmp_path / "genuine").returncode == 0
-
-
-@pytest.mark.parametrize("chosen", [None, "Haswell"])
-def test_openblas_is_told_of_avx512_where_linux_says_the_processor_has_it_unless_told_otherwise(chosen, monkeypatch):
-    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
-    code = "import os, cli; cli.take_avx512(); print(os.environ.get('OPENBLAS_CORETYPE'))"
-    done = command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": chosen} if chosen else {})
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    expected = "SkylakeX" if flags >= {"avx512f", "avx512dq", "avx512bw", "avx512vl"} else None
-    assert done.stdout == f"{chosen or expected}\n"
-
-
-def test_numpy_is_not_imported_before_that():
-    assert command(code="import sys, gpt2, cli; print('numpy' in sys.modules)", cwd=REPO).stdout == "False\n"

@@ -1,0 +1,295 @@
+"""The cores: counted as the machine allows, used as they are free, and prompts read by several threads at once."""
+
+import os
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+from conftest import (
+    HPARAMS,
+    REPO,
+    TIMEOUT,
+    assert_one_line_error,
+    command,
+    prompts_of_lengths,
+    running,
+    wait_until,
+    wild_params,
+)
+
+import arrays
+import gpt2
+import threads
+
+N_HEAD = HPARAMS["n_head"]
+LONG = HPARAMS | {"n_ctx": 400}
+
+two_cores = pytest.mark.skipif(threads.n_cores() < 2 or not threads.blas(), reason="needs two cores and OpenBLAS")
+
+
+@pytest.fixture(scope="module")
+def long_params():
+    return wild_params(LONG)
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    """No test leaves BLAS, or what is wanted, as others do not expect it."""
+    before = threads.blas() and threads.blas()[0]()
+    yield
+    threads.use_threads(None)
+    assert not threads.blas() or threads.blas()[0]() == before
+
+
+def n_blas():
+    return threads.blas()[0]()
+
+
+# how many
+
+
+@pytest.mark.parametrize("chosen", [None, "Haswell"])
+def test_openblas_is_told_of_avx512_where_linux_says_the_processor_has_it_unless_told_otherwise(chosen, monkeypatch):
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    code = "import os, gpt2; print(os.environ.get('OPENBLAS_CORETYPE'))"
+    done = command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": chosen} if chosen else {})
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    expected = "SkylakeX" if flags >= {"avx512f", "avx512dq", "avx512bw", "avx512vl"} else None
+    assert done.stdout == f"{chosen or expected}\n"
+
+
+def test_numpy_is_not_imported_before_that():
+    assert command(code="import sys, gpt2, cli; print('numpy' in sys.modules)", cwd=REPO).stdout == "False\n"
+
+
+def test_where_numpy_has_been_imported_the_environment_stays_as_it_is(monkeypatch):
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    code = "import os; before = {**os.environ}; import numpy, gpt2; print(os.environ == before)"
+    assert command(code=code, cwd=REPO).stdout == "True\n"
+
+
+def group(root, path, limit):
+    """A control group with a limit on its time, as Linux shows it."""
+    folder = root / "sys" / "fs" / "cgroup" / path
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cpu.max").write_text(f"{limit}\n")
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "expected"),
+    [
+        ("max 100000", "max 100000", 8),
+        ("max 100000", "300000 100000", 3),
+        ("200000 100000", "300000 100000", 2),
+        ("350000 100000", "max 100000", 3),
+        ("50000 100000", "max 100000", 1),
+        ("1600000 100000", "max 100000", 8),
+    ],
+)
+def test_a_container_has_as_many_cores_as_all_its_groups_allow(outer, inner, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(8)}, raising=False)
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text("1:name=systemd:/\n0::/outer/inner\n")
+    group(tmp_path, "outer", outer)
+    group(tmp_path, "outer/inner", inner)
+    assert threads.n_cores(tmp_path) == expected
+
+
+def test_a_process_that_may_run_on_one_core_has_one(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert threads.n_cores() == 1
+
+
+def test_a_model_that_fits_the_cache_takes_one_thread(long_params):
+    assert threads.thread_counts(long_params) == [1]
+
+
+@two_cores
+def test_a_larger_one_may_take_all_cores_or_fewer(long_params, monkeypatch):
+    monkeypatch.setattr(threads, "SMALL", 0)
+    assert threads.thread_counts(long_params)[0] == min(threads.n_cores(), n_blas())
+    assert threads.thread_counts(long_params)[-1] == 1
+
+
+@two_cores
+def test_the_number_that_is_wanted_is_taken_whatever_the_model(long_params):
+    threads.use_threads(2)
+    assert threads.thread_counts(long_params) == [2]
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.0, "2", True, 4096])
+def test_a_number_of_threads_that_cannot_be_is_refused(n):
+    with pytest.raises(ValueError, match="n_threads must be from 1 to"):
+        threads.use_threads(n)
+
+
+def test_a_blas_that_cannot_be_told_is_left_to_itself(long_params, monkeypatch):
+    monkeypatch.setattr(threads, "SMALL", 0)
+    monkeypatch.setattr(threads, "blas", lambda: None)
+    assert threads.thread_counts(long_params) == [1]
+    ids = prompts_of_lengths(300)[0]
+    assert len(gpt2.generate(ids, long_params, N_HEAD, 3)) == 3
+    with pytest.raises(ValueError, match="needs a NumPy with OpenBLAS"):
+        threads.use_threads(1)
+
+
+# as they are free
+
+
+def blocks_of(times, n_blocks):
+    """A pass of n_blocks blocks, which take times[number of BLAS's threads], on a clock of its own: (pass, counts)."""
+    clock, counts = [0.0], []
+
+    def read(written):
+        for _ in range(n_blocks):
+            counts.append(n_blas())
+            clock[0] += times[n_blas()]
+            written()
+
+    return read, counts, lambda: clock[0]
+
+
+@two_cores
+@pytest.mark.parametrize(("times", "best"), [({1: 3, 2: 2}, 2), ({1: 3, 2: 40}, 1)])
+def test_most_blocks_run_with_as_many_threads_as_are_fastest(times, best, monkeypatch):
+    read, counts, clock = blocks_of(times, 2000)
+    monkeypatch.setattr(threads.time, "perf_counter", clock)
+    threads.paced(read, [2, 1], {})
+    assert counts.count(best) > 0.95 * len(counts)
+    assert {*counts[len(counts) // 2 :]} == {1, 2}  # the others are tried again
+
+
+@two_cores
+def test_when_a_neighbour_comes_or_goes_the_number_follows(monkeypatch):
+    times = {1: 3, 2: 2}
+    read, counts, clock = blocks_of(times, 1000)
+    monkeypatch.setattr(threads.time, "perf_counter", clock)
+    seconds = {}
+    for slow, expected in ((40, 1), (2, 2)):
+        times[2] = slow
+        threads.paced(read, [2, 1], seconds)
+        threads.paced(read, [2, 1], seconds)
+        assert counts[-1] == counts[-10] == expected
+
+
+# parts of a prompt
+
+
+@pytest.mark.parametrize("n_ids", [96, 100, 257, 390])
+@pytest.mark.parametrize("n_threads", [2, 3, 16])
+def test_a_prompt_in_parts_has_the_logits_and_the_cache_of_one_read_at_once(n_ids, n_threads, long_params, monkeypatch):
+    ids = prompts_of_lengths(n_ids)[0]
+    monkeypatch.setattr(arrays, "thread_counts", lambda params: [n_threads])
+    forward = arrays.cached(gpt2.gpt2, long_params, N_HEAD, 1, n_ids + 1)
+    logits = gpt2.gpt2([*ids, 7], **long_params, n_head=N_HEAD)
+    scale = np.abs(logits).max()
+    np.testing.assert_allclose(forward([ids], [0])[0], logits[-2:-1], rtol=0, atol=1e-5 * scale)
+    np.testing.assert_allclose(forward([[7]], [n_ids])[0], logits[-1:], rtol=0, atol=1e-5 * scale)
+
+
+def test_its_last_logits_are_all_there_when_more_are_asked_for(long_params, monkeypatch):
+    ids = prompts_of_lengths(300)[0]
+    monkeypatch.setattr(arrays, "thread_counts", lambda params: [2])
+    logits = arrays.cached(gpt2.gpt2, long_params, N_HEAD, 1, 300)([ids], [0], n_last=200)
+    assert logits.shape == (1, 200, LONG["n_vocab"])
+
+
+@pytest.mark.parametrize("lengths", [(200, 200, 200), (3, 350, 90, 41), (2, 1)])
+def test_prompts_of_a_batch_that_threads_share_are_as_if_each_were_alone(lengths, long_params, monkeypatch):
+    prompts = prompts_of_lengths(*lengths)
+    monkeypatch.setattr(arrays, "thread_counts", lambda params: [3])
+    logits = arrays.cached(gpt2.gpt2, long_params, N_HEAD, len(prompts), 400)(prompts, [0] * len(prompts))
+    for row, prompt in zip(logits, prompts, strict=True):
+        alone = gpt2.gpt2(prompt, **long_params, n_head=N_HEAD)
+        np.testing.assert_allclose(row[-1], alone[-1], rtol=0, atol=1e-5 * np.abs(alone).max())
+
+
+def test_in_every_block_a_part_goes_on_when_all_before_it_have_written_and_no_more_than_n_threads_read():
+    starts, written_to, now, most = set(), set(), set(), []
+
+    def read(start, stop, written):
+        now.add(start)
+        most.append(len(now))
+        for block in range(4):
+            written_to.add((start, block))
+            if block == 3:
+                now.discard(start)
+            written()
+            missing = [earlier for earlier in range(0, start, 100) if (earlier, block) not in written_to]
+            starts.add(start)
+            assert not missing
+
+    threads.in_parts(read, 500, 4, n_threads=5)  # in parts of 100
+    assert max(most) <= 5
+    threads.in_parts(read, 500, 4, n_threads=2)
+    assert len(starts) >= 5
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3])
+def test_an_error_in_a_part_reaches_the_caller_and_nobody_waits_for_it(bad):
+    def read(start, stop, written):
+        for block in range(5):
+            if start == bad * 100 and block == 2:
+                raise ZeroDivisionError(f"in part {bad}")
+            written()
+
+    with pytest.raises(ZeroDivisionError, match=f"in part {bad}"):
+        threads.in_parts(read, 400, 5, n_threads=4)
+
+
+@two_cores
+def test_blas_has_one_thread_while_they_read_and_then_as_many_as_before():
+    before, seen = n_blas(), []
+    threads.in_parts(lambda start, stop, written: seen.append(n_blas()), 1000, 1, 2)
+    assert {*seen} == {1}
+    assert n_blas() == before
+
+
+LONG_PROMPT = """
+import sys, arrays, threads, utils, gpt2
+arrays.thread_counts = lambda params: [2]
+_, hparams, params = utils.load_encoder_hparams_and_params("long", sys.argv[1])
+def model(*args, **kwargs):
+    print("reading", flush=True)
+    return gpt2.gpt2(*args, **kwargs)
+arrays.cached(model, params, hparams["n_head"], 1, 150_000)([[1] * 150_000], [0])
+print("read")
+"""
+
+
+def test_ctrl_c_in_a_notebook_ends_all_threads_as_soon_as_they_have_read_their_parts(long):
+    with running(long.parent, code=LONG_PROMPT) as process:
+        assert process.stdout.readline() == b"reading\n"
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+    assert set(stdout.split()) <= {b"reading"}
+    assert stderr.splitlines()[-1] == b"KeyboardInterrupt"
+
+
+def test_ctrl_c_ends_the_command_while_threads_read_a_prompt(long):
+    with running("-", "--n_threads=2", model=long, n=10) as process:
+        process.stdin.write(b"Hi " * 60_000)
+        process.stdin.close()
+        wait_until(lambda: len(os.listdir(f"/proc/{process.pid}/task")) > threads.n_cores())
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() + process.stderr.read() == b""
+        assert process.wait(TIMEOUT) == 130
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--n_threads=0"], "n_threads must be from 1 to"),
+        (["--n_threads=1", "--backend=jax"], "needs the backend numpy"),
+    ],
+)
+def test_a_number_of_threads_that_does_nothing_or_cannot_be_ends_with_one_line(flags, said, run):
+    assert_one_line_error(run("Hello", *flags), said)
+
+
+@two_cores
+@pytest.mark.parametrize("n", [1, 2])
+def test_n_threads_gives_the_same_text(n, run, continuation):
+    assert run("Hello", f"--n_threads={n}").stdout == continuation("Hello") + "\n"
