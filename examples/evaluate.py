@@ -54,7 +54,7 @@ def scores(params, rows, n_head, n_threads=1):
     Rows that follow one another are a batch, padded at their ends to the longest: they should be of similar lengths.
     n_threads: how many batches NumPy works on at a time; more than one pay where its BLAS has one thread for each.
     """
-    import numpy as np  # only here: it must not be imported before cli.take_avx512()
+    import numpy as np
 
     xp, n_ctx, use_jax = namespace(params["wte"]), len(params["wpe"]), is_jax(params["wte"])
     # JAX compiles every shape anew, so these are few; NumPy gains nothing from more than 1,024 tokens at once
@@ -357,5 +357,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.take_avx512()
     cli.run(main)

@@ -325,5 +325,4 @@ def worker_environment(num_cpus, num_gpus):
 
 
 if __name__ == "__main__":
-    cli.take_avx512()
     cli.run(main, "generate_many.py: stopped; the same command goes on from here")
