@@ -308,7 +308,7 @@ def save_as_gguf(out, encoder, hparams, params, dtype="float32"):
     writer.close()
 
 
-def main(*paths: str, name: str | None = None, to: str | None = None, models_dir: str = MODELS_DIR):
+def main(*paths: str, name: str = None, to: str = None, models_dir: str = MODELS_DIR):
     """Turns a transformers folder into a model of this project; or a model into a transformers folder or a GGUF file.
 
     Args:

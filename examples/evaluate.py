@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
+import devices
 from arrays import is_jax, namespace, round_up
-from devices import DeviceError, place, spread
 from gpt2 import MODELS_DIR, gpt2
 
 # the model's part
@@ -70,7 +70,7 @@ def scores(params, rows, n_head, n_threads=1):
         for window, (ids, _) in zip(windows, batch, strict=False):
             window[: len(ids)] = ids
         run = compiled_losses() if use_jax else losses
-        nats, likeliest = (x.tolist() for x in run(params, spread(xp.asarray(windows), params), n_head, n_last))
+        nats, likeliest = (x.tolist() for x in run(params, devices.spread(xp.asarray(windows), params), n_head, n_last))
         stops = [len(ids) - 1 - (n_seq - n_last) for ids, _ in batch]
         parts = [slice(stop - n_scored, stop) for stop, (_, n_scored) in zip(stops, batch, strict=True)]
         return [(np.array(nats[row][part]), np.array(likeliest[row][part])) for row, part in enumerate(parts)]
@@ -297,11 +297,11 @@ def exp(x):
 def main(
     file: str,
     *,
-    task: str | None = None,
+    task: str = None,
     model_size: str = "124M",
     models_dir: str = MODELS_DIR,
-    stride: int | None = None,
-    heatmap: str | None = None,
+    stride: int = None,
+    heatmap: str = None,
     backend: str = "numpy",
     dtype: str = "float32",
     tensor_parallel: int = 1,
@@ -315,9 +315,9 @@ def main(
         models_dir: the folder that holds the models
         stride: tokens of a text from one window to the next, half the model's context unless told otherwise
         heatmap: write the text to this file, as HTML, each token on a colour that says how little it was expected
-        backend: numpy, jax or cupy
-        dtype: float32, or with jax bfloat16
-        tensor_parallel: with jax, how many devices share the weights of each block
+        backend: whose arrays to compute with: numpy, jax (on a GPU or TPU where it sees one), or cupy
+        dtype: of the weights: float32, or bfloat16 with jax
+        tensor_parallel: with jax, over how many devices to divide the weights of each block
     """
     n_threads = share_cores() if backend == "numpy" else 1
 
@@ -327,6 +327,8 @@ def main(
         cli.fail(f"no task {task!r}: choose {', '.join(TASKS)}")
     if task and (stride is not None or heatmap):
         cli.fail(f"--{'heatmap' if heatmap else 'stride'} is for texts, and does nothing for a task")
+    with cli.mistakes(devices.DeviceError):
+        devices.check(backend, dtype, tensor_parallel)
     if heatmap is not None and not os.path.isdir(os.path.dirname(heatmap) or "."):
         cli.fail(f"{heatmap} cannot be written: there is no such folder")
     if task:
@@ -337,9 +339,10 @@ def main(
         if not text:
             cli.fail(f"{file} is empty")
 
-    with cli.mistakes((ModelError, DeviceError)):
+    with cli.mistakes((ModelError, devices.DeviceError)):
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-        params = place(params, backend, dtype, tensor_parallel)
+        params = devices.place(params, backend, dtype, tensor_parallel)
+    cli.note(devices.described(params))
     n_ctx, n_head = hparams["n_ctx"], hparams["n_head"]
     if stride is not None and (type(stride) is not int or not 0 < stride <= n_ctx):
         cli.fail(f"--stride must be a whole number from 1 to the model's context of {n_ctx}, not {stride!r}")

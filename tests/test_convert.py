@@ -89,10 +89,9 @@ def assert_same_files(model_dir, other):
 
 
 def test_there_and_back_every_bit_is_the_same(tiny, theirs, models):
-    done = command(theirs, "--name=mine", "--models_dir", models, script=SCRIPT)
+    done = command(theirs, "--name=1984", "--models_dir", models, script=SCRIPT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert_same_files(models / "mine", tiny)
-    assert "wte" in load_encoder_hparams_and_params("mine", models)[2]
+    assert_same_files(models / "1984", tiny)
 
 
 def test_transformers_loads_what_it_is_given(theirs, params, models_dir):
