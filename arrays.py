@@ -102,7 +102,7 @@ def extremes(x):
         return 0, 0
 
 
-def check_room(n_prompt, n_tokens_to_generate, n_ctx, sliding_window):
+def check_room(n_prompt, n_tokens_to_generate, n_ctx, sliding_window=False):
     """Raises ValueError unless the context has room for the prompt and for what is to follow, or slides."""
     if n_prompt + n_tokens_to_generate > n_ctx and not sliding_window:
         tokens = f"the prompt's {n_prompt} tokens and the {n_tokens_to_generate} to generate"
