@@ -36,7 +36,7 @@ def bytes_to_unicode():
 def merge(word, ranks):
     """Cuts a word into tokens: joins neighbours, lowest rank first and from left to right, until no pair has a rank.
 
-    word: a string; its characters are the first tokens. ranks: {(left, right): rank}. Returns a list of strings.
+    word: a string; its characters are the first tokens. ranks: {"left right": rank}. Returns a list of strings.
     The usual loop looks at the whole word again after every merge, which takes time quadratic in its length. Here a
     merge looks at its two neighbours only: a queue holds the ranks, each with the places where pairs of it begin, and
     those that have changed since are skipped.
@@ -46,7 +46,7 @@ def merge(word, ranks):
     queue, places = [], {}  # {rank: where its pairs begin}
 
     def look(i, j):  # at the tokens that begin at i and at j
-        rank = ranks.get((tokens[i], tokens[j]))
+        rank = ranks.get(f"{tokens[i]} {tokens[j]}")
         if rank is not None:
             if rank not in places:
                 places[rank] = array.array("q")  # takes a fifth of a list's memory
@@ -62,7 +62,7 @@ def merge(word, ranks):
             found = sorted(found)
         for i in found:
             j = i + len(tokens[i])
-            if not is_first[i] or ranks.get((tokens[i], tokens[j])) != rank:
+            if not is_first[i] or ranks.get(f"{tokens[i]} {tokens[j]}") != rank:
                 continue  # another merge has taken one of the two
             end, is_first[j] = j + len(tokens[j]), 0
             tokens[i] = tokens[end - 1] = sys.intern(tokens[i] + tokens[j])  # one copy of each
@@ -73,21 +73,26 @@ def merge(word, ranks):
 
 
 class Encoder:
-    """encoder: {token: id}; bpe_merges: [(left, right)], in the order learned; errors: as for bytes.decode."""
+    """encoder: {token: id}; merges: ["left right"], in the order learned; errors: as for bytes.decode."""
 
-    def __init__(self, encoder, bpe_merges, errors="replace"):
+    def __init__(self, encoder, merges, errors="replace"):
         self.encoder = encoder
         self.decoder = {i: token for token, i in encoder.items()}
         self.errors = errors
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
-        self.bpe_ranks = {pair: rank for rank, pair in enumerate(bpe_merges)}
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.bpe_of_short_word = functools.lru_cache(maxsize=2**16)(self.bpe)  # the words of a language come back
+
+    @functools.cached_property
+    def bpe_ranks(self):
+        """{(left, right): rank}, as OpenAI's encoder has them; only when asked: it takes as long as all the rest."""
+        return {tuple(pair.split(" ")): rank for pair, rank in self.ranks.items()}
 
     def bpe(self, word):
         """The ids of one word of the text."""
         word = word.encode("utf-8").decode("latin-1").translate(self.byte_encoder)  # a character for each byte
-        return [self.encoder[token] for token in merge(word, self.bpe_ranks)]
+        return [self.encoder[token] for token in merge(word, self.ranks)]
 
     def encode(self, text):
         """str -> list of ids. <|endoftext|> is text like any other. Raises UnicodeEncodeError for lone surrogates."""
@@ -117,16 +122,15 @@ def get_encoder(model_size, models_dir):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"encoder.json is no JSON: {error}") from error
     try:
-        version, *lines, end = data["vocab.bpe"].decode("utf-8").replace("\r\n", "\n").split("\n")
+        version, *merges, end = data["vocab.bpe"].decode("utf-8").replace("\r\n", "\n").split("\n")
     except ValueError as error:
         raise ValueError(f"vocab.bpe is empty or no UTF-8: {error}") from error
     if not version.startswith("#version") or end:
         raise ValueError("vocab.bpe must begin with a line #version and end with a line break: it is damaged")
-    bpe_merges = [tuple(line.split(" ")) for line in lines]
     if not genuine:  # checks take as long as all the rest
         check_vocabulary(encoder)
-        check_merges(bpe_merges, encoder)
-    return Encoder(encoder, bpe_merges)
+        check_merges([tuple(pair.split(" ")) for pair in merges], encoder)
+    return Encoder(encoder, merges)
 
 
 def check_vocabulary(encoder):

@@ -46,16 +46,17 @@ def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None):
 
     seed: row i draws with seed + i, or with seed[i] of a list; None: with no two runs alike. Options: see sample.
     """
-    from numpy.random import default_rng
-
     seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(n_rows)]
     if len(seeds) != n_rows:
         raise ValueError(f"seed has {len(seeds)} numbers for {n_rows} prompts")
+    if temperature == 0:
+        return lambda logits: [next_id for (next_id,) in sample(logits).tolist()]
+
+    from numpy.random import default_rng  # only here: its import takes as long as a token
+
     rngs = [default_rng(seed) for seed in seeds]
 
     def pick(logits):
-        if temperature == 0:
-            return [next_id for (next_id,) in sample(logits).tolist()]
         rows = on_host(logits)[:, 0]
         return [int(sample(row, rng, temperature, top_k, top_p)) for row, rng in zip(rows, rngs, strict=True)]
 

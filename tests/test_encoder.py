@@ -141,7 +141,8 @@ pieces = st.text("ab", min_size=1, max_size=4)
 @given(st.text("ab", max_size=30), st.lists(st.tuples(pieces, pieces), unique=True, max_size=20))
 def test_merges_are_the_textbooks_for_any_ranks(word, pairs):
     ranks = {pair: rank for rank, pair in enumerate(pairs)}
-    assert encoder.merge(word, ranks) == textbook_merge(list(word), ranks)
+    ranks_of_lines = {" ".join(pair): rank for pair, rank in ranks.items()}
+    assert encoder.merge(word, ranks_of_lines) == textbook_merge(list(word), ranks)
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", string.ascii_lowercase, "é", "中文字"])
