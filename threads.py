@@ -24,9 +24,8 @@ def tune_openblas():
     """Sets what OpenBLAS reads from the environment while NumPy is imported, unless the user has.
 
     On processors that it does not know it takes its AVX2 kernels, half the speed for prompts: it shall use AVX-512
-    where Linux says that the processor has it. Its threads shall sleep after 2**20 cycles without work, not 2**26.
+    where Linux says that the processor has it.
     """
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
         if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(f.read(8192).split()):  # the first core's lines
             os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
