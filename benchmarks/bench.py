@@ -6,6 +6,7 @@ Contestants run in processes of their own and take turns (A, B, C, then A, B, C 
 drifts. Those that are not installed are left out with a note. README.md says how to read the result.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -26,12 +27,14 @@ ROOT = os.path.dirname(HERE)
 MODELS_DIR = os.path.join(HERE, "models")
 SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
 PROMPT = "Alan Turing theorized that computers would one day become"  # ten tokens
-CONTEXTS = (10, 250, 500, 750, 1000)
+CONTEXTS = (10, 100, 300, 500, 750, 1000)
 BATCHES = (8, 32)
 N_TOKENS = 24  # decoded at every context: 1,000 and 24 fill it
 FIGURES = {  # key of a sample: (title, unit, digits)
     "command": ("whole command", "s", 2),
     "first 10": ("first token of 10", "ms", 0),
+    "first 100": ("first token of 100", "ms", 0),
+    "first 300": ("first token of 300", "ms", 0),
     "first 1000": ("first token of 1000", "ms", 0),
     "decode 10": ("decode at 10", "tok/s", 1),
     "decode 500": ("decode at 500", "tok/s", 1),
@@ -46,6 +49,13 @@ FIGURES = {  # key of a sample: (title, unit, digits)
 # Contestants. Each takes the model's folder, loads what it needs (after converting it, once) and returns a generator
 # function generate(prompts, n_tokens) that yields the next id of every prompt, n_tokens times, greedily. The prompts of
 # a batch are of one length.
+
+
+def n_cores():
+    """Of this process: as many as the mode of the benchmark gives it, and as gpt2.py counts."""
+    import threads
+
+    return threads.n_cores()
 
 
 def read_checkpoint(folder):
@@ -103,6 +113,7 @@ def transformers(folder):
     import torch
     from transformers import GPT2LMHeadModel
 
+    torch.set_num_threads(n_cores())
     converted = folder + "-transformers"
     if not os.path.exists(converted):
         from convert import save_as_transformers
@@ -131,7 +142,7 @@ def ctranslate2(folder):
         TransformersConverter(folder + "-transformers").convert(converted)
     from ctranslate2 import Generator
 
-    model = Generator(converted, compute_type="float32", intra_threads=os.cpu_count())
+    model = Generator(converted, compute_type="float32", intra_threads=n_cores())
     with open(os.path.join(folder, "encoder.json"), encoding="utf-8") as f:
         tokens = {i: token for token, i in json.load(f).items()}
 
@@ -163,7 +174,7 @@ def llama_cpp(folder, dtype="float32"):
     def generate(prompts, n_tokens):
         options = llama.llama_context_default_params()
         options.n_ctx, options.n_seq_max = len(prompts) * 1024, len(prompts)
-        options.n_threads = options.n_threads_batch = os.cpu_count()
+        options.n_threads = options.n_threads_batch = n_cores()
         context = llama.llama_init_from_model(model, options)
         batch, ids, n_past = llama.llama_batch_init(len(prompts) * 1024, 0, 1), prompts, 0
         for _ in range(n_tokens):
@@ -211,7 +222,7 @@ def limits(folder):
             vectors[len(w)] @ w
 
     def read():  # the maximum is the cheapest of NumPy's reductions, and leaves the interpreter free for other threads
-        threads = [threading.Thread(target=part.max) for part in np.array_split(everything, os.cpu_count())]
+        threads = [threading.Thread(target=part.max) for part in np.array_split(everything, n_cores())]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -271,11 +282,14 @@ def worker(name, task, folder, *path):
         print([ids[0] for ids in generate([prompts[0][:10]], 40)])
     elif task == "full context":
         print([ids[0] for ids in generate(prompts[:1], N_TOKENS)])
+    elif task == "cores":
+        figures = speeds(generate, prompts, contexts=(len(prompts[0]),), batches=())
+        print(json.dumps({f"{key}, cores": value for key, value in figures.items() if key != "ids"}))
     else:
         print(json.dumps(speeds(generate, prompts) | {"versions": versions(package)}))
 
 
-def speeds(generate, prompts):
+def speeds(generate, prompts, contexts=CONTEXTS, batches=BATCHES):
     """The samples of one process: {"first N": ms, "decode N": tok/s, "batch N": tok/s}, and the ids it generated."""
 
     def measure(prompts):
@@ -284,15 +298,15 @@ def speeds(generate, prompts):
             times.append(time.perf_counter())
             ids.append(step[0])
         first, *steps = (stop - start for start, stop in itertools.pairwise(times))
-        return first, statistics.median(steps), ids
+        return first, statistics.mean(steps), ids  # where neighbours come and go, a median would hide them
 
     samples = {}
     *_, samples["ids"] = measure([prompts[0][:10]])  # also warms up
-    for n in CONTEXTS:
+    for n in contexts:
         if n <= len(prompts[0]):
             first, step, _ = measure([prompts[0][:n]])
             samples |= {f"first {n}": 1000 * first, f"decode {n}": 1 / step}
-    for n in BATCHES:
+    for n in batches:
         try:
             samples[f"batch {n}"] = n / measure([prompt[:10] for prompt in prompts[:n]])[1]
         except ValueError:  # no batches
@@ -350,7 +364,7 @@ def sample(name, task, folder, paths):
     else:
         path = [paths[name]] if name in paths else []
         seconds, peak, out = run([sys.executable, __file__, "--worker", name, task, folder, *path])
-        if task == "speeds":
+        if task in ("speeds", "cores"):
             return json.loads(out)
     return {"command": seconds, "memory": peak} if task == "command" else {"memory, full context": peak}
 
@@ -386,6 +400,38 @@ def processor():
     return platform.processor() or platform.machine()
 
 
+def commit():
+    """The commit that is checked out, with a + where files differ from it."""
+    try:
+        git = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@contextlib.contextmanager
+def neighbours(n):
+    """Keeps n cores busy for a while, as other programs do."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def on_cores(n):
+    """Lets the processes that are started meanwhile run on n cores."""
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(mine)[:n])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
 def spread(values, digits):
     """The median, with the minimum and maximum behind it: 1.93 (1.90-2.10)."""
     if not values:
@@ -405,6 +451,11 @@ def markdown(result):
         cells = [spread(result["samples"][name].get(key, []), digits) for name in names]
         if any(cell != "-" for cell in cells):
             lines.append(f"| {title}, {unit} | " + " | ".join(cells) + " |")
+    for n, by_name in result["cores"].items():
+        for key in dict.fromkeys(key for figures in by_name.values() for key in figures):
+            cells = [spread(by_name.get(name, {}).get(key, []), 1) for name in names]
+            unit = "ms" if key.startswith("first") else "tok/s"
+            lines.append(f"| {key.replace('cores', f'{n} cores')}, {unit} | " + " | ".join(cells) + " |")
     gigabytes = [spread(result["samples"][name].get("GB/s", []), 1) for name in names]
     lines.append("| memory read, GB/s | " + " | ".join(gigabytes) + " |")
     return "\n".join(lines) + "\n"
@@ -442,12 +493,34 @@ def plot(result, out):
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(os.path.join(out, "command.png"), dpi=150, bbox_inches="tight")
 
+    if not result["cores"]:
+        return
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for i, name in enumerate(result["samples"]):
+        points = [(n, time) for n, by_name in result["cores"].items() for time in first_of(by_name.get(name, {}))]
+        shade, width = ("black", 3) if name == "gpt2.py" else (f"{0.1 + 0.07 * i:.2f}", 1.3)
+        if points:
+            axes.plot(*zip(*points, strict=True), "-" + "osD^v<>P*X"[i], label=name, color=shade, linewidth=width)
+    axes.set(xlabel="cores", ylabel="milliseconds to the first token", xscale="log", yscale="log")
+    axes.set_xticks([*result["cores"]], [*map(str, result["cores"])], minor=False)
+    axes.set_title(f"A prompt that fills the context, GPT-2 {result['model_size']}")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(os.path.join(out, "cores.png"), dpi=150, bbox_inches="tight")
+
+
+def first_of(figures):
+    """[the median time to the first token], or [] for none."""
+    return [statistics.median(values) for key, values in figures.items() if key.startswith("first")][-1:]
+
 
 def main(
     model_size: str = "124M",
     models_dir: str = MODELS_DIR,
     out: str = HERE,
     runs: int = 5,
+    busy: int = 0,
+    cores: bool = False,
     picogpt: str | None = None,
     fastgpt: str | None = None,
 ):
@@ -458,6 +531,8 @@ def main(
         models_dir: the folder that holds the models, those converted for the contestants too
         out: the folder to write to
         runs: how often every contestant has its turn
+        busy: how many other processes keep a core busy meanwhile
+        cores: let prompts that fill the context be read on 1, 2, 4, ... cores, too; writes cores.png (Linux)
         picogpt: a clone of picoGPT
         fastgpt: a folder with fastGPT's program, gpt2, and its model.gguf, made from the same checkpoint
     """
@@ -465,6 +540,10 @@ def main(
 
     if type(runs) is not int or runs < 1:
         fail(f"runs must be a whole number, 1 or more, not {runs!r}")
+    if type(busy) is not int or busy < 0:
+        fail(f"busy must be a whole number, 0 or more, not {busy!r}")
+    if cores and not hasattr(os, "sched_setaffinity"):
+        fail("this system does not say, or set, which cores a process may use: leave out --cores")
     paths = {"picoGPT": picogpt, "fastGPT": fastgpt}
     paths = {name: os.path.abspath(path) for name, path in paths.items() if path}
     for path in paths.values():
@@ -472,7 +551,8 @@ def main(
             fail(f"there is no folder {path}")
     folder = os.path.join(os.path.abspath(models_dir), model_size)
     make_checkpoint(folder)
-    notes, samples, machine = [], {}, {"processor": f"{processor()}, {os.cpu_count()} cores"}
+    code = f"{commit()}, {time.strftime('%Y-%m-%d')}, beside {busy} busy processes"
+    notes, samples, machine = [], {}, {"code": code, "processor": f"{processor()}, {n_cores()} cores"}
     machine |= {"system": platform.platform(), "Python": platform.python_version()}
 
     # one turn that does not count: it converts models, fills the disk cache, and shows who cannot run
@@ -498,19 +578,30 @@ def main(
     for note in notes:
         print(note, file=sys.stderr)
 
-    present = list(samples)
-    for turn in range(runs):
-        for task in ("command", "speeds", "full context"):
-            for name in present:
-                print(f"run {turn + 1} of {runs}: {task}, {name}", file=sys.stderr)
-                for key, value in sample(name, task, folder, paths).items():
-                    if isinstance(value, float):
-                        samples[name].setdefault(key, []).append(value)
-        for name, values in json.loads(run([sys.executable, __file__, "--worker", "limits", "", folder])[2]).items():
-            for key, value in values.items():
-                samples.setdefault(f"limit: {name}", {}).setdefault(key, []).append(value)
+    present, by_cores = list(samples), {}
+    if cores:
+        by_cores = {n: {} for n in (2**i for i in range(n_cores().bit_length()))}  # 1, 2, 4, ...
+    with neighbours(busy):
+        for turn in range(runs):
+            for task in ("command", "speeds", "full context"):
+                for name in present:
+                    print(f"run {turn + 1} of {runs}: {task}, {name}", file=sys.stderr)
+                    for key, value in sample(name, task, folder, paths).items():
+                        if isinstance(value, float):
+                            samples[name].setdefault(key, []).append(value)
+            for name, values in json.loads(
+                run([sys.executable, __file__, "--worker", "limits", "", folder])[2]
+            ).items():
+                for key, value in values.items():
+                    samples.setdefault(f"limit: {name}", {}).setdefault(key, []).append(value)
+            for n in by_cores:
+                with on_cores(n):
+                    for name in present:
+                        for key, value in sample(name, "cores", folder, paths).items():
+                            by_cores[n].setdefault(name, {}).setdefault(key, []).append(value)
 
     result = {"model_size": model_size, "runs": runs, "machine": machine, "notes": notes, "samples": samples}
+    result["cores"] = by_cores
     os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, "results.json"), "w", encoding="utf-8") as f:
         json.dump(result, f, indent=1)

@@ -8,6 +8,7 @@ import pytest
 from conftest import GENUINE, command
 
 import checkpoint
+import threads
 
 BENCH = "benchmarks/bench.py"
 
@@ -24,7 +25,10 @@ def bench(tmp_path_factory):
     missing.mkdir()
     for package in ("transformers", "ctranslate2", "llama_cpp"):
         (missing / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package!r}')")
-    args, env = ["--runs=2", f"--out={tmp_path / 'out'}"], {"PATH": "", "PYTHONPATH": str(missing)}
+    args, env = (
+        ["--runs=2", "--busy=1", "--cores", f"--out={tmp_path / 'out'}"],
+        {"PATH": "", "PYTHONPATH": str(missing)},
+    )
     done = command(*args, script=BENCH, model=tmp_path / "models" / "tiny", env=env)
     assert done.returncode == 0, done.stderr
     return done, tmp_path / "out"
@@ -57,7 +61,20 @@ def test_a_contestant_that_is_not_there_is_left_out_with_a_note(bench, name):
     assert any(note.startswith(f"{name} is left out: ") for note in result["notes"])
 
 
-@pytest.mark.parametrize("name", ["decode.png", "command.png"])
+def test_says_of_which_code_and_beside_what_the_figures_are(bench):
+    code = json.loads((bench[1] / "results.json").read_text())["machine"]["code"]
+    assert re.fullmatch(r"\S+, \d{4}-\d\d-\d\d, beside 1 busy processes", code)
+
+
+def test_on_cores_every_contestant_is_measured_on_1_2_4_as_many_as_there_are(bench):
+    cores = json.loads((bench[1] / "results.json").read_text())["cores"]
+    assert [*cores] == [str(2**i) for i in range(threads.n_cores().bit_length())]
+    for by_name in cores.values():
+        assert {*by_name["gpt2.py"]} == {"first 40, cores", "decode 40, cores"}
+        assert all(len(values) == 2 and min(values) > 0 for values in by_name["gpt2.py"].values())
+
+
+@pytest.mark.parametrize("name", ["decode.png", "command.png", "cores.png"])
 def test_draws_a_plot(bench, name):
     assert (bench[1] / name).read_bytes().startswith(b"\x89PNG")
 
@@ -68,6 +85,7 @@ def test_draws_a_plot(bench, name):
         ("--rnus=2", "unknown flag --rnus=2"),
         ("--runs=0", "runs must be"),
         ("--runs=many", "runs must be"),
+        ("--busy=-1", "busy must be"),
         ("--picogpt=/nowhere", "no folder"),
         ("tiny", "more than one model_size"),
     ],
