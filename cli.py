@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 
+ANSWERED = ("text", "n_tokens", "finish_reason", "samples", "error")  # what an answer to a line of prompts adds
 CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a character in UTF-8
 
 
@@ -328,7 +329,7 @@ def answer_file(lines, path, out, encode, answer, batch_size, n_samples):
     """
     from tqdm import tqdm
 
-    objects = (prompt_object(line, path.endswith(".jsonl")) for line in lines)
+    objects = (prompt_object(line, path.lower().endswith(".jsonl")) for line in lines)
     file, done = open_out(out, path, objects) if out else (sys.stdout, [])
     n_done, n_errors, n_at_once = len(done), sum(done), max(1, batch_size // n_samples)
     with tqdm(desc="prompts", disable=None, initial=n_done) as bar:
@@ -364,7 +365,7 @@ def prompt_object(line, is_json):
         return {"prompt": text, "error": what + one_line(error)}
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         return {"prompt": text, "error": 'no object with a "prompt" that is a text'}
-    return {key: value for key, value in fields.items() if key not in ("text", "error", "samples")}
+    return {key: value for key, value in fields.items() if key not in ANSWERED}
 
 
 def answer_fields(samples):

@@ -268,7 +268,7 @@ def main(
         interactive: ask for prompt after prompt; Ctrl-C stops a text, Ctrl-D leaves
         prompts_file: continue every line (-: of standard input), in .jsonl every "prompt"; prints a JSON object a line
         batch_size: with prompts_file, how many texts are made at once
-        out: with prompts_file, append to this file; what it has already is not done again
+        out: with prompts_file, append to this file; prompts that it answers already are passed over, whatever the flags
         sliding_window: past the end of the model's context, go on with the newest half of it as the prompt
         backend: whose arrays to compute with: numpy, jax (on a GPU or TPU where it sees one), or cupy
         dtype: of the weights: float32, or bfloat16 with jax

@@ -214,6 +214,10 @@ def convert(folder, name, models_dir):
 @contextlib.contextmanager
 def new(path, make, remove):
     """Makes a file or a folder that is not there yet, and removes it if what follows fails, or is stopped by Ctrl-C."""
+    with contextlib.suppress(OSError):  # a download that got nothing leaves a folder with its lock alone
+        if os.listdir(path) == [".lock"]:
+            os.remove(os.path.join(path, ".lock"))
+        os.rmdir(path)  # an empty folder is as good as none
     try:
         make(path)
     except FileExistsError:

@@ -277,7 +277,8 @@ def main(
         "dtype": dtype,
         "stop": stop_texts,
     }
-    settings |= {**generation, "files": [[*file] for file in parts.files]}
+    times = [os.path.getmtime(path) if os.path.exists(path) else None for path, _ in parts.files]  # of local files
+    settings |= {**generation, "files": [[*file, time] for file, time in zip(parts.files, times, strict=True)]}
     with cli.mistakes((OSError, pa.ArrowException), f"{out} cannot be written: "):
         filesystem, folder = FileSystem.from_uri(out if "://" in out else os.path.abspath(out))
         parts.done = done = begin_or_resume(filesystem, folder, settings)

@@ -301,6 +301,14 @@ def test_a_job_with_a_file_to_append_to_goes_on_where_it_was_killed(run, tmp_pat
     assert out.read_text("utf-8").splitlines() == [kept, *others]  # what is done is not done again
 
 
+def test_answers_may_be_prompts_again(run, tmp_path):
+    (tmp_path / "p.txt").write_text("one\n")
+    (tmp_path / "once.jsonl").write_text(run("--prompts_file", tmp_path / "p.txt").stdout)
+    for _ in range(2):
+        assert run("--prompts_file", tmp_path / "once.jsonl", "--out", tmp_path / "twice.jsonl").returncode == 0
+    assert (tmp_path / "once.jsonl").read_text() == (tmp_path / "twice.jsonl").read_text()
+
+
 def test_errors_that_were_there_before_still_count(run, tmp_path):
     (tmp_path / "p.jsonl").write_text("{}\n")
     for _ in range(2):

@@ -365,3 +365,11 @@ def test_mistakes_are_told_in_one_line(args, said, theirs, tmp_path):
     shutil.copytree(theirs, tmp_path / "folder")
     args = [arg.format(folder=tmp_path / "folder") for arg in args]
     assert_one_line_error(command(*args, script=SCRIPT), said)
+
+
+def test_what_a_download_that_got_nothing_leaves_is_no_model(theirs, models):
+    (models / "mine").mkdir(parents=True)
+    (models / "mine" / ".lock").touch()
+    done = command(theirs, "--name", "mine", "--models_dir", models, script=SCRIPT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (models / "mine" / DATA).exists()
