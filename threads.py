@@ -122,7 +122,8 @@ def paced(read, counts, seconds):
     """read(written), a pass with Watched caches, with as many of BLAS's threads, of counts, as has been the fastest.
 
     seconds: {count: of a block}, kept from pass to pass. An untried count is taken for fast, and what is known fades,
-    so that in a while each is tried again, for one block: the neighbours may have gone.
+    so that in a while each is tried again, for one block: the neighbours may have gone. None is taken for more than
+    three times as slow as the fastest, so that a single mishap is forgotten sooner.
     """
 
     def fastest():
@@ -134,9 +135,10 @@ def paced(read, counts, seconds):
         nonlocal n, start
         now = time.perf_counter()
         if start is not None:
-            for count in seconds:
-                seconds[count] *= FADE
             seconds[n] = 7 / 8 * seconds.get(n, now - start) + (now - start) / 8
+            most = 3 * min(seconds.values())
+            for count in seconds:
+                seconds[count] = min(FADE * seconds[count], most)
         n, start = fastest(), now
         set_to(n)
 

@@ -174,6 +174,17 @@ def test_when_a_neighbour_comes_or_goes_the_number_follows(monkeypatch):
         assert counts[-1] == counts[-10] == expected
 
 
+@two_cores
+def test_a_single_mishap_is_forgotten(monkeypatch):
+    times = {1: 3, 2: 2}
+    read, counts, clock = blocks_of(times, 500)
+    monkeypatch.setattr(threads.time, "perf_counter", clock)
+    threads.paced(read, [2, 1], seconds := {})
+    seconds[2] = 5000  # the machine slept
+    threads.paced(read, [2, 1], seconds)
+    assert counts[-1] == 2
+
+
 # parts of a prompt
 
 
