@@ -112,6 +112,8 @@ def check_room(n_prompt, n_tokens_to_generate, n_ctx, sliding_window=False):
 def check_memory(params, n_rows, n_slots):
     """Raises MemoryError where weights, cache and logits are more than this machine has: before it is busy."""
     wte, n_layer = params["wte"], len(params["blocks"])
+    if is_jax(wte) and any(device.platform != "cpu" for device in wte.devices()):
+        return  # a device says so itself
     n_vocab, n_embd = wte.shape
     n_weights = n_vocab * n_embd + 12 * n_layer * n_embd**2
     needed = wte.dtype.itemsize * (n_weights + n_rows * (2 * n_layer * n_slots * n_embd + 2 * n_vocab)) / 2**30
@@ -182,7 +184,8 @@ def cached_in_place(model, params, n_head, n_rows, n_slots):
             for i, row in enumerate(rows):
                 if len(row) > 1:
                     prompts.setdefault(tuple(row[:-1]), []).append(i)
-            read(prompts)
+            if prompts:
+                read(prompts)
             rows, n_past = (
                 [row[-1:] for row in rows],
                 [past + len(row) - 1 for row, past in zip(rows, n_past, strict=True)],

@@ -384,7 +384,8 @@ def open_out(out, path, objects):
     if os.path.exists(out) and path != "-" and os.path.samefile(out, path):
         fail("--out and --prompts_file are the same file")
     try:
-        file = open(out, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115
+        # backslashes for what is no Unicode: \ud83d is half of an emoji to JSON, and a last line may be cut anywhere
+        file = open(out, "a+", encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115
         file.seek(0)
         whole, done = 0, []
         for line in iter(file.readline, ""):

@@ -13,7 +13,7 @@ from threads import check_threads, use_threads
 BACKENDS = {"numpy": "NumPy", "jax": "JAX", "cupy": "CuPy"}
 DTYPES = {"numpy": ("float32",), "jax": ("float32", "bfloat16"), "cupy": ("float32",)}
 INSTALL = {"jax": 'pip install jax, or "jax[cuda12]" for NVIDIA GPUs', "cupy": "pip install cupy-cuda12x"}
-DIVIDED = {  # over "parts": the heads of attention and the features of the feed-forward network
+DIVIDED = {  # over "parts": columns of c_attn and c_fc, rows of both c_proj
     ("c_attn", "w"): (None, "parts"),
     ("c_attn", "b"): ("parts",),
     ("c_fc", "w"): (None, "parts"),

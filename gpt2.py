@@ -203,11 +203,11 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
     check_room(longest, n_tokens_to_generate, n_ctx, sliding_window)
 
     n_slots = min(longest + n_tokens_to_generate, n_ctx)
-    forward = cached(gpt2, params, n_head, n_rows, n_slots)
+    forward, pick = cached(gpt2, params, n_head, n_rows, n_slots), sampler(n_rows, **sampling)
     if n_rows == 1 and sampling.get("temperature", 0) == 0 and lookup.is_exact(params):
         steps = lookup.decode(prompts[0], forward, n_slots, n_ctx)
     else:
-        steps = decode(prompts, forward, sampler(n_rows, **sampling), n_ctx)
+        steps = decode(prompts, forward, pick, n_ctx)
     steps = itertools.islice(steps, n_tokens_to_generate)
     steps = until(stop, steps, n_rows) if stop else steps
     return steps if is_batch else (next_id for (next_id,) in steps)  # one prompt: ids, not lists of one
@@ -287,7 +287,7 @@ def main(
     source, stop_texts = cli.open_prompts(prompt, interactive, prompts_file), cli.stop_texts(stop)
 
     # load encoder, hparams, and params from the released open-ai gpt-2 files
-    with cli.mistakes((ModelError, ValueError)):
+    with cli.mistakes((ModelError, devices.DeviceError)):
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
         params = devices.place(params, backend, dtype, tensor_parallel, n_threads)
     cli.note(devices.described(params))

@@ -67,6 +67,12 @@ def blas():
     return None
 
 
+@functools.cache
+def at_first():
+    """The number of BLAS's threads before this file changes it, for a while and in one thread or several."""
+    return blas()[0]()
+
+
 def use_threads(n):
     """From now on, have n threads compute, with NumPy; None: what is best. Raises ValueError for what cannot be."""
     global wanted
@@ -89,15 +95,15 @@ def thread_counts(params):
     if type(wte).__module__ != "numpy" or not blas():
         return [1]
     n_weights = wte.size + 12 * len(params["blocks"]) * wte.shape[-1] ** 2
-    n = wanted or (1 if n_weights * wte.itemsize < SMALL else min(n_cores(), blas()[0]()))
+    n = wanted or (1 if n_weights * wte.itemsize < SMALL else min(n_cores(), at_first()))
     return [n] if wanted else [n >> i for i in range(n.bit_length())]
 
 
 @contextlib.contextmanager
 def blas_threads(n):
     """Has BLAS use n threads for a while, where it lets itself be told; yields a function that sets another number."""
-    get, set_to = blas() or (lambda: 1, lambda n: None)
-    before = get()
+    set_to = blas()[1] if blas() else lambda n: None
+    before = at_first() if blas() else 1
     set_to(n)
     try:
         yield set_to
@@ -148,6 +154,9 @@ def paced(read, counts, seconds):
 
 def each(function, items, n_threads):
     """[function(item), ...], by n_threads threads, which take one item after another."""
+    if len(items) == 1:
+        return [function(items[0])]
+
     from concurrent.futures import ThreadPoolExecutor  # only here: its import takes milliseconds
 
     with blas_threads(1), ThreadPoolExecutor(n_threads) as pool:

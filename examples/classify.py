@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import sys
+import zipfile
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def load(name, models_dir):
     try:
         with np.load(path, allow_pickle=False) as saved:
             head, labels = {"w": saved["w"], "b": saved["b"]}, saved["labels"].tolist()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         fail(f"{name} is no classifier that train has made: {path}: {error}")
     if head["w"].shape != (hparams["n_embd"], len(labels)) or head["b"].shape != (len(labels),):
         fail(f"{path} does not fit the model beside it")

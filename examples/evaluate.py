@@ -22,6 +22,7 @@ import cli
 import devices
 from arrays import is_jax, namespace, round_up
 from gpt2 import MODELS_DIR, gpt2
+from threads import n_cores
 
 # the model's part
 
@@ -154,7 +155,7 @@ def read_examples(path, task):
             if not line.strip():
                 continue
             context, endings, label = TASKS[task](**json.loads(line))
-            if not endings or not all(ending.strip() for ending in endings):
+            if not isinstance(endings, list) or not endings or not all(ending.strip() for ending in endings):
                 raise ValueError("there are no endings, or one is empty")
             if type(label) is not int or not 0 <= label < len(endings):
                 raise ValueError(f"label must be from 0 to {len(endings) - 1}, not {label!r}")
@@ -284,9 +285,8 @@ def share_cores():
     """
     if "numpy" in sys.modules or {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
         return 1
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    n_threads = min(n_cores, 8)  # each batch takes some hundred MB
-    os.environ["OPENBLAS_NUM_THREADS"] = str(n_cores // n_threads)
+    n_threads = min(n_cores(), 8)  # each batch takes some hundred MB
+    os.environ["OPENBLAS_NUM_THREADS"] = str(n_cores() // n_threads)
     return n_threads
 
 

@@ -102,6 +102,8 @@ def load_adapters(folder, params):
             config = json.load(f)
         tensors = load_file(os.path.join(folder, ADAPTER))
         rank, alpha = config["r"], config["lora_alpha"]
+        if config.get("alpha_pattern") or config.get("rank_pattern"):
+            raise ValueError("they have ranks or scales of their own for some layers")
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, SafetensorError) as error:
         fail(f"the adapters in {folder} cannot be read: {error!r}")
@@ -236,8 +238,10 @@ def main(
         data, scale = training.windows_of(ids, n_ctx, batch_size), len(ids) / sum(map(len, texts))
         evaluate, unit = training.text_evaluator(encoder, others, n_ctx, n_head), "nats per character"
     else:
-        examples, others = (examples_of(encoder, part, hparams["n_ctx"]) for part in (documents, others))
+        examples, others = (examples_of(encoder, part, n_ctx or hparams["n_ctx"]) for part in (documents, others))
         n = 0 if others else max(1, len(examples) // 10)
+        if len(examples) <= n:
+            fail("there are too few pairs to learn from: give two or more")
         examples, others = examples[: len(examples) - n], others or examples[-n:]
         data, scale = training.shuffled(padded(examples), batch_size), 1.0
         evaluate, unit = training.completion_evaluator(encoder, others, n_head), "nats per token"

@@ -261,7 +261,7 @@ def main(
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     num_gpus = int(backend != "numpy" and has_gpus) if num_gpus is None else num_gpus
     room = room_for_workers({"CPU": num_cpus, "GPU": num_gpus})
-    if not num_workers and not room:
+    if not room:
         cli.fail(f"no machine of the cluster has {num_cpus} CPUs and {num_gpus} GPUs for a worker")
 
     with cli.mistakes((OSError, ValueError), "the prompts cannot be read: "):
@@ -292,7 +292,7 @@ def main(
         Worker,
         fn_constructor_args=(model, arrays, stop_texts),
         fn_constructor_kwargs=generation,
-        compute=ray.data.ActorPoolStrategy(size=num_workers or room, max_tasks_in_flight_per_actor=1),
+        compute=ray.data.ActorPoolStrategy(size=min(num_workers or room, room), max_tasks_in_flight_per_actor=1),
         num_cpus=num_cpus,
         num_gpus=num_gpus,
         runtime_env={"env_vars": worker_environment(num_cpus, num_gpus)},

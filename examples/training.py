@@ -455,6 +455,8 @@ def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save,
         if not history:
             save_run()  # so that whatever ends the run, it can be resumed
             look()
+        elif step > history[-1][0] and (step % settings["evaluate_every"] == 0 or step == n_steps):
+            look()  # Ctrl-C came while that was done
         first_step, started = step, time.monotonic()
         steps = batches(order, batch_size, settings["seed"], step, n_steps)
         for rows in tqdm(map(rows_at, steps), "training", n_steps, initial=step, unit="step", disable=None):
@@ -528,12 +530,12 @@ def load_state(path, settings, arrays):
         with np.load(path, allow_pickle=False) as state:
             saved_settings, step, history, losses = json.loads(str(state["progress"]))
             leaves = [state[f"array_{i}"] for i in range(len(jax.tree.leaves(arrays)))]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         fail(f"the run cannot be resumed from {path}: {error}")
     for key, value in settings.items():
         if key not in MAY_CHANGE and saved_settings.get(key) != value:
             fail(f"the run to resume has {key}={saved_settings.get(key)}, not {value}")
-    if settings["n_steps"] <= step:
+    if settings["n_steps"] <= step and (settings["n_steps"] < step or (history and history[-1][0] == step)):
         fail(f"the run has made {step} steps already: to add some, give a larger --n_steps")
     if settings["n_steps"] != saved_settings["n_steps"]:
         was, now = saved_settings["n_steps"], settings["n_steps"]

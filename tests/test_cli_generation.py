@@ -301,6 +301,17 @@ def test_a_job_with_a_file_to_append_to_goes_on_where_it_was_killed(run, tmp_pat
     assert out.read_text("utf-8").splitlines() == [kept, *others]  # what is done is not done again
 
 
+def test_what_is_no_unicode_comes_through_and_a_line_cut_within_a_character_is_done_again(run, tmp_path):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out"
+    prompts.write_text('{"prompt": "one", "id": "\\ud83d"}\n{"prompt": "\u4f60"}\n', "utf-8")
+    for _ in range(2):
+        assert run("--prompts_file", prompts, "--out", out).returncode == 0
+        first, second = out.read_bytes().splitlines()
+        assert json.loads(first)["id"] == "\ud83d"
+        assert json.loads(second)["prompt"] == "\u4f60"
+        out.write_bytes(first + b"\n" + second[:14])
+
+
 def test_answers_may_be_prompts_again(run, tmp_path):
     (tmp_path / "p.txt").write_text("one\n")
     (tmp_path / "once.jsonl").write_text(run("--prompts_file", tmp_path / "p.txt").stdout)
