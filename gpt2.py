@@ -11,12 +11,14 @@ import os
 import signal
 import sys
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+
 import lookup
 from arrays import as_batch, cached, check_bounds, check_room, namespace, write
 from sampling import check_options, sampler
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
-
 QUERY_BLOCK = 64  # queries that attend together: their scores fit the processor's cache
 
 
@@ -323,8 +325,6 @@ def main(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until cli.run has its own, Ctrl-C ends at once, too
-
     import cli
 
     cli.run(main)
