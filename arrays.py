@@ -14,7 +14,7 @@ import os
 import sys
 
 from devices import cache_sharding, spread
-from threads import PART, Watched, each, in_parts, paced, thread_counts
+from threads import PART, Watched, each, in_parts, n_weights, paced, thread_counts
 
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
 
@@ -115,8 +115,7 @@ def check_memory(params, n_rows, n_slots):
     if is_jax(wte) and any(device.platform != "cpu" for device in wte.devices()):
         return  # a device says so itself
     n_vocab, n_embd = wte.shape
-    n_weights = n_vocab * n_embd + 12 * n_layer * n_embd**2
-    needed = wte.dtype.itemsize * (n_weights + n_rows * (2 * n_layer * n_slots * n_embd + 2 * n_vocab)) / 2**30
+    needed = wte.dtype.itemsize * (n_weights(params) + n_rows * (2 * n_layer * n_slots * n_embd + 2 * n_vocab)) / 2**30
     if needed > memory():
         raise MemoryError(
             f"{n_rows} texts of {n_slots} tokens at once need {needed:.1f} GiB, and this machine has {memory():.1f}: "

@@ -334,19 +334,11 @@ def answer_file(lines, path, out, encode, answer, batch_size, n_samples):
     n_done, n_errors, n_at_once = len(done), sum(done), max(1, batch_size // n_samples)
     with tqdm(desc="prompts", disable=None, initial=n_done) as bar:
         while window := list(itertools.islice(objects, 4 * n_at_once)):
-            waiting = []  # [(ids, object)]
-            for line in window:
-                try:
-                    waiting += [] if "error" in line else [(encode(line["prompt"]), line)]
-                except ValueError as error:
-                    line["error"] = one_line(error)
-            waiting.sort(key=lambda pair: len(pair[0]))  # a batch takes as long as its longest prompt
-            for start in range(0, len(waiting), n_at_once):
-                ids, answered = zip(*waiting[start : start + n_at_once], strict=True)
-                texts = iter(answer([*ids]))
-                for line in answered:
-                    line |= answer_fields([*itertools.islice(texts, n_samples)])
-                bar.update(len(ids))
+            for batch in batches_by_length(window, encode, n_at_once):
+                texts = iter(answer([ids for _, ids in batch]))
+                for i, _ in batch:
+                    window[i] |= answer_fields([*itertools.islice(texts, n_samples)])
+                bar.update(len(batch))
             for line in window:
                 tqdm.write(json.dumps(line, ensure_ascii=False), file=file)  # clear of the bar
             file.flush()
@@ -366,6 +358,19 @@ def prompt_object(line, is_json):
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         return {"prompt": text, "error": 'no object with a "prompt" that is a text'}
     return {key: value for key, value in fields.items() if key not in ANSWERED}
+
+
+def batches_by_length(objects, encode, n_at_once):
+    """Yields lists of n_at_once (place in objects, ids of its "prompt"); one that encode refuses gets an "error"."""
+    waiting = []
+    for i, fields in enumerate(objects):
+        try:
+            waiting += [] if "error" in fields else [(i, encode(fields["prompt"]))]
+        except ValueError as error:
+            fields["error"] = one_line(error)
+    waiting.sort(key=lambda pair: len(pair[1]))  # a batch takes as long as its longest prompt
+    for start in range(0, len(waiting), n_at_once):
+        yield waiting[start : start + n_at_once]
 
 
 def answer_fields(samples):

@@ -89,13 +89,17 @@ def check_threads(n):
         raise ValueError("n_threads needs a NumPy with OpenBLAS: other BLAS libraries do as they are built")
 
 
+def n_weights(params):
+    """The number of weights in the matrices that every token meets: all but wpe."""
+    return params["wte"].size + 12 * len(params["blocks"]) * params["wte"].shape[-1] ** 2
+
+
 def thread_counts(params):
     """The numbers of threads to choose from for passes through a model, the largest first: 6, 3, 1."""
     wte = params["wte"]
     if type(wte).__module__ != "numpy" or not blas():
         return [1]
-    n_weights = wte.size + 12 * len(params["blocks"]) * wte.shape[-1] ** 2
-    n = wanted or (1 if n_weights * wte.itemsize < SMALL else min(n_cores(), at_first()))
+    n = wanted or (1 if n_weights(params) * wte.itemsize < SMALL else min(n_cores(), at_first()))
     return [n] if wanted else [n >> i for i in range(n.bit_length())]
 
 

@@ -114,13 +114,7 @@ def transformers(folder):
     from transformers import GPT2LMHeadModel
 
     torch.set_num_threads(n_cores())
-    converted = folder + "-transformers"
-    if not os.path.exists(converted):
-        from convert import save_as_transformers
-
-        os.makedirs(converted + ".part", exist_ok=True)
-        convert(folder, converted, save_as_transformers)
-    model = GPT2LMHeadModel.from_pretrained(converted)
+    model = GPT2LMHeadModel.from_pretrained(transformers_folder(folder))
 
     def generate(prompts, n_tokens):
         ids, cache = torch.tensor(prompts), None
@@ -254,6 +248,17 @@ CONTESTANTS = {
     "llama.cpp": (llama_cpp, "llama-cpp-python"),
     "llama.cpp f16": (llama_cpp_f16, "llama-cpp-python"),
 }
+
+
+def transformers_folder(folder):
+    """The same model as transformers has it, made once, beside it."""
+    converted = folder + "-transformers"
+    if not os.path.exists(converted):
+        from convert import save_as_transformers
+
+        os.makedirs(converted + ".part", exist_ok=True)
+        convert(folder, converted, save_as_transformers)
+    return converted
 
 
 def convert(folder, converted, save, *options):

@@ -15,11 +15,12 @@ import time
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples"))
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
-from bench import MODELS_DIR, make_checkpoint, processor
+from bench import MODELS_DIR, make_checkpoint, processor, transformers_folder
 
 import cli
 import devices
 from gpt2 import generate
+from threads import n_weights
 from utils import load_encoder_hparams_and_params
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -32,15 +33,9 @@ def on(backend, dtype, hparams, params):
 
 def on_pytorch(dtype, device, folder):
     import torch
-    from convert import save_as_transformers
     from transformers import GPT2LMHeadModel
 
-    converted = folder + "-transformers"
-    if not os.path.exists(converted):
-        os.makedirs(converted + ".part", exist_ok=True)
-        save_as_transformers(converted + ".part", *load_encoder_hparams_and_params(*os.path.split(folder)[::-1]))
-        os.replace(converted + ".part", converted)
-    model = GPT2LMHeadModel.from_pretrained(converted, dtype=getattr(torch, dtype)).to(device).eval()
+    model = GPT2LMHeadModel.from_pretrained(transformers_folder(folder), dtype=getattr(torch, dtype)).to(device).eval()
     model.generation_config.pad_token_id = 0
 
     def run(prompts, n):
@@ -66,8 +61,7 @@ def bytes_per_second():
 
 def limit(bandwidth, params, n_rows, n_slots, itemsize):
     """Tokens per second of n_rows rows with n_slots tokens each, were reading all there is to do."""
-    n_layer, (n_vocab, n_embd) = len(params["blocks"]), params["wte"].shape
-    n_numbers = n_vocab * n_embd + 12 * n_layer * n_embd**2 + n_rows * 2 * n_layer * n_slots * n_embd
+    n_numbers = n_weights(params) + n_rows * 2 * len(params["blocks"]) * n_slots * params["wte"].shape[-1]
     return n_rows * bandwidth / (itemsize * n_numbers)
 
 

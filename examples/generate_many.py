@@ -99,18 +99,8 @@ class Worker:
         """An object for each line of a part, in their order: see cli.prompt_object and cli.answer_fields."""
         data = data if first else data.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
         objects = [cli.prompt_object(line, is_json) for line in io.BytesIO(data)]
-        waiting = []  # (number of ids, place in the part, ids)
-        for i, fields in enumerate(objects):
-            try:
-                if "error" not in fields:
-                    ids = self.encode(fields["prompt"])
-                    waiting.append((len(ids), i, ids))
-            except ValueError as error:
-                fields["error"] = cli.one_line(error)
-        waiting.sort()  # by length: a batch takes as long as its longest prompt
-        n_at_once = max(1, self.batch_size // self.n_samples)
-        for start in range(0, len(waiting), n_at_once):
-            rows = [(i, j, ids) for _, i, ids in waiting[start : start + n_at_once] for j in range(self.n_samples)]
+        for batch in cli.batches_by_length(objects, self.encode, max(1, self.batch_size // self.n_samples)):
+            rows = [(i, j, ids) for i, ids in batch for j in range(self.n_samples)]
             seeds = [self.seed if self.seed is None else self.row_seed(first + i, j) for i, j, _ in rows]
             outputs = generate([ids for _, _, ids in rows], bar=False, seed=seeds, **self.options)
             for k in range(0, len(rows), self.n_samples):
