@@ -156,7 +156,7 @@ def cached(model, params, n_head, n_rows, n_slots):
 
 def cached_in_place(model, params, n_head, n_rows, n_slots):
     xp, kv_cache = namespace(params["wte"]), empty_cache(params, n_head, n_rows, n_slots)
-    counts, seconds = thread_counts(params), collections.defaultdict(dict)
+    counts, seen = thread_counts(params), collections.defaultdict(dict)
 
     def read(prompts):  # {prompt: its rows}: those of like length together, padded on their right, as in JAX's case
         waiting, batches = sorted(prompts, key=len), []
@@ -201,7 +201,7 @@ def cached_in_place(model, params, n_head, n_rows, n_slots):
 
         if n_last == 1 and counts[0] > 1 and n_ids >= 2 * PART[0]:
             return in_parts(run, n_ids, len(kv_cache), counts[0])
-        return paced(lambda written: run(0, n_ids, written), counts, seconds[ids.shape])
+        return paced(lambda written: run(0, n_ids, written), counts, seen[ids.shape])
 
     return forward
 

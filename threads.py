@@ -8,14 +8,16 @@ long prompt is read by threads of our own, which wait for each other once in a b
 import contextlib
 import functools
 import itertools
+import math
 import os
 import sys
 import threading
 import time
 
-PART = 48, 256  # ids of a prompt that a thread reads at a time: at least, so that products are fast, and at most
+PART = 64, 256  # ids of a prompt that a thread reads at a time: at least, so that products are fast, and at most
 SMALL = 2**24  # bytes of weights: those of smaller models stay in one core's cache
-FADE = 0.998  # what was seen a block ago counts as so much less
+LATELY = 32  # blocks whose times count most
+TRIAL = 512  # blocks after which other numbers of threads are tried again
 
 wanted = None  # a number of threads; None: what is best
 
@@ -128,16 +130,16 @@ class Watched(dict):
             self.written()
 
 
-def paced(read, counts, seconds):
+def paced(read, counts, seen):
     """read(written), a pass with Watched caches, with as many of BLAS's threads, of counts, as has been the fastest.
 
-    seconds: {count: of a block}, kept from pass to pass. An untried count is taken for fast, and what is known fades,
-    so that in a while each is tried again, for one block: the neighbours may have gone. None is taken for more than
-    three times as slow as the fastest, so that a single mishap is forgotten sooner.
+    seen: {count: (blocks, mean seconds of a block)}, kept from pass to pass. A count that is untried gets two blocks,
+    and what is known of the others is forgotten in a while, so that each is tried again: the neighbours may have gone.
+    A single mishap says little: of the first two blocks the faster counts, and later none for more than four.
     """
 
     def fastest():
-        return min(counts, key=lambda n: seconds.get(n, 0))
+        return min(counts, key=lambda n: seen[n][1] if n in seen and seen[n][0] > 1 else 0)
 
     n, start = fastest(), None
 
@@ -145,10 +147,12 @@ def paced(read, counts, seconds):
         nonlocal n, start
         now = time.perf_counter()
         if start is not None:
-            seconds[n] = 7 / 8 * seconds.get(n, now - start) + (now - start) / 8
-            most = 3 * min(seconds.values())
-            for count in seconds:
-                seconds[count] = min(FADE * seconds[count], most)
+            n_blocks, mean = seen.get(n, (0, math.inf))
+            n_blocks, taken = n_blocks + 1, min(now - start, 4 * mean)
+            seen[n] = n_blocks, min(mean, taken) if n_blocks <= 2 else mean + (taken - mean) / min(n_blocks, LATELY)
+            if n_blocks % TRIAL == 0:
+                for other in {*seen} - {n}:
+                    del seen[other]
         n, start = fastest(), now
         set_to(n)
 
