@@ -300,14 +300,20 @@ def stopping_on_ctrl_c(stop):
 
 
 def converse(answer):
-    """Shows the pieces of text that answer(prompt) gives to prompt after prompt, until Ctrl-D; Ctrl-C stops a text."""
+    """Shows the pieces of text that answer(prompt) gives to prompt after prompt, until Ctrl-D; Ctrl-C stops a text.
+
+    Nothing carries over from one prompt to the next.
+    """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input its line editing)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")  # what is no text, answer says
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if on_terminal:
+        print("Each prompt is continued on its own. Ctrl-C stops a text, Ctrl-D leaves.", file=sys.stderr)
     while True:
         try:
-            prompt = input("Model prompt >>> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
+            prompt = input("Model prompt >>> " if on_terminal else "")
             if prompt:
                 with mistakes(ValueError):
                     pieces = answer(prompt)

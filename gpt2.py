@@ -267,7 +267,7 @@ def main(
         n_samples: with a temperature, how many continuations to draw at once
         stop: end before this text appears; \\n is a line break; several are given as a list, '["User:", "Bot:"]'
         stream: print the text as it is made
-        interactive: ask for prompt after prompt; Ctrl-C stops a text, Ctrl-D leaves
+        interactive: ask for prompt after prompt, each continued on its own; Ctrl-C stops a text, Ctrl-D leaves
         prompts_file: continue every line (-: of standard input), in .jsonl every "prompt"; prints a JSON object a line
         batch_size: with prompts_file, how many texts are made at once
         out: with prompts_file, append to this file; prompts that it answers already are passed over, whatever the flags

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 
 import pexpect
@@ -416,6 +417,12 @@ def test_interactive_answers_prompt_after_prompt_until_ctrl_d(conversation, cont
         terminal.send(CTRL_D)
         terminal.expect(pexpect.EOF)
         assert process.wait(TIMEOUT) == 0
+
+
+def test_interactive_says_first_that_nothing_carries_over_and_how_to_leave(conversation):
+    with conversation() as (_, terminal):
+        terminal.expect_exact(PROMPT)
+        assert re.search(r"\A[^\n]*on its own[^\n]*Ctrl-D leaves[^\n]*\r\n\Z", terminal.before)
 
 
 def test_interactive_edits_the_line(conversation, continuation):
