@@ -1,0 +1,108 @@
+"""README.md and README.zh-CN.md: the same document in two languages, and what its commands are said to print, they do."""
+
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+ENGLISH, CHINESE = ((REPO / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md"))
+FENCED, INDENTED = r"^```\w*\n.*?^```$", r"(?:^    .*\n|^\n(?=    ))+"
+
+
+def sections(text):
+    """[(level of the heading, the text behind it)]"""
+    parts = re.split(
+        r"^(#+) .*\n", re.sub(FENCED, lambda m: m[0].replace("\n#", "\n "), text, flags=re.M | re.S), flags=re.M
+    )
+    return [(len(level), body) for level, body in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def code(text):
+    """The lines of all blocks of code, less their comments."""
+    blocks = re.findall(f"{FENCED}|{INDENTED}", text, re.M | re.S)
+    return [re.sub(r"\s+# .*", "", line).rstrip() for block in blocks for line in block.splitlines()]
+
+
+def prose(text):
+    return re.sub(f"{FENCED}|{INDENTED}", "", text, flags=re.M | re.S)
+
+
+def figures(text):
+    """All numbers of the text, but for those in names, code, and addresses."""
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|GPT-2|60行|60 Lines|CTranslate2", "", prose(text))
+    return {*re.findall(r"(?<![A-Za-z])\d+(?:[.,]\d+)*", text)}
+
+
+def links(text):
+    return {link.replace(".zh-CN", "") for link in re.findall(r"\]\(([^)]*)\)", text)}
+
+
+def names(text):
+    return {name.replace(".zh-CN", "") for name in re.findall(r"`([^`]+)`", prose(text))}
+
+
+PAIRS = [*zip(sections(ENGLISH), sections(CHINESE), strict=False)]
+
+
+def test_both_have_headings_of_the_same_levels_in_the_same_order():
+    assert [level for level, _ in sections(ENGLISH)] == [level for level, _ in sections(CHINESE)]
+
+
+@pytest.mark.parametrize("what", [code, figures, links, names])
+@pytest.mark.parametrize("i", range(len(PAIRS)))
+def test_a_section_has_the_same_in_both(what, i):
+    (_, english), (_, chinese) = PAIRS[i]
+    assert what(english) == what(chinese)
+
+
+def test_the_parts_that_are_compared_are_there():
+    for what in (code, figures, links, names):
+        assert len(what(ENGLISH)) > 10
+
+
+def test_each_links_to_the_other_at_its_top():
+    assert "](README.zh-CN.md)" in "".join(ENGLISH.splitlines()[:4])
+    assert "](README.md)" in "".join(CHINESE.splitlines()[:4])
+
+
+@pytest.mark.parametrize("path", ["README.md", "README.zh-CN.md", "models/README.md", "examples/README.md",
+                                  "benchmarks/README.md", "tests/reference/README.md"])  # fmt: skip
+def test_links_into_the_repository_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)]*)\)", (REPO / path).read_text("utf-8")):
+        assert link.startswith("https://") or (REPO / path).parent.joinpath(link.partition("#")[0]).exists(), link
+
+
+def test_the_files_that_it_lists_are_all_that_there_are():
+    assert {*re.findall(r"^\| \[(\w+\.py)\]", ENGLISH, re.M)} == {path.name for path in REPO.glob("*.py")}
+
+
+def test_the_table_has_every_flag():
+    help_text = subprocess.run(
+        [sys.executable, "gpt2.py", "--help"], cwd=REPO, capture_output=True, text=True, check=True
+    ).stdout
+    rows = "".join(line for line in ENGLISH.splitlines(keepends=True) if line.startswith("| `--"))
+    assert {*re.findall(r"--(\w+)", rows)} == {*re.findall(r"--(\w+)", help_text)} - {"help", "prompt"}
+
+
+def shown():
+    """(command, what it is said to print) for all that is shown behind a $."""
+    lines = [line[4:] for block in re.findall(INDENTED, ENGLISH, re.M) for line in [*block.splitlines(), "    "]]
+    for is_command, group in itertools.groupby(lines, lambda line: line.startswith("$ ")):
+        if is_command:
+            (*_, command) = group
+        elif "command" in locals():
+            yield command[2:], "\n".join(group).strip("\n")
+            del command
+
+
+@pytest.mark.parametrize(("command", "printed"), shown())
+def test_a_command_prints_what_the_readme_shows(command, printed):
+    command = command.replace("python gpt2.py", f"{shlex.quote(sys.executable)} gpt2.py")
+    result = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, text=True, check=True)  # noqa: S602
+    wanted = printed.split("\n\n\n")[0]
+    assert result.stdout.strip("\n").startswith(wanted.strip("\n")), result.stdout
+    assert wanted
