@@ -188,9 +188,10 @@ def fetch_from(source, files, folder, check, title, tuning):
         ask = functools.partial(open_url, session, tuning, progress.note)
 
         def plan(name):
-            # less patience than later: most likely this machine is offline
+            # less patience than later, and least before any answer: most likely this machine is offline
+            n_attempts, pause = (4, tuning.pause) if plans else (3, tuning.pause / 2)
             attempt = functools.partial(describe, ask, f"{source}/{name}", missing[name], tuning.largest)
-            remote = persist(attempt, 4, tuning.pause, progress)
+            remote = persist(attempt, n_attempts, pause, progress)
             return remote, gaps(remote, paths[name])
 
         plans = {}

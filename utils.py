@@ -117,10 +117,9 @@ def fetch_model(model_size, model_dir):
             title=model_size,
         )
     except DownloadError as error:
-        missing = ", ".join(missing_files(model_dir))
-        advice = f"run it again to go on from here, or put {missing} into {model_dir} by hand"
+        advice = "run it again to go on from here"
         if os.path.isdir(os.path.join(os.path.dirname(model_dir), "shakespeare")):
-            advice += ", or use the bundled model: --model_size shakespeare"
+            advice += "; --model_size shakespeare needs no network"
         raise ModelError(f"{error}; {advice}") from error
 
 

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import socket
 import time
 
 import conftest
@@ -260,6 +261,18 @@ def test_the_message_names_file_url_and_cause(server, folder):
 def test_no_server_is_one_line(server, folder):
     server.server_close()
     assert re.fullmatch(r"could not download first from http://127.0.0.1:\d+/first: .*refused", failure(server, folder))
+
+
+def test_a_machine_that_is_offline_waits_less_than_five_seconds_in_all(folder, monkeypatch):
+    waits, pause_before = [], download.pause_before
+    monkeypatch.setattr(download, "pause_before", lambda *args: waits.append(pause_before(*args)) or 0)
+    with socket.socket() as deaf:  # a port that refuses: bound, and nobody listens
+        deaf.bind(("127.0.0.1", 0))
+        url = "http://127.0.0.1:{}".format(deaf.getsockname()[1])
+        error = failure([f"{url}/a", f"{url}/b"], folder, pause=download.Tuning().pause)
+    assert re.fullmatch(f"could not download first from {url}/a/first: .*refused; nor first from {url}/b/.*refused", error)
+    assert len(waits) == 4
+    assert sum(waits) < 5
 
 
 def test_a_server_that_never_answers_is_one_line(server, folder):
@@ -736,7 +749,7 @@ def test_a_terminal_shows_each_wait_and_retry_beside_the_bar(server, folder):
 
 
 def test_without_a_terminal_a_line_tells_of_retries_and_few_follow(server, folder, capsys):
-    server.probe_faults = {name: [{"status": 503}] * 3 for name in FILES}
+    server.probe_faults = {name: [{"status": 503}] * 2 for name in FILES}
     fetch(server, folder, {"first": 1000, "large": N_BYTES})
     assert capsys.readouterr().err == (
         f"Fetching tiny from {server.url}: 2 files, 138,344 bytes\ntiny: HTTP 503: trying again in 0 s\n"
