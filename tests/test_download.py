@@ -268,9 +268,11 @@ def test_a_machine_that_is_offline_waits_less_than_five_seconds_in_all(folder, m
     monkeypatch.setattr(download, "pause_before", lambda *args: waits.append(pause_before(*args)) or 0)
     with socket.socket() as deaf:  # a port that refuses: bound, and nobody listens
         deaf.bind(("127.0.0.1", 0))
-        url = "http://127.0.0.1:{}".format(deaf.getsockname()[1])
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         error = failure([f"{url}/a", f"{url}/b"], folder, pause=download.Tuning().pause)
-    assert re.fullmatch(f"could not download first from {url}/a/first: .*refused; nor first from {url}/b/.*refused", error)
+    assert re.fullmatch(
+        f"could not download first from {url}/a/first: .*refused; nor first from {url}/b/.*refused", error
+    )
     assert len(waits) == 4
     assert sum(waits) < 5
 
