@@ -11,8 +11,12 @@ all, as in the GPT paper (Improving Language Understanding by Generative Pre-Tra
 import functools
 import json
 import os
+import signal
 import sys
 import zipfile
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
 
 import numpy as np
 
@@ -270,11 +274,13 @@ def predict(*texts: str, name: str = "", texts_file: str = "", models_dir: str =
     """Prints for every text a JSON object with its label and the probability of each.
 
     Args:
-        texts: the texts, each in quotes
+        texts: the texts, each in quotes; - reads standard input, a text a line
         name: the classifier: a folder in models_dir that train has made
         texts_file: a file of more texts, one a line, or JSONL with {"text"}; - reads standard input
         models_dir: the folder that holds the models
     """
+    if texts == ("-",) and not texts_file:
+        texts, texts_file = (), "-"
     texts = [*texts]
     if texts_file.endswith(".jsonl"):
         texts += [document["text"] for document in training.read_documents([texts_file], ("text",))]

@@ -10,10 +10,15 @@ beside the model under the names of PEFT, a library for PyTorch, and can be appl
     python examples/finetune.py --merge models/mine --model_size 124M --name again
 """
 
+import inspect
 import json
 import os
 import shutil
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
 
 import numpy as np
 
@@ -21,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import training
 
 from checkpoint import ENCODER, VOCAB, save_checkpoint
-from cli import fail, mistakes, run
+from cli import fail, mistakes, one_line, run
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
 LAYERS = {"c_attn": ("attn/c_attn",), "c_proj": ("attn/c_proj", "mlp/c_proj"), "c_fc": ("mlp/c_fc",)}
@@ -106,7 +111,8 @@ def load_adapters(folder, params):
             raise ValueError("they have ranks or scales of their own for some layers")
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, SafetensorError) as error:
-        fail(f"the adapters in {folder} cannot be read: {error!r}")
+        fault = f"{ADAPTER_CONFIG} has no {error}" if isinstance(error, KeyError) else one_line(error)
+        fail(f"the adapters in {folder} cannot be read: {fault}")
     adapters = [{} for _ in params["blocks"]]
     for i, block in enumerate(params["blocks"]):
         for path in (path for paths in LAYERS.values() for path in paths):
@@ -212,7 +218,7 @@ def main(
         merge: do not train, but apply the adapters in this folder to the model, and save the result
     """
     if merge:
-        return save_merged(merge, files, resume, model_size, name, models_dir)
+        return save_merged(**locals())
     names = lora_layers(lora_rank, lora_alpha, lora_on)
     settings = {"lora_rank": lora_rank, "lora_alpha": 2 * lora_rank if lora_alpha is None else lora_alpha}
     settings |= {"n_steps": n_steps, "batch_size": batch_size, "accumulate": accumulate, "n_ctx": n_ctx}
@@ -278,15 +284,16 @@ def main(
     )
 
 
-def save_merged(folder, files, resume, model_size, name, models_dir):
-    """Saves a model with the adapters in folder applied to it."""
-    if files or resume:
-        fail("--merge applies adapters and learns nothing: it takes no files, and no --resume")
+def save_merged(merge, files, model_size, name, models_dir, **others):
+    """Saves a model with the adapters in the folder merge applied to it. Ends with one line for flags of training."""
+    usual = {key: option.default for key, option in inspect.signature(main).parameters.items()}
+    if unused := ["files"][: len(files)] + [f"--{key}" for key, value in others.items() if value != usual[key]]:
+        fail(f"--merge applies adapters and learns nothing: it takes no {', '.join(unused)}")
     model_dir = training.new_model(name, models_dir)
     training.refuse_existing(model_dir)
     with mistakes(ModelError):
         _, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    adapters, scale = load_adapters(folder, params)
+    adapters, scale = load_adapters(merge, params)
     os.makedirs(model_dir, exist_ok=True)
     for file in (ENCODER, VOCAB):
         shutil.copyfile(os.path.join(models_dir, model_size, file), os.path.join(model_dir, file))

@@ -11,10 +11,13 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 
-import jax
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -46,6 +49,8 @@ def train_tokenizer(texts, n_vocab, model_dir):
 
 def initial_params(hparams, seed):
     """GPT-2's initialisation: random_params' spread of 0.02, but less for some, and biases of 0."""
+    import jax
+
     params = random_params(hparams, seed)
     params["wpe"] *= 0.5  # 0.01, as OpenAI's model.py has it
     for block in params["blocks"]:
@@ -108,7 +113,7 @@ def main(
     settings |= {"dtype": dtype, "recompute": recompute, "evaluate_every": evaluate_every}
     model_dir, settings = training.begin(name, models_dir, resume, distributed, settings)
     if n_vocab < 257 or n_embd % n_head or n_ctx < 2:
-        fail("n_vocab must be 257 or more, n_ctx 2 or more, n_embd divisible by n_head")
+        fail("--n_vocab must be 257 or more, --n_ctx 2 or more, --n_embd divisible by --n_head")
 
     # the texts, in two parts, and a tokenizer learned from the first alone
     texts = [document["text"] for document in training.read_documents([text_file], ("text",))]

@@ -21,11 +21,7 @@ import time
 import zipfile
 import zlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -36,6 +32,14 @@ from cli import fail
 from devices import keep_compiled
 from gpt2 import generate, layer_norm, matmul, transformer_block
 from utils import MODEL_SIZES
+
+try:
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+except ModuleNotFoundError as error:
+    fail(f"{error.name} is not installed here, which training needs: pip install -r requirements-dev.txt")
 
 END, STATE = "<|endoftext|>", "state.npz"
 MAY_CHANGE = ("n_steps", "evaluate_every", "accumulate", "recompute")  # when a run is resumed
@@ -54,18 +58,20 @@ def begin(name, models_dir, resume, distributed, settings):
         kinds = (int, float) if key in ("learning_rate", "weight_decay", "dropout", "lora_alpha") else (int,)
         may_be_0 = key in ("weight_decay", "dropout", "seed", "lora_rank", "lora_alpha")
         if type(value) not in kinds or not 0 <= value < math.inf or (value == 0 and not may_be_0):
-            fail(f"{key} must be a positive number, not {value!r}")
+            fail(f"--{key} must be a positive {'number' if float in kinds else 'whole number'}, not {value!r}")
+    if settings["seed"] >= 2**32:
+        fail(f"--seed must be below 2**32, not {settings['seed']}")
     batch_size, accumulate = settings["batch_size"], settings["accumulate"]
     if settings["dtype"] not in ("float32", "bfloat16") or settings["dropout"] >= 1:
-        fail("dtype must be float32 or bfloat16, dropout below 1")
+        fail("--dtype must be float32 or bfloat16, --dropout below 1")
     if batch_size % accumulate:
-        fail(f"a batch_size of {batch_size} cannot be cut into {accumulate} equal parts")
+        fail(f"a --batch_size of {batch_size} cannot be cut into {accumulate} equal parts")
     model_dir = new_model(name, models_dir)
     if distributed:
         join_processes()
     n_rows, n_devices = batch_size // accumulate, jax.device_count()
     if n_rows % n_devices:
-        fail(f"{n_rows} rows cannot be divided over {n_devices} devices: choose another batch_size or accumulate")
+        fail(f"{n_rows} rows cannot be divided over {n_devices} devices: choose another --batch_size or --accumulate")
     if resume and not os.path.exists(os.path.join(model_dir, STATE)):
         fail(f"there is no run to resume in {model_dir}")
     if not resume and jax.process_index() == 0:  # it alone writes
@@ -439,7 +445,7 @@ def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save,
         value, line = evaluate(here(learned), here(frozen))
         say(f"step {step}: {line}")
         if not math.isfinite(value):
-            fail(f"the loss is no number any more at step {step}: the learning_rate is too high")
+            fail(f"the loss is no number any more at step {step}: the --learning_rate is too high")
         with uninterrupted():
             if is_first and all(value < earlier for _, _, earlier in history):
                 save(here(learned), here(frozen))
@@ -457,16 +463,18 @@ def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save,
             look()
         elif step > history[-1][0] and (step % settings["evaluate_every"] == 0 or step == n_steps):
             look()  # Ctrl-C came while that was done
-        first_step, started = step, time.monotonic()
+        first_step, seconds = step, 0.0
         steps = batches(order, batch_size, settings["seed"], step, n_steps)
         for rows in tqdm(map(rows_at, steps), "training", n_steps, initial=step, unit="step", disable=None):
+            started = time.monotonic()
             with uninterrupted():  # the old weights are given away before the new ones are there
                 mean, learned, optimizer_state = update(learned, optimizer_state, frozen, rows, np.int32(step))
                 losses.append(float(mean))
                 step += 1
+            seconds += time.monotonic() - started
             if step == first_step + 10:
-                seconds = (time.monotonic() - started) / 10
-                say(f"a step takes {seconds:.2g} s: {seconds * (n_steps - step) / 60:.1f} minutes to go")
+                minutes = seconds / 10 * (n_steps - step) / 60
+                say(f"a step takes {seconds / 10:.2g} s: {minutes:.1f} minutes to go, and evaluations")
             if step % settings["evaluate_every"] == 0 or step == n_steps:
                 look()
     except KeyboardInterrupt:

@@ -126,6 +126,12 @@ def test_predict_prints_a_line_of_json_for_every_text_of_a_file(data, words):
         assert max(answer["probabilities"], key=answer["probabilities"].get) == answer["label"]
 
 
+def test_predict_reads_standard_input_for_a_dash(data, words):
+    args = "predict", "-", "--name", "words", "--models_dir", data / "models"
+    done = command(*args, input="one two three\n", script="examples/classify.py")
+    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["one two three"]
+
+
 def test_a_random_tenth_is_held_out_by_default_even_of_files_that_are_sorted(data, tmp_path, monkeypatch):
     def stop(*args, data, **kwargs):
         order, rows = data

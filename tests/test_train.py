@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -359,12 +360,14 @@ def message(*args, **settings):
         ({"name": "small."}, "no name for a new model"),
         ({"name": "124M"}, "is the name of a model of OpenAI's"),
         ({"n_vocab": 256}, "n_vocab must be 257 or more"),
-        ({"n_head": 3}, "n_embd divisible by n_head"),
-        ({"n_ctx": 1}, "n_ctx 2 or more"),
-        ({"dropout": 1.0}, "dropout below 1"),
-        ({"n_steps": "many"}, "n_steps must be a positive number, not 'many'"),
+        ({"n_head": 3}, "--n_embd divisible by --n_head"),
+        ({"n_ctx": 1}, "--n_ctx 2 or more"),
+        ({"dropout": 1.0}, "--dropout below 1"),
+        ({"n_steps": "many"}, "--n_steps must be a positive whole number, not 'many'"),
         ({"n_layer": 1.5}, "n_layer must be"),
         ({"n_head": 0}, "n_head must be"),
+        ({"seed": 2**32}, "--seed must be below 2**32, not 4294967296"),
+        ({"seed": -1}, "--seed must be"),
         ({"learning_rate": -1}, "learning_rate must be"),
         ({"batch_size": 10_000}, "too short for 10000 windows"),
         ({"resume": True}, "no run to resume"),
@@ -388,7 +391,7 @@ def test_a_text_too_short_leaves_no_folder_that_would_be_in_the_way(text, said, 
         (["no.txt"], "no.txt cannot be read"),
         ([TEXT_FILE, "--step=5"], "unknown flag --step=5"),
         ([TEXT_FILE, TEXT_FILE], "more than one text_file"),
-        ([TEXT_FILE, "--n_steps", "many"], "n_steps must be a positive number"),
+        ([TEXT_FILE, "--n_steps", "many"], "--n_steps must be a positive whole number"),
     ],
 )
 def test_mistakes_of_the_command_are_told_in_one_line(args, said, tmp_path):
@@ -396,6 +399,25 @@ def test_mistakes_of_the_command_are_told_in_one_line(args, said, tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(rf"train\.py: {re.escape(said)}.*\n", done.stderr)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train.py", "finetune.py", "classify.py"])
+@pytest.mark.parametrize("name", ["jax", "optax"])
+def test_a_package_that_is_missing_is_named_in_one_line(name, script, tmp_path):
+    (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
+    done = command("train", "--name", "new", script=f"examples/{script}", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert re.fullmatch(rf"{script}: {name} is not installed here, .*requirements-dev.txt\n", done.stderr)
+
+
+@pytest.mark.parametrize("script", ["train.py", "finetune.py", "classify.py"])
+def test_ctrl_c_during_the_imports_leaves_no_traceback(script):
+    with running("train", TEXT_FILE, "--name", "new", script=f"examples/{script}") as process:
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert b"Traceback" not in said
 
 
 def test_a_model_is_never_overwritten(models_dir):
