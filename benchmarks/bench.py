@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -473,15 +474,17 @@ def plot(result, out):
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5))
+    ends = {}
     for i, (name, samples) in enumerate(result["samples"].items()):
         points = [(n, statistics.median(samples[f"decode {n}"])) for n in CONTEXTS if f"decode {n}" in samples]
         shade, width = ("black", 3) if name == "gpt2.py" else (f"{0.1 + 0.07 * i:.2f}", 1.3)
         line = (":" if name.startswith("limit") else "-") + "osD^v<>P*X"[i]  # shapes, for who cannot see shades
         if points:
-            axes.plot(*zip(*points, strict=True), line, label=name, color=shade, linewidth=width)
+            axes.plot(*zip(*points, strict=True), line, color=shade, linewidth=width)
+            ends[name] = points[-1]
     axes.set(xlabel="tokens in the context", ylabel="tokens per second", ylim=(0, None))
     axes.set_title(f"Decoding, GPT-2 {result['model_size']}")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    name_lines(axes, ends)
     axes.grid(alpha=0.3)
     figure.savefig(os.path.join(out, "decode.png"), dpi=150, bbox_inches="tight")
 
@@ -512,6 +515,15 @@ def plot(result, out):
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(os.path.join(out, "cores.png"), dpi=150, bbox_inches="tight")
+
+
+def name_lines(axes, ends):
+    """Writes the name of every line beside its end, apart from one another. ends: {name: (x, y)}."""
+    lowest, apart = -math.inf, 0.05 * axes.get_ylim()[1]
+    for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
+        lowest = max(y, lowest + apart)
+        arrow = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.8}
+        axes.annotate(name, (x, y), (1.05 * x, lowest), va="center", annotation_clip=False, arrowprops=arrow)
 
 
 def first_of(figures):

