@@ -523,7 +523,7 @@ def name_lines(axes, ends):
     for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
         lowest = max(y, lowest + apart)
         arrow = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.8}
-        axes.annotate(name, (x, y), (1.05 * x, lowest), va="center", annotation_clip=False, arrowprops=arrow)
+        axes.annotate(name, (x, y), (1.08 * x, lowest), va="center", annotation_clip=False, arrowprops=arrow)
 
 
 def first_of(figures):

@@ -1,4 +1,4 @@
-"""README.md and README.zh-CN.md: the same document in two languages, and what its commands are said to print, they do."""
+"""README.md and README.zh-CN.md: one document in two languages; what its commands are said to print, they do."""
 
 import re
 import shlex
@@ -88,8 +88,8 @@ def test_the_table_has_every_flag():
 
 def shown():
     """[(command, what it is said to print)] for all that is shown behind a $."""
-    blocks = [textwrap.dedent(block) for block in re.findall(INDENTED, ENGLISH, re.M) if block.startswith("    $ ")]
-    parts = re.split(r"^\$ (.*)\n", "\n".join(blocks), flags=re.M)
+    blocks = [textwrap.dedent(block).strip("\n") for block in re.findall(INDENTED, ENGLISH, re.M)]
+    parts = re.split(r"^\$ (.*)\n", "\n".join(block for block in blocks if block.startswith("$ ")), flags=re.M)
     return [*zip(parts[1::2], parts[2::2], strict=True)]
 
 
