@@ -135,7 +135,7 @@ def paced(read, counts, seen):
 
     seen: {count: (blocks, mean seconds of a block)}, kept from pass to pass. A count that is untried gets two blocks,
     and what is known of the others is forgotten in a while, so that each is tried again: the neighbours may have gone.
-    A single mishap says little: of the first two blocks the faster counts, and later none for more than four.
+    A single mishap says little: of the first two blocks the faster counts, later ones as four times the mean at most.
     """
 
     def fastest():

@@ -117,7 +117,7 @@ def fetch_model(model_size, model_dir):
             title=model_size,
         )
     except DownloadError as error:
-        advice = "run it again to go on from here"
+        advice = "run it again to go on from here (by hand: see models/README.md)"
         if os.path.isdir(os.path.join(os.path.dirname(model_dir), "shakespeare")):
             advice += "; --model_size shakespeare needs no network"
         raise ModelError(f"{error}; {advice}") from error
