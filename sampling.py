@@ -41,11 +41,13 @@ def on_host(logits):
     return np.asarray(logits)
 
 
-def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None):
+def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
     """pick(logits), [n_rows, 1, n_vocab] -> n_rows ids, each drawn with a generator of its own.
 
     seed: row i draws with seed + i, or with seed[i] of a list; None: with no two runs alike. Options: see sample.
     """
+    if n_samples is not None:
+        raise TypeError("n_samples is a flag: for several samples of a prompt, give a batch, [ids] * 3")
     seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(n_rows)]
     if len(seeds) != n_rows:
         raise ValueError(f"seed has {len(seeds)} numbers for {n_rows} prompts")

@@ -28,6 +28,7 @@ from encoder import SHA256, get_encoder
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
 FILES = ("checkpoint", HPARAMS, ENCODER, VOCAB, INDEX, "model.ckpt.meta", DATA)  # as OpenAI publishes them
+NEW_NAME = r"\w([\w.-]*[\w-])?"  # what a new model may be called, on every system
 LIMITS = {HPARAMS: 2**16, ENCODER: 2**24, VOCAB: 2**24, INDEX: 2**24, SUMS: 2**16}  # bytes; GPT-2's largest has 1 MB
 
 # OpenAI's models, and what is known of their files

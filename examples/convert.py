@@ -25,6 +25,7 @@ from checkpoint import DATA, ENCODER, HPARAMS, VOCAB, CheckpointError, nest, sav
 from utils import (
     MODEL_SIZES,
     MODELS_DIR,
+    NEW_NAME,
     ModelError,
     load_encoder,
     load_encoder_hparams_and_params,
@@ -333,14 +334,15 @@ def main(*paths: str, name: str = None, to: str = None, models_dir: str = MODELS
     folder, out = paths[0], paths[-1]
     if not os.path.isdir(folder):
         cli.fail(f"there is no folder {folder}")
-    if not to and not re.fullmatch(r"\w([\w.-]*[\w-])?", name or ""):
+    if not to and not re.fullmatch(NEW_NAME, name or ""):
         cli.fail("--name must name the new model with letters, digits, dashes, and dots but not at the end")
     if not to:
         return convert(folder, name, models_dir)
 
     with cli.mistakes(ModelError):
         model = load_encoder_hparams_and_params(*os.path.split(os.path.abspath(folder))[::-1])
-    with cli.mistakes(ImportError, f"--to {to} needs a package: "):
+    package = "safetensors" if to == "transformers" else "gguf"
+    with cli.mistakes(ImportError, f"--to {to} needs {package}: pip install {package}: "):
         if to == "transformers":
             with new(out, os.mkdir, shutil.rmtree):
                 save_as_transformers(out, *model)

@@ -22,7 +22,7 @@ import cli
 import devices
 from arrays import is_jax, namespace, round_up
 from gpt2 import MODELS_DIR, gpt2
-from threads import n_cores
+from threads import at_first, blas, blas_threads, n_cores
 
 # the model's part
 
@@ -53,7 +53,8 @@ def scores(params, rows, n_head, n_threads=1):
     """Yields for each of rows, (ids, n_scored): the losses of its last n_scored ids, float64, and which are likeliest.
 
     Rows that follow one another are a batch, padded at their ends to the longest: they should be of similar lengths.
-    n_threads: how many batches NumPy works on at a time; more than one pay where its BLAS has one thread for each.
+    n_threads: how many batches NumPy works on at a time, each with its share of the cores: one batch on all of them
+    would leave all but one idle between its matrix products.
     """
     import numpy as np
 
@@ -80,7 +81,7 @@ def scores(params, rows, n_head, n_threads=1):
     if use_jax or n_threads == 1:
         yield from itertools.chain.from_iterable(map(scored, work))
     else:
-        with ThreadPoolExecutor(n_threads) as pool:
+        with blas_threads(max(1, n_cores() // n_threads)), ThreadPoolExecutor(n_threads) as pool:
             yield from itertools.chain.from_iterable(pool.map(scored, work))
 
 
@@ -134,7 +135,11 @@ def hellaswag(activity_label, ctx_a, ctx_b, endings, label, **_):
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
     context = clean(f"{activity_label}: {ctx_a} {ctx_b.capitalize()}")
-    return context, [clean(ending) for ending in endings], int(label) if isinstance(label, str) else label
+    return (
+        context,
+        [clean(ending) for ending in endings],
+        int(label) if isinstance(label, str) and label.isdecimal() else label,
+    )
 
 
 def cloze(context, endings, label, **_):
@@ -147,21 +152,27 @@ TASKS = {"lambada": lambada, "hellaswag": hellaswag, "cloze": cloze}
 
 def read_examples(path, task):
     """[(where it stands, example)] of a file with a JSON object a line. Ends with one line for what is no example."""
-    fields = ", ".join(name for name in inspect.signature(TASKS[task]).parameters if name != "_")
+    needed = [name for name in inspect.signature(TASKS[task]).parameters if name != "_"]
     examples = []
     for number, line in enumerate(cli.open_lines(path), 1):
         where = f"{path}, line {number}"
         try:
             if not line.strip():
                 continue
-            context, endings, label = TASKS[task](**json.loads(line))
+            fields = json.loads(line)
+            if not isinstance(fields, dict) or not fields.keys() >= {*needed}:
+                raise ValueError("it is no object with all of these")
+            context, endings, label = TASKS[task](**fields)
             if not isinstance(endings, list) or not endings or not all(ending.strip() for ending in endings):
                 raise ValueError("there are no endings, or one is empty")
             if type(label) is not int or not 0 <= label < len(endings):
                 raise ValueError(f"label must be from 0 to {len(endings) - 1}, not {label!r}")
             "".join([context, *endings]).encode()  # lone surrogates are no text
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            cli.fail(f"{where}: no example of {task}, which has {fields}: {cli.one_line(error)}")
+            cause = "it is no JSON" if isinstance(error, json.JSONDecodeError | RecursionError) else cli.one_line(error)
+            if isinstance(error, TypeError | AttributeError):
+                cause = "one of these is not of its kind, such as a text"
+            cli.fail(f"{where}: no example of {task}, which has {', '.join(needed)}: {cause}")
         examples.append((where, (context, endings, label)))
     return examples or cli.fail(f"{path} has no examples")
 
@@ -278,18 +289,6 @@ def as_html(title, encoder, ids, nats):
     return PAGE.format(title=html.escape(title), legend=legend, text="".join(spans))
 
 
-def share_cores():
-    """How many batches NumPy should work on at a time. Before NumPy is imported, it has its BLAS use the other cores.
-
-    One batch on all cores would leave all but one of them idle between its matrix products.
-    """
-    if "numpy" in sys.modules or {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
-        return 1
-    n_threads = min(n_cores(), 8)  # each batch takes some hundred MB
-    os.environ["OPENBLAS_NUM_THREADS"] = str(n_cores() // n_threads)
-    return n_threads
-
-
 def exp(x):
     return math.exp(x) if x < 700 else math.inf
 
@@ -319,8 +318,6 @@ def main(
         dtype: of the weights: float32, or bfloat16 with jax
         tensor_parallel: with jax, over how many devices to divide the weights of each block
     """
-    n_threads = share_cores() if backend == "numpy" else 1
-
     from utils import ModelError, load_encoder_hparams_and_params
 
     if task is not None and task not in TASKS:
@@ -344,6 +341,7 @@ def main(
         params = devices.place(params, backend, dtype, tensor_parallel)
     cli.note(devices.described(params))
     n_ctx, n_head = hparams["n_ctx"], hparams["n_head"]
+    n_threads = min(n_cores(), at_first(), 8) if blas() else 1  # each batch takes some hundred MB
     if stride is not None and (type(stride) is not int or not 0 < stride <= n_ctx):
         cli.fail(f"--stride must be a whole number from 1 to the model's context of {n_ctx}, not {stride!r}")
 

@@ -161,6 +161,11 @@ def begin_or_resume(filesystem, folder, settings):
     return done
 
 
+def is_within(out, path):
+    out, path = (place.rstrip("/") if "://" in place else os.path.realpath(place) for place in (out, path))
+    return f"{out}/".startswith(f"{path}/")
+
+
 def room_for_workers(need):
     """How many workers the machines of the cluster have room for. need: {"CPU": of each, "GPU": of each}."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -224,6 +229,9 @@ def main(
         cli.fail("give files or folders of prompts, and last the folder for the answers (see --help)")
     *paths, out = paths
     paths = [path if "://" in path else os.path.abspath(path) for path in paths]
+    for path in paths:
+        if is_within(out, path):
+            cli.fail(f"{out} is within {path}: its answers would be read as prompts: give a folder elsewhere")
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     with cli.mistakes(ValueError):
         check_options(n_tokens_to_generate, n_samples, batch_size, **sampling)

@@ -31,7 +31,7 @@ from checkpoint import ENCODER, VOCAB
 from cli import fail
 from devices import keep_compiled
 from gpt2 import generate, layer_norm, matmul, transformer_block
-from utils import MODEL_SIZES
+from utils import MODEL_SIZES, NEW_NAME
 
 try:
     import jax
@@ -85,7 +85,7 @@ def new_model(name, models_dir):
         fail("--name is needed (see --help)")
     if name in MODEL_SIZES:
         fail(f"{name!r} is the name of a model of OpenAI's: choose another for yours")
-    if not re.fullmatch(r"\w([\w.-]*[\w-])?", name):
+    if not re.fullmatch(NEW_NAME, name):
         fail(f"{name!r} is no name for a new model: use letters, digits, dashes, and dots but not at the end")
     return os.path.join(models_dir, name)
 

@@ -337,6 +337,15 @@ def test_a_file_or_folder_that_is_there_is_never_overwritten(tiny, tmp_path, to)
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("to", "package"), [("transformers", "safetensors"), ("gguf", "gguf")])
+def test_without_the_package_it_needs_one_line_says_what_to_install(tiny, tmp_path, to, package):
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / f"{package}.py").write_text("raise ImportError('this test has none')\n")
+    done = command(tiny, "--to", to, tmp_path / "out", script=SCRIPT, env={"PYTHONPATH": tmp_path / "stub"})
+    assert_one_line_error(done, f"--to {to} needs {package}: pip install {package}: ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_ctrl_c_leaves_nothing_behind(theirs, models):
     with running(theirs, "--name=mine", "--models_dir", models, script=SCRIPT) as process:
         wait_until((models / "mine").exists)

@@ -175,6 +175,7 @@ def test_the_losses_can_be_differentiated_and_mapped(params, jax_params):
 # tasks
 
 CONTEXT = ("activity_label", "ctx_a", "ctx_b")  # of HellaSwag
+HELLASWAG = '{"activity_label": "a", "ctx_a": "a", "ctx_b": "a", "endings": %s}'
 
 
 def ending_scores(encoder, log_probs, context, ending):
@@ -266,7 +267,8 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_the_user_is_told(tin
 @pytest.mark.parametrize(
     ("task", "line", "said"),
     [
-        ("lambada", "no JSON", "Expecting value"),
+        ("lambada", "no JSON", "it is no JSON"),
+        ("lambada", "[" * 100_000, "it is no JSON"),
         ("lambada", '["text"]', "no example of lambada, which has text"),
         ("lambada", '{"context": "a b"}', "no example of lambada, which has text"),
         ("lambada", '{"text": 5}', "no example of lambada"),
@@ -277,7 +279,14 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_the_user_is_told(tin
         ("cloze", '{"context": "a", "endings": ["b"], "label": true}', "not True"),
         ("cloze", '{"context": "a", "endings": ["b", 5], "label": 0}', "no example of cloze"),
         ("cloze", '{"context": 5, "endings": ["b"], "label": 0}', "no example of cloze"),
-        ("hellaswag", '{"ctx": "a"}', "which has activity_label, ctx_a, ctx_b, endings, label"),
+        (
+            "hellaswag",
+            '{"ctx": "a"}',
+            "which has activity_label, ctx_a, ctx_b, endings, label: it is no object with all",
+        ),
+        ("hellaswag", HELLASWAG % '5, "label": 0', "one of these is not of its kind"),
+        ("hellaswag", HELLASWAG % '["b"], "label": "x"', "label must be from 0 to 0, not 'x'"),
+        ("lambada", '{"text": null}', "one of these is not of its kind"),
     ],
 )
 def test_a_line_that_is_no_example_is_named_before_the_model_is_looked_at(task, line, said, tmp_path):

@@ -82,15 +82,20 @@ def test_a_worker_that_is_killed_is_replaced_and_every_prompt_has_its_one_answer
     flags = ["--batch_size=8", "--temperature=0.8", "--top_k=50", "--seed=3"]
     args = [tmp_path / "prompts.jsonl", out, *flags]
     with running(*args, script=SCRIPT, model=tiny, n=N, env=cluster) as process:
-        wait_until(lambda: len(parts(out)) >= 8)
+        wait_until(lambda: len(workers()) == 2)
         first, *others = workers()
+        wait_until(lambda: len(parts(out)) >= 2)
+        for worker in (first, *others):
+            worker.suspend()  # or a fast machine may be done before one is killed
+        n_before = len(parts(out))
         assert [other.ppid() for other in others] != [first.ppid()]  # each on a node of its own
         assert first.environ()["OPENBLAS_NUM_THREADS"] == "1"  # no more than its own core
         first.kill()
-        n_before = len(parts(out))
+        for other in others:
+            other.resume()
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, stdout, stderr) == (0, b"", b"")
-    assert 8 <= n_before < 32 == len(parts(out))
+    assert 2 <= n_before < 32 == len(parts(out))
     texts = expected(prompts, temperature=0.8, top_k=50, seed=[3 + i for i in range(2000)])
     assert answers(out) == [
         {"id": i, "prompt": prompt, "text": text, "n_tokens": N, "finish_reason": "length"}
@@ -290,6 +295,9 @@ def test_a_damaged_part_is_an_error_that_names_it(tmp_path):
         (["a", "out", "--num_gpus=1.5"], "num_gpus must be"),
         (["a", "out", "--dtype=int8"], "no backend 'numpy' with dtype 'int8'"),
         (["a", "out", "--stop="], "--stop must be a text"),
+        (["a", "a/out"], "a/out is within"),
+        (["s3://b/a/", "s3://b/a"], "s3://b/a is within"),
+        (["a", "ab", "--model_size=none"], "no model 'none'"),
         (["a", "out", "--model_size=none"], "no model 'none'"),
     ],
     ids=str,

@@ -331,3 +331,8 @@ def test_stop_must_be_a_function(generate):
 def test_mistakes_show_before_the_first_id_is_asked_for(params):
     with pytest.raises(ValueError, match="more than the model's context"):
         gpt2.generate_ids([1, 2, 3], params, N_HEAD, N_CTX)
+
+
+def test_samples_of_one_prompt_are_asked_for_as_a_batch(params):
+    with pytest.raises(TypeError, match=r"n_samples is a flag: .* \[ids\] \* 3"):
+        gpt2.generate([1, 2], params, HPARAMS["n_head"], 3, n_samples=2)

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -218,25 +219,25 @@ def test_prompts_of_a_batch_that_threads_share_are_as_if_each_were_alone(lengths
         np.testing.assert_allclose(row[-1], alone[-1], rtol=0, atol=1e-5 * np.abs(alone).max())
 
 
-def test_in_every_block_a_part_goes_on_when_all_before_it_have_written_and_no_more_than_n_threads_read():
+@pytest.mark.parametrize(("n_threads", "n_parts"), [(2, 8), (5, 10)])
+def test_in_every_block_a_part_goes_on_when_all_before_it_have_written_and_only_n_threads_read(n_threads, n_parts):
     starts, written_to, now, most = set(), set(), set(), []
 
     def read(start, stop, written):
         now.add(start)
         most.append(len(now))
+        starts.add(start)
+        time.sleep(0.01)  # in which all threads begin
         for block in range(4):
             written_to.add((start, block))
             if block == 3:
                 now.discard(start)
             written()
-            missing = [earlier for earlier in range(0, start, 100) if (earlier, block) not in written_to]
-            starts.add(start)
-            assert not missing
+            assert not [earlier for earlier in range(0, start, 2000 // n_parts) if (earlier, block) not in written_to]
 
-    threads.in_parts(read, 500, 4, n_threads=5)  # in parts of 100
-    assert max(most) <= 5
-    threads.in_parts(read, 500, 4, n_threads=2)
-    assert len(starts) >= 5
+    threads.in_parts(read, 2000, 4, n_threads)
+    assert len(starts) == n_parts
+    assert max(most) <= n_threads
 
 
 @pytest.mark.parametrize("bad", [0, 1, 3])
