@@ -135,11 +135,8 @@ def hellaswag(activity_label, ctx_a, ctx_b, endings, label, **_):
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
     context = clean(f"{activity_label}: {ctx_a} {ctx_b.capitalize()}")
-    return (
-        context,
-        [clean(ending) for ending in endings],
-        int(label) if isinstance(label, str) and label.isdecimal() else label,
-    )
+    label = int(label) if isinstance(label, str) and label.isdecimal() else label
+    return context, [clean(ending) for ending in endings], label
 
 
 def cloze(context, endings, label, **_):
