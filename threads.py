@@ -18,6 +18,7 @@ PART = 64, 256  # ids of a prompt that a thread reads at a time: at least, so th
 SMALL = 2**24  # bytes of weights: those of smaller models stay in one core's cache
 LATELY = 32  # blocks whose times count most
 TRIAL = 512  # blocks after which other numbers of threads are tried again
+CLEARLY = 0.8  # of the time with all threads: fewer must take less, for a block by chance takes a fifth longer
 
 wanted = None  # a number of threads; None: what is best
 
@@ -138,10 +139,11 @@ def paced(read, counts, seen):
     A single mishap says little: of the first two blocks the faster counts, later ones as four times the mean at most.
     """
 
-    def fastest():
-        return min(counts, key=lambda n: seen[n][1] if n in seen and seen[n][0] > 1 else 0)
+    def seconds(n):
+        n_blocks, mean = seen.get(n, (0, 0))
+        return 0 if n_blocks < 2 else mean if n == counts[0] else mean / CLEARLY
 
-    n, start = fastest(), None
+    n, start = min(counts, key=seconds), None
 
     def written():
         nonlocal n, start
@@ -153,7 +155,7 @@ def paced(read, counts, seen):
             if n_blocks % TRIAL == 0:
                 for other in {*seen} - {n}:
                     del seen[other]
-        n, start = fastest(), now
+        n, start = min(counts, key=seconds), now
         set_to(n)
 
     with blas_threads(n) as set_to:
