@@ -137,9 +137,12 @@ def memory():
 
 def empty_cache(params, n_head, n_rows, n_slots, **options):
     """For every block {"k": [n_rows, n_head, n_slots, n_embd/n_head], "v": the same}; options: of zeros."""
-    wte = params["wte"]
+    wte, n_layer = params["wte"], len(params["blocks"])
     shape, options = (n_rows, n_head, n_slots, wte.shape[-1] // n_head), {"dtype": wte.dtype, **options}
-    return [{name: namespace(wte).zeros(shape, **options) for name in ("k", "v")} for _ in params["blocks"]]
+    zeros = functools.partial(namespace(wte).zeros, **options)
+    # views of a single array where there are such: NumPy puts large ones in huge pages, which are faster to read
+    pairs = [(zeros(shape), zeros(shape)) for _ in range(n_layer)] if is_jax(wte) else zeros((n_layer, 2, *shape))
+    return [{"k": k, "v": v} for k, v in pairs]
 
 
 def cached(model, params, n_head, n_rows, n_slots):
