@@ -279,7 +279,9 @@ def predict(*texts: str, name: str = "", texts_file: str = "", models_dir: str =
         texts_file: a file of more texts, one a line, or JSONL with {"text"}; - reads standard input
         models_dir: the folder that holds the models
     """
-    if texts == ("-",) and not texts_file:
+    if "-" in texts:
+        if texts_file or len(texts) > 1:
+            fail("- stands for standard input: give it alone")
         texts, texts_file = (), "-"
     texts = [*texts]
     if texts_file.endswith(".jsonl"):

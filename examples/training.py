@@ -58,7 +58,8 @@ def begin(name, models_dir, resume, distributed, settings):
         kinds = (int, float) if key in ("learning_rate", "weight_decay", "dropout", "lora_alpha") else (int,)
         may_be_0 = key in ("weight_decay", "dropout", "seed", "lora_rank", "lora_alpha")
         if type(value) not in kinds or not 0 <= value < math.inf or (value == 0 and not may_be_0):
-            fail(f"--{key} must be a positive {'number' if float in kinds else 'whole number'}, not {value!r}")
+            least = ", 0 or more," if may_be_0 else " above 0,"
+            fail(f"--{key} must be a {'number' if float in kinds else 'whole number'}{least} not {value!r}")
     if settings["seed"] >= 2**32:
         fail(f"--seed must be below 2**32, not {settings['seed']}")
     batch_size, accumulate = settings["batch_size"], settings["accumulate"]

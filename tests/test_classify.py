@@ -180,6 +180,8 @@ def test_mistakes_are_told_in_one_line(data, words, tmp_path):
     assert "line 1: 'odd' is none of the classes colours, numbers, ünits" in said
     assert "base is no classifier" in message(classify.evaluate, held_out, name="base", models_dir=models_dir)
     assert "no texts" in message(classify.predict, name="words", models_dir=models_dir)
+    for texts, more in ((("-", "more"), {}), (("-",), {"texts_file": held_out})):
+        assert "give it alone" in message(classify.predict, *texts, name="words", models_dir=models_dir, **more)
     both = {"head_only": True, "lora_rank": 2}
     assert "do not go together" in message(classify.train, held_out, name="new", models_dir=models_dir, **both)
     assert_one_line_error(command("learn", script="examples/classify.py"), "learn is none of train, evaluate, predict")
