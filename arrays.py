@@ -138,9 +138,9 @@ def memory():
 def empty_cache(params, n_head, n_rows, n_slots, **options):
     """For every block {"k": [n_rows, n_head, n_slots, n_embd/n_head], "v": the same}; options: of zeros."""
     wte, n_layer = params["wte"], len(params["blocks"])
-    shape, options = (n_rows, n_head, n_slots, wte.shape[-1] // n_head), {"dtype": wte.dtype, **options}
-    zeros = functools.partial(namespace(wte).zeros, **options)
-    # views of a single array where there are such: NumPy puts large ones in huge pages, which are faster to read
+    shape = n_rows, n_head, n_slots, wte.shape[-1] // n_head
+    zeros = functools.partial(namespace(wte).zeros, dtype=wte.dtype, **options)
+    # NumPy's and CuPy's are views of one array: NumPy puts large ones, 4 MB on Linux, in huge pages, faster to read
     pairs = [(zeros(shape), zeros(shape)) for _ in range(n_layer)] if is_jax(wte) else zeros((n_layer, 2, *shape))
     return [{"k": k, "v": v} for k, v in pairs]
 

@@ -23,6 +23,12 @@ def generate(params):
     return lambda inputs, n, **options: gpt2.generate(inputs, params, N_HEAD, n, **options)
 
 
+def test_numpys_cache_is_one_piece_of_memory_which_its_parts_share_out(params):
+    views = [view for cache in arrays.empty_cache(params, N_HEAD, 2, 5) for view in cache.values()]
+    assert len({id(view.base) for view in views}) == 1
+    assert not any(itertools.starmap(np.shares_memory, itertools.combinations(views, 2)))
+
+
 # The pipeline: decode, at most n, until stop
 
 

@@ -153,8 +153,10 @@ def blocks_of(times, n_blocks):
 
 
 @two_cores
-@pytest.mark.parametrize(("times", "best"), [({1: 3, 2: 2}, 2), ({1: 3, 2: 40}, 1)])
-def test_most_blocks_run_with_as_many_threads_as_are_fastest(times, best, monkeypatch):
+@pytest.mark.parametrize(
+    ("times", "best"), [({1: 3, 2: 2}, 2), ({1: 3, 2: 40}, 1), ({1: 9, 2: 10}, 2), ({1: 7, 2: 10}, 1)]
+)
+def test_most_blocks_run_with_all_threads_or_with_fewer_where_those_are_clearly_faster(times, best, monkeypatch):
     read, counts, clock = blocks_of(times, 2000)
     monkeypatch.setattr(threads.time, "perf_counter", clock)
     threads.paced(read, [2, 1], {})
