@@ -76,7 +76,7 @@ def plot(path, title, rows, speeds):
     axes.set(xscale="log", yscale="log", xlabel="texts at once", ylabel="tokens per second", title=title)
     axes.set_xticks(rows, rows)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
