@@ -221,7 +221,9 @@ def import_tensorflow():
     try:
         import tensorflow
     except ImportError as error:
-        raise CheckpointError(f"TensorFlow is needed to read a checkpoint for the first time: {error}") from error
+        raise CheckpointError(
+            f"TensorFlow is needed to save a checkpoint, or to read one for the first time: {error}"
+        ) from error
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)

@@ -94,7 +94,9 @@ def missing_files(model_dir, names=FILES):
 def folders_in(models_dir):
     """The models in models_dir, in words."""
     try:
-        names = [name for name in sorted(os.listdir(models_dir)) if os.path.isdir(os.path.join(models_dir, name))]
+        names = [
+            name for name in sorted(os.listdir(models_dir)) if not missing_files(os.path.join(models_dir, name), SUMMED)
+        ]
     except OSError:
         names = []
     return f"a folder in {models_dir} ({', '.join(names) or 'there is none'})"

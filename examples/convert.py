@@ -275,6 +275,9 @@ def save_as_transformers(out, encoder, hparams, params):
             f.write(content if isinstance(content, str) else json.dumps(content))
     arrays = {f"transformer.{transformers_name(name)}": array for name, array in flat(params, hparams).items()}
     save_file(arrays, os.path.join(out, "model.safetensors"), {"format": "pt"})
+    shutil.copymode(
+        os.path.join(out, "config.json"), os.path.join(out, "model.safetensors")
+    )  # else for its owner alone
 
 
 def save_as_gguf(out, encoder, hparams, params, dtype="float32"):

@@ -8,6 +8,7 @@ on one device or on all that JAX sees: the rows of a batch are divided over them
 import contextlib
 import functools
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -81,7 +82,9 @@ def begin(name, models_dir, resume, distributed, settings):
 
 
 def new_model(name, models_dir):
-    """The folder for a model of one's own. Ends with one line for a name that cannot be one."""
+    """The folder for a new model. Ends with one line for a name that cannot be one, or if the model cannot be saved."""
+    if importlib.util.find_spec("tensorflow") is None:
+        fail("TensorFlow, which saves the model, is not installed here: pip install -r requirements.txt")
     if not name:
         fail("--name is needed (see --help)")
     if name in MODEL_SIZES:
@@ -222,7 +225,10 @@ def windows_of(ids, n_ctx, batch_size):
     """
     n_windows = (len(ids) - 1) // n_ctx - 1  # one less: wherever the first begins, the last is whole
     if n_windows < batch_size:
-        fail(f"the text is too short for {batch_size} windows of {n_ctx} tokens: it has {len(ids)}")
+        fail(
+            f"the text is too short for {batch_size} windows of {n_ctx} tokens: it has {len(ids)}: "
+            "choose a smaller --n_ctx or --batch_size"
+        )
 
     def rows(starts):
         windows = ids[starts[..., None] + np.arange(n_ctx + 1)]

@@ -379,6 +379,12 @@ def test_mistakes_are_told_in_one_line(change, said, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_without_tensorflow_which_saves_the_model_nothing_begins(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    assert "TensorFlow, which saves the model, is not installed" in message(TEXT_FILE, name="new", models_dir=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("short", "too short"), ("a " * 100, "too short")])
 def test_a_text_too_short_leaves_no_folder_that_would_be_in_the_way(text, said, tmp_path):
     (tmp_path / "text.txt").write_text(text)

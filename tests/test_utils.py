@@ -348,9 +348,10 @@ def test_hparams_that_are_no_object_are_an_error(text, model_dir):
     assert "hparams.json" in error_of(model_dir)
 
 
-def test_an_unknown_model_is_an_error_that_names_the_choices(tmp_path):
+def test_an_unknown_model_is_an_error_that_names_the_choices(tmp_path, models_dir):
     for folder in ("mine", "shakespeare"):
-        (tmp_path / folder).mkdir()
+        (tmp_path / folder).symlink_to(models_dir / "tiny")
+    (tmp_path / "124M").mkdir()  # of which nothing could be fetched
     choices = f"choose 124M, 355M, 774M, 1558M or a folder in {tmp_path} (mine, shakespeare)"
     assert f"no model 'nonsense': {choices}" in error_of(tmp_path / "nonsense")
 
