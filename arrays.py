@@ -140,7 +140,8 @@ def empty_cache(params, n_head, n_rows, n_slots, **options):
     wte, n_layer = params["wte"], len(params["blocks"])
     shape = n_rows, n_head, n_slots, wte.shape[-1] // n_head
     zeros = functools.partial(namespace(wte).zeros, dtype=wte.dtype, **options)
-    # NumPy's and CuPy's are views of one array: NumPy puts large ones, 4 MB on Linux, in huge pages, faster to read
+    # NumPy's and CuPy's are views of one array: on Linux, NumPy puts those of 4 MiB and more in huge pages, which are
+    # faster to read
     pairs = [(zeros(shape), zeros(shape)) for _ in range(n_layer)] if is_jax(wte) else zeros((n_layer, 2, *shape))
     return [{"k": k, "v": v} for k, v in pairs]
 

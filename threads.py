@@ -18,7 +18,7 @@ PART = 64, 256  # ids of a prompt that a thread reads at a time: at least, so th
 SMALL = 2**24  # bytes of weights: those of smaller models stay in one core's cache
 LATELY = 32  # blocks whose times count most
 TRIAL = 512  # blocks after which other numbers of threads are tried again
-CLEARLY = 0.8  # fewer threads must take less than this part of the time with all: chance alone slows blocks by a fifth
+CLEARLY = 0.8  # fewer threads must take less than this part of the time with all: small leads come by chance
 
 wanted = None  # a number of threads; None: what is best
 
@@ -135,9 +135,9 @@ def paced(read, counts, seen):
     """read(written), a pass with Watched caches, with all of BLAS's threads, or fewer where those were clearly faster.
 
     counts: the numbers to choose from, all first. seen: {count: (blocks, mean seconds of a block)}, kept from pass to
-    pass. A count that is untried gets two blocks,
-    and what is known of the others is forgotten in a while, so that each is tried again: the neighbours may have gone.
-    A single mishap says little: of the first two blocks the faster counts, later ones as four times the mean at most.
+    pass. A count that is untried gets two blocks, and what is known of the others is forgotten in a while, so that
+    each is tried again: the neighbours may have gone. A single mishap says little: of the first two blocks the faster
+    counts, later ones as four times the mean at most.
     """
 
     def seconds(n):
