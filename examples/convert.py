@@ -274,10 +274,9 @@ def save_as_transformers(out, encoder, hparams, params):
         with open(os.path.join(out, name), "w", encoding="utf-8", newline="") as f:
             f.write(content if isinstance(content, str) else json.dumps(content))
     arrays = {f"transformer.{transformers_name(name)}": array for name, array in flat(params, hparams).items()}
-    save_file(arrays, os.path.join(out, "model.safetensors"), {"format": "pt"})
-    shutil.copymode(
-        os.path.join(out, "config.json"), os.path.join(out, "model.safetensors")
-    )  # else for its owner alone
+    weights = os.path.join(out, "model.safetensors")
+    save_file(arrays, weights, {"format": "pt"})  # which makes it its owner's alone
+    shutil.copymode(os.path.join(out, "config.json"), weights)
 
 
 def save_as_gguf(out, encoder, hparams, params, dtype="float32"):

@@ -94,7 +94,8 @@ def save_adapters(folder, adapters, alpha, names, model_size):
     save_file(tensors, os.path.join(folder, ADAPTER))
     with open(os.path.join(folder, ADAPTER_CONFIG), "w", encoding="utf-8") as f:
         json.dump(config, f, indent=2)
-    shutil.copymode(os.path.join(folder, ADAPTER_CONFIG), os.path.join(folder, ADAPTER))  # else for its owner alone
+    # save_file has made it its owner's alone
+    shutil.copymode(os.path.join(folder, ADAPTER_CONFIG), os.path.join(folder, ADAPTER))
 
 
 def load_adapters(folder, params):

@@ -109,6 +109,10 @@ def test_transformers_loads_what_it_is_given(theirs, params, models_dir):
     assert [model.config.eos_token_id, model.generation_config.eos_token_id] == [end, end]
 
 
+def test_who_may_read_the_other_files_may_read_the_weights(theirs):
+    assert (theirs / "model.safetensors").stat().st_mode == (theirs / "config.json").stat().st_mode
+
+
 def test_what_transformers_saves_itself_in_several_files_comes_back(tiny, theirs, models, tmp_path):
     model = transformers.GPT2LMHeadModel.from_pretrained(theirs)
     model.save_pretrained(tmp_path / "saved", max_shard_size="200KB")

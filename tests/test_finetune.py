@@ -354,6 +354,11 @@ def test_peft_loads_the_adapters_onto_transformers_model_and_merged_they_give_th
     assert np.abs(expected - logits_of("base", models, ids)).max() > 0.1 * np.abs(expected).max()
 
 
+def test_who_may_read_their_configuration_may_read_the_adapters(adapted):
+    files = finetune.ADAPTER, finetune.ADAPTER_CONFIG
+    assert len({(adapted[0] / name).stat().st_mode for name in files}) == 1
+
+
 def test_merge_applies_adapters_of_ours_and_of_peft(adapted, models, tmp_path):
     finetune.main(merge=str(adapted[0]), model_size="base", name="again", models_dir=str(models))
     assert (models / "again" / DATA).read_bytes() == (adapted[0] / DATA).read_bytes()
