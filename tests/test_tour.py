@@ -11,6 +11,8 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -70,6 +72,25 @@ def executed(committed, tmp_path_factory):
 
 def test_every_cell_runs_from_a_clean_kernel(executed):
     assert [cell.execution_count for cell in code_cells(executed)] == [*range(1, len(code_cells(executed)) + 1)]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://github.com/someone/project",
+        "https://github.com/someone/project/blob/main/tour.ipynb",
+        "https://colab.research.google.com/github/someone/project/blob/main/tour.ipynb#scrollTo=fetch",
+    ],
+)
+def test_where_there_is_no_clone_the_first_cell_fetches_one_from_the_address_it_asks_for(committed, address, tmp_path):
+    (cell,) = (cell for cell in committed.cells if cell.id == "fetch")
+    here = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{REPO}.insteadOf"}
+    env = os.environ | here | {"GIT_CONFIG_VALUE_0": "https://github.com/someone/project"}
+    script = cell.source + "\nimport gpt2, finetune\nprint(gpt2.__file__)"
+    run = subprocess.run(
+        [sys.executable, "-c", script], input=f" {address}\n", cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert run.stdout.endswith(f"{tmp_path}/gpt2-numpy/gpt2.py\n"), run.stderr
 
 
 def test_no_committed_output_is_a_warning(committed):
