@@ -23,11 +23,11 @@ def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab]
         p = xp.where(p < xp.sort(p, axis=-1)[..., -top_k, None], 0, p)
     if top_p < 1:
         falling = xp.flip(xp.sort(p, axis=-1), axis=-1)
-        reached = xp.cumulative_sum(falling, axis=-1)
+        reached = xp.cumsum(falling, axis=-1)
         needed = reached - falling < top_p * reached[..., -1:]  # those before do not reach p
         p = xp.where(p < xp.min(xp.where(needed, falling, xp.inf), axis=-1, keepdims=True), 0, p)
     # each token owns a stretch of a line, as long as its probability: where does a random point of the line fall?
-    ends = xp.cumulative_sum(p, axis=-1)
+    ends = xp.cumsum(p, axis=-1)
     point = xp.asarray(rng.random((*p.shape[:-1], 1))) * ends[..., -1:]  # [..., 1]
     return xp.argmax(ends > point, axis=-1)
 
