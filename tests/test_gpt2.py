@@ -438,12 +438,19 @@ def test_half_precision_under_jax_is_near(dtype, params, jax_params):
     assert error.max() < np.abs(expected).max() / 8  # bfloat16 has 8 bits
 
 
-def test_float64_under_jax_is_nearer_than_float32(params):
-    with jax.enable_x64(True):
-        exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
-        logits = jax.jit(lambda ids: gpt2.gpt2(ids, **exact, n_head=N_HEAD))(random_ids(40))
-        assert logits.dtype == jnp.float64
-        close(logits, gpt2.gpt2(random_ids(40), **params, n_head=N_HEAD))
+@pytest.fixture
+def float64_under_jax():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("float64_under_jax")
+def test_float64_under_jax_stays_float64(params):
+    exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+    logits = jax.jit(lambda ids: gpt2.gpt2(ids, **exact, n_head=N_HEAD))(random_ids(40))
+    assert logits.dtype == jnp.float64
+    close(logits, gpt2.gpt2(random_ids(40), **params, n_head=N_HEAD))
 
 
 def test_gradients_of_the_loss_are_pytorchs(params, jax_params):
