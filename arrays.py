@@ -17,6 +17,7 @@ from devices import cache_sharding, spread
 from threads import PART, Watched, each, in_parts, n_weights, paced, thread_counts
 
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
+READ_OF_EACH = 64  # ids of each of several prompts, under JAX: no more than gpt2.py's QUERY_BLOCK
 
 
 def namespace(x):
@@ -30,6 +31,10 @@ def is_jax(x):
     return hasattr(x, "at")
 
 
+def is_numpy(x):
+    return type(x).__module__ == "numpy"
+
+
 def write(cache, slots, new):  # [n_head, n_slots, d], [n_seq], [n_head, n_seq, d] -> [n_head, n_slots, d]
     """The cache of keys, or of values, with new ones in their slots: in place where arrays can be changed.
 
@@ -38,14 +43,21 @@ def write(cache, slots, new):  # [n_head, n_slots, d], [n_seq], [n_head, n_seq, 
     if slots.ndim > 1:  # indices with a slice between them come first: [n_rows, n_seq, n_head, d]
         rows = namespace(slots).arange(len(slots))[:, None]  # [n_rows, 1]
         where, new = (rows, slice(None), slots), new.swapaxes(-3, -2)
-    elif is_jax(cache):
-        where = (..., slots, slice(None))
-    else:  # NumPy copies to a slice in half the time
+    elif is_numpy(cache):  # which copies to a slice in half the time; a GPU would be waited for, to know the numbers
         where = (..., slice(int(slots[0]), int(slots[-1]) + 1), slice(None))
+    else:
+        where = (..., slots, slice(None))
     if is_jax(cache):
         return cache.at[where].set(new, mode="drop")  # padding may reach beyond the last slot
     cache[where] = new
     return cache
+
+
+def in_float32(x, w):  # [m, in], [in, out] -> [m, out]
+    """x @ w, of JAX's bfloat16 too: that rounds to steps of 0.5 near -100, where GPT-2's logits lie."""
+    if is_jax(x) and x.dtype.itemsize < 4:
+        return namespace(x).matmul(x, w, preferred_element_type="float32")
+    return x @ w
 
 
 def as_batch(inputs, n_vocab):
@@ -112,7 +124,7 @@ def check_room(n_prompt, n_tokens_to_generate, n_ctx, sliding_window=False):
 def check_memory(params, n_rows, n_slots):
     """Raises MemoryError where weights, cache and logits are more than this machine has: before it is busy."""
     wte, n_layer = params["wte"], len(params["blocks"])
-    if is_jax(wte) and any(device.platform != "cpu" for device in wte.devices()):
+    if not is_numpy(wte) and not (is_jax(wte) and all(device.platform == "cpu" for device in wte.devices())):
         return  # a device says so itself
     n_vocab, n_embd = wte.shape
     needed = wte.dtype.itemsize * (n_weights(params) + n_rows * (2 * n_layer * n_slots * n_embd + 2 * n_vocab)) / 2**30
@@ -150,15 +162,16 @@ def cached(model, params, n_head, n_rows, n_slots):
     """The model as forward(rows, n_past, n_last=1) -> logits, with its own cache of n_slots tokens for n_rows rows.
 
     model: gpt2(). rows: n_rows lists of ids, which follow the first n_past[row] tokens that the cache has of each; of
-    several rows, those that bring more than one id are new: they begin at slot 0. Raises MemoryError: see check_memory.
+    several rows, those that bring more than one id are new: they begin at slot 0, and n_last is 1.
     Returns the logits at the last n_last ids of each row: [n_rows, n_last, n_vocab].
+    Raises MemoryError: see check_memory.
     """
-    check_memory(params, n_rows, n_slots)
     make = cached_under_jax if is_jax(params["wte"]) else cached_in_place
     return make(model, params, n_head, n_rows, n_slots)
 
 
 def cached_in_place(model, params, n_head, n_rows, n_slots):
+    check_memory(params, n_rows, n_slots)
     xp, kv_cache = namespace(params["wte"]), empty_cache(params, n_head, n_rows, n_slots)
     counts, seen = thread_counts(params), collections.defaultdict(dict)
 
@@ -218,7 +231,8 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
     """
     import numpy as np
 
-    n_slots = round_up(n_slots, len(params["wpe"]))
+    n_slots = min(-(-n_slots // 128) * 128, len(params["wpe"]))
+    check_memory(params, n_rows, n_slots)
     lie = cache_sharding(params, n_head, n_rows)
     n_more = -n_rows % lie.mesh.shape["rows"] if lie and lie.spec[0] else 0
     kv_cache = empty_cache(params, n_head, n_rows + n_more, n_slots, device=lie)
@@ -232,9 +246,11 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
 
     def forward(rows, n_past, n_last=1):
         n_before = [len(row) - n_last for row in rows]
-        if any(n_before):  # a prompt, up to its last ids
-            n_read = round_up(max(n_before), n_slots)
-            run([row[:n] + [0] * (n_read - n) for row, n in zip(rows, n_before, strict=True)], n_past, 1)
+        if any(n_before):  # a prompt, up to its last ids; of several a part at a time: all would take much memory
+            n_read = round_up(max(n_before), n_slots if n_rows == 1 else min(READ_OF_EACH, n_slots))
+            for start in range(0, max(n_before), n_read):
+                parts = [row[start : min(start + n_read, n)] for row, n in zip(rows, n_before, strict=True)]
+                run([part + [0] * (n_read - len(part)) for part in parts], [past + start for past in n_past], 1)
         n_past = [past + n for past, n in zip(n_past, n_before, strict=True)]
         if n_last == 1:
             return run([row[-1:] for row in rows], n_past, 1)

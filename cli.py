@@ -68,7 +68,7 @@ def run(function, stopped=""):
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # as JAX says that a device has no memory left
             raise
-        fail(f"not enough memory on the device: {str(error).splitlines()[0]}")
+        fail(f"not enough memory on the device: take fewer at once, or a smaller model: {one_line(error):.200}")
 
 
 def run_with_fire(function):

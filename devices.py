@@ -27,7 +27,7 @@ class DeviceError(ValueError):
 
 
 def check(backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):
-    """Raises DeviceError unless there is such a backend, installed and with a device to run on, and so many threads."""
+    """Raises DeviceError unless there is such a backend, installed and with a device, and ValueError for n_threads."""
     if backend not in BACKENDS:
         raise DeviceError(f"backend must be {', '.join(BACKENDS)}, not {backend!r}")
     if dtype not in DTYPES[backend]:
@@ -58,7 +58,7 @@ def place(params, backend="numpy", dtype="float32", tensor_parallel=1, n_threads
     """The params of a model, NumPy's, on the arrays and devices that are asked for, once for all that follows.
 
     backend: a key of BACKENDS. dtype: one of the backend's DTYPES. tensor_parallel: how many devices share the weights
-    of each block. n_threads: how many threads compute with NumPy; None: what is best. Raises DeviceError.
+    of each block. n_threads: how many threads compute with NumPy; None: what is best. Raises as check does.
     """
     check(backend, dtype, tensor_parallel, n_threads)
     if backend == "numpy":
@@ -81,6 +81,8 @@ def on_jax(params, dtype, tensor_parallel):
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     keep_compiled(jax)
+    if dtype == "float32" and jax.config.jax_default_matmul_precision is None:
+        jax.config.update("jax_default_matmul_precision", "highest")  # else GPUs and TPUs round what goes into products
     if params["wte"].shape[-1] % tensor_parallel:
         raise DeviceError(f"tensor_parallel must divide the model's width of {params['wte'].shape[-1]}")
     devices = np.array(jax.devices()).reshape(-1, tensor_parallel)

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
 
 import lookup
-from arrays import as_batch, cached, check_bounds, check_room, namespace, write
+from arrays import as_batch, cached, check_bounds, check_room, in_float32, namespace, write
 from sampling import check_options, sampler
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
@@ -55,9 +55,9 @@ def linear(x, w, b):  # [m, in], [in, out], [out] -> [m, out]
     return x
 
 
-def matmul(x, w):  # [m, in], [in, out] -> [m, out]
+def matmul(x, w, product=lambda x, w: x @ w):  # [m, in], [in, out] -> [m, out]
     # one product for all rows of a batch: x @ w would read w again for every sequence in it
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+    return product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def ffn(x, c_fc, c_proj):  # [n_seq, n_embd] -> [n_seq, n_embd]
@@ -83,7 +83,7 @@ def causal_attention(q, k, v, slots):  # [n_head, n_q, d], 2 of [n_head, n_k, d]
         stop = min(start + QUERY_BLOCK, n_q)
         end = n_k - (n_q - stop)  # no query of the block has a slot from here on: those keys are left out
         hidden = xp.arange(end) > slots[..., None, start:stop, None]  # [1, stop-start, end]
-        mask = xp.where(hidden, xp.asarray(-xp.inf, dtype=q.dtype), 0)  # [1, stop-start, end]
+        mask = xp.where(hidden, q.dtype.type(-math.inf), 0)  # [1, stop-start, end]
         out.append(attention(q[..., start:stop, :], k[..., :end, :], v[..., :end, :], mask))  # [n_head, stop-start, d]
     return xp.concat(out, axis=-2)
 
@@ -156,7 +156,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_last
 
     # projection to vocab
     x = layer_norm(x[..., -n_last:, :], **ln_f)  # [n_seq, n_embd] -> [n_seq, n_embd]
-    return matmul(x, wte.T)  # [n_seq, n_embd] -> [n_seq, n_vocab]
+    return matmul(x, wte.T, in_float32)  # [n_seq, n_embd] -> [n_seq, n_vocab]
 
 
 def decode(prompts, forward, pick, n_ctx):

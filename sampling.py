@@ -1,8 +1,9 @@
 """Sampling: logits -> id. The likeliest token, or one drawn at random, as likely as the model says."""
 
+import functools
 import numbers
 
-from arrays import is_jax, namespace
+from arrays import is_jax, is_numpy, namespace
 
 
 def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab] -> [...]
@@ -14,31 +15,36 @@ def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab]
     """
     if temperature == 0:
         return namespace(logits).argmax(logits, axis=-1)  # greedy sampling
-    logits = on_host(logits)
-    xp = namespace(logits)
-    logits = xp.astype(logits, xp.float64)  # sums over 50,257 tokens would drift in float32
+    return draw(logits, rng.random((*logits.shape[:-1], 1)), temperature, top_k, top_p)
+
+
+def draw(logits, point, temperature, top_k=0, top_p=1):  # [..., n_vocab], [..., 1] -> [...]
+    """The token on which a point from 0 to 1 falls: see sample."""
+    xp, n_vocab = namespace(logits), logits.shape[-1]
+    # sums over 50,257 tokens drift in float32, but JAX has nothing longer unless told to
+    logits = xp.astype(logits, xp.float32 if is_jax(logits) else xp.float64)
     # [..., n_vocab], the probability of each token but for a common factor
     p = xp.exp((logits - xp.max(logits, axis=-1, keepdims=True)) / temperature)
-    if 0 < top_k < p.shape[-1]:
-        p = xp.where(p < xp.sort(p, axis=-1)[..., -top_k, None], 0, p)
-    if top_p < 1:
+    if 0 < top_k < n_vocab or top_p < 1:
         falling = xp.flip(xp.sort(p, axis=-1), axis=-1)
-        reached = xp.cumsum(falling, axis=-1)
-        needed = reached - falling < top_p * reached[..., -1:]  # those before do not reach p
-        p = xp.where(p < xp.min(xp.where(needed, falling, xp.inf), axis=-1, keepdims=True), 0, p)
-    # each token owns a stretch of a line, as long as its probability: where does a random point of the line fall?
+        least = falling[..., min(top_k or n_vocab, n_vocab) - 1, None]  # [..., 1]
+        if top_p < 1:
+            falling = xp.where(falling < least, 0, falling)
+            reached = xp.cumsum(falling, axis=-1)
+            needed = reached - falling < top_p * reached[..., -1:]  # those before do not reach p
+            least = xp.min(xp.where(needed, falling, xp.inf), axis=-1, keepdims=True)  # [..., 1]
+        p = xp.where(p < least, 0, p)
+    # each token owns a stretch of a line, as long as its probability: where on the line is the point?
     ends = xp.cumsum(p, axis=-1)
-    point = xp.asarray(rng.random((*p.shape[:-1], 1))) * ends[..., -1:]  # [..., 1]
-    return xp.argmax(ends > point, axis=-1)
+    point = xp.minimum(xp.asarray(point, dtype=p.dtype), 1 - xp.finfo(p.dtype).eps)  # 1 would be on no token
+    return xp.argmax(ends > point * ends[..., -1:], axis=-1)
 
 
-def on_host(logits):
-    """JAX's arrays as NumPy's, for it has no float64 unless told to; others as they are."""
-    if not is_jax(logits):
-        return logits
-    import numpy as np
+@functools.cache
+def compiled_draw():
+    import jax
 
-    return np.asarray(logits)
+    return jax.jit(draw, static_argnames=("top_k", "top_p"))
 
 
 def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
@@ -54,13 +60,18 @@ def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
     if temperature == 0:
         return lambda logits: [next_id for (next_id,) in sample(logits).tolist()]
 
+    import numpy as np
     from numpy.random import default_rng  # only here: its import takes as long as a token
 
     rngs = [default_rng(seed) for seed in seeds]
 
     def pick(logits):
-        rows = on_host(logits)[:, 0]
-        return [int(sample(row, rng, temperature, top_k, top_p)) for row, rng in zip(rows, rngs, strict=True)]
+        points = np.array([[[rng.random()]] for rng in rngs])  # [n_rows, 1, 1]
+        if is_numpy(logits):  # row by row, in little memory
+            rows = zip(logits, points, strict=True)
+            return [draw(row, point, temperature, top_k, top_p).item() for row, point in rows]
+        run = compiled_draw() if is_jax(logits) else draw
+        return [next_id for (next_id,) in run(logits, points, temperature, top_k, top_p).tolist()]
 
     return pick
 

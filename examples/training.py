@@ -28,6 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from evaluate import scores, text_nats
 
+from arrays import in_float32
 from checkpoint import ENCODER, VOCAB
 from cli import fail
 from devices import keep_compiled
@@ -275,7 +276,7 @@ def hidden_states(ids, wte, wpe, blocks, ln_f, n_head, recompute=False):  # [n_s
 def token_losses(params, windows, n_head, recompute=False):  # [..., n_seq+1] -> [..., n_seq]
     """Cross-entropy in nats: -log of the probability that the model gives each token of windows but the first."""
     x = hidden_states(windows[..., :-1], **params, n_head=n_head, recompute=recompute)
-    logits = matmul(x, params["wte"].T).astype(jnp.float32)  # [..., n_seq, n_vocab]
+    logits = matmul(x, params["wte"].T, in_float32)  # [..., n_seq, n_vocab]
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, windows[..., 1:, None], axis=-1)[..., 0]
 
 

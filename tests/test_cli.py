@@ -221,6 +221,13 @@ def test_memory_that_runs_out_is_an_error(long):
     assert_one_line_error(result, "not enough memory")
 
 
+def test_memory_that_runs_out_on_jaxs_device_is_an_error():
+    pytest.importorskip("jax")
+    code = "import cli, jax\ndef fill(n: int = 2**50):\n    jax.numpy.zeros(n).block_until_ready()\ncli.run(fill)"
+    result = command(code=code, cwd=REPO, env={"JAX_PLATFORMS": "cpu"})
+    assert_one_line_error(result, "not enough memory on the device: take fewer at once, or a smaller model: RESOURCE")
+
+
 def test_a_package_that_is_not_installed_is_an_error_that_names_it():
     bare = [sys.executable, "-S", REPO / "gpt2.py", "Hello"]  # without those of its environment
     result = subprocess.run(bare, capture_output=True, text=True)

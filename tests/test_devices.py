@@ -46,6 +46,11 @@ def test_what_was_compiled_is_kept_for_the_next_start(run, tmp_path, caches):
     assert kept[0] == kept[1] != set()
 
 
+def test_float32_is_not_rounded_in_products_as_gpus_would(params):
+    wte = devices.place(params, "jax")["wte"]
+    assert "precision = [HIGHEST, HIGHEST]" in jax.jit(lambda x: x @ x.T).lower(wte).as_text()
+
+
 def test_bfloat16_is_near(params):
     ids = np.random.default_rng(0).integers(0, HPARAMS["n_vocab"], 20)
     half = devices.place(params, "jax", "bfloat16")

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import HPARAMS, optional, prompts_of_lengths
+from conftest import HPARAMS, optional, prompts_of_lengths, wild_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,7 +93,7 @@ def test_seeds_may_be_given_one_by_one(generate):
 # Batches
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 10**6))
 def test_a_ragged_batch_is_its_prompts_one_by_one(params, lengths, seed):
     prompts = prompts_of_lengths(*lengths, seed=seed)
@@ -251,11 +251,35 @@ def test_jax_compiles_few_shapes_for_prompts_of_any_length(jax_params):
     assert sorted(compiled) == [(1, 64), (16, 64), (32, 64), (64, 64)]  # a step, and prompts
 
 
-def test_jax_compiles_few_shapes_for_texts_of_any_length(jax_params):
+@pytest.fixture(scope="module")
+def long_params():  # whose context is no multiple of anything
+    return wild_params(HPARAMS | {"n_ctx": 300})
+
+
+def test_jax_compiles_few_shapes_for_texts_of_any_length(long_params):
+    weights = jax.tree.map(jnp.asarray, long_params)
     compiled, model = compiling()
-    for n_slots in range(3, 65):
-        arrays.cached(model, jax_params, N_HEAD, 1, n_slots)([[1]], [0])
-    assert sorted(compiled) == [(1, 16), (1, 32), (1, 64)]
+    for n_slots in range(3, 301, 9):
+        arrays.cached(model, weights, N_HEAD, 1, n_slots)([[1]], [0])
+    assert sorted(compiled) == [(1, 128), (1, 256), (1, 300)]
+
+
+def test_jax_reads_several_long_prompts_a_part_at_a_time(long_params, monkeypatch):
+    weights, prompts = jax.tree.map(jnp.asarray, long_params), prompts_of_lengths(240, 3, 64, 65, 130)
+    expected = gpt2.generate(prompts, long_params, N_HEAD, 60)
+    compiled, model = compiling()
+    monkeypatch.setattr(gpt2, "gpt2", model)
+    assert gpt2.generate(prompts, weights, N_HEAD, 60) == expected
+    assert sorted(compiled) == [(1, 300), (64, 300)]
+
+
+def test_jax_reads_one_long_prompt_at_once(long_params, monkeypatch):
+    weights, (prompt,) = jax.tree.map(jnp.asarray, long_params), prompts_of_lengths(240)
+    expected = gpt2.generate(prompt, long_params, N_HEAD, 60)
+    compiled, model = compiling()
+    monkeypatch.setattr(gpt2, "gpt2", model)
+    assert gpt2.generate(prompt, weights, N_HEAD, 60, temperature=0) == expected
+    assert (256, 300) in compiled
 
 
 # Errors
