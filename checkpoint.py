@@ -6,6 +6,7 @@ whole model, and later starts take milliseconds and do without TensorFlow.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -222,7 +223,8 @@ def import_tensorflow():
         import tensorflow
     except ImportError as error:
         raise CheckpointError(
-            f"TensorFlow is needed to save a checkpoint, or to read one for the first time: {error}"
+            "TensorFlow is needed to save a checkpoint, or to read one for the first time "
+            f"(pip install -r requirements.txt): {error}"
         ) from error
     finally:
         os.dup2(stderr, 2)
@@ -238,7 +240,7 @@ def save_checkpoint(model_dir, hparams, params):
     """Writes hparams.json and, with TensorFlow, a checkpoint under OpenAI's variable names and shapes.
 
     With encoder.json and vocab.bpe beside them, the folder is a model that this project and OpenAI's code can load.
-    Raises ValueError for params that are not what hparams imply.
+    Raises ValueError for params that are not what hparams imply, and OSError where there is no space left.
     """
     if len(params["blocks"]) != hparams["n_layer"]:
         raise ValueError(f"params have {len(params['blocks'])} blocks, the hparams imply {hparams['n_layer']}")
@@ -257,7 +259,10 @@ def save_checkpoint(model_dir, hparams, params):
         json.dump(hparams, f)
     prefix, names = os.path.join(model_dir, "model.ckpt"), [*tensors]
     arrays, slices = [*tensors.values()], [""] * len(names)
-    tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=slices, tensors=arrays)
+    try:
+        tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=slices, tensors=arrays)
+    except tf.errors.ResourceExhaustedError as error:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), model_dir) from error
     with open(os.path.join(model_dir, "checkpoint"), "w", encoding="utf-8") as f:
         f.write('model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n')
     if verify(model_dir):

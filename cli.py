@@ -16,6 +16,7 @@ import signal
 import sys
 
 ANSWERED = ("text", "n_tokens", "finish_reason", "samples", "error")  # what an answer to a line of prompts adds
+BASIC = ("numpy", "regex", "requests", "tqdm", "fire", "tensorflow")  # the packages in requirements.txt
 CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a character in UTF-8
 
 
@@ -62,7 +63,8 @@ def run(function, stopped=""):
     try:
         run_with_fire(function)
     except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed here: activate its environment, or pip install -r requirements.txt")
+        file = "requirements.txt" if error.name in BASIC else "requirements-dev.txt"
+        fail(f"{error.name} is not installed here: activate its environment, or pip install -r {file}")
     except MemoryError as error:
         fail(f"not enough memory: {one_line(error) or 'take fewer at once, or a smaller model'}")
     except RuntimeError as error:
@@ -92,8 +94,12 @@ def run_with_fire(function):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would complain
         if error.errno == errno.ENOSPC:
-            fail("no space left for the output")
+            fail(f"no space left for {error.filename or 'the output'}")
         sys.exit(1)
+
+
+def asks_for_help(argv):
+    return any(word in ("-h", "--help") for word in argv)
 
 
 def is_text(option):
@@ -128,7 +134,11 @@ def arguments(argv, function):
         if not equals:
             value = "True" if option.annotation is bool else next(rest, None)
         is_flag = value is not None and not equals and value.startswith("--")
-        if value is None or (is_flag and (not is_text(option) or value[2:].partition("=")[0] in options)):
+        if (
+            value is None
+            or (value == "" and option is not first)
+            or (is_flag and (not is_text(option) or value[2:].partition("=")[0] in options))
+        ):
             fail(f"{flag} needs a value")
         if option.annotation is bool and value not in ("True", "False"):
             fail(f"--{option.name} must be True or False, not {value!r}")
@@ -141,7 +151,7 @@ def arguments(argv, function):
     if first.kind is inspect.Parameter.VAR_POSITIONAL:
         words = [repr(word) for word in words]
     elif len(words) > 1:
-        fail(f"more than one {first.name}: put quotes around a {first.name} of several words")
+        fail(f"more than one {first.name}, {words[0]!r} and {words[1]!r}: put quotes around one of several words")
     else:
         words = [f"--{first.name}={word}" for word in words]
         needed = [f"--{option.name}=" for option in options.values() if option.default is option.empty]
@@ -154,26 +164,21 @@ def arguments(argv, function):
 # prompts and stop texts
 
 
-def check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size, out, temperature, **draws):
-    """Ends with one line for flags that contradict each other or would do nothing. draws: top_k, top_p, seed."""
+def check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size, out, seed, temperature):
+    """Ends with one line for flags that contradict each other or would do nothing."""
     modes = {"interactive": interactive, "prompts_file": prompts_file, "stream": stream, "n_samples": n_samples > 1}
     modes = [mode for mode, wanted in modes.items() if wanted]
-    for name, value in {"prompts_file": prompts_file, "out": out}.items():
-        if value == "":
-            fail(f"--{name} needs a value")
     for name, given in {"batch_size": batch_size != 32, "out": out}.items():
         if given and not prompts_file:
             fail(f"--{name} does nothing without --prompts_file")
-    if isinstance(draws["seed"], list):
-        fail(f"--seed must be a whole number, 0 or more, not {draws['seed']!r}")
+    if isinstance(seed, list):
+        fail(f"--seed must be a whole number, 0 or more, not {seed!r}")
     if len(modes) > 1 and modes not in (["interactive", "stream"], ["prompts_file", "n_samples"]):
         fail(f"--{modes[0]} and --{modes[1]} do not go together")
     if prompt is not None and (interactive or prompts_file):
         fail(f"--{modes[0]} brings its own prompts, so {prompt!r} is one too many")
-    idle = [name for name, unset in {"top_k": 0, "top_p": 1, "seed": None}.items() if draws[name] != unset]
-    idle += ["n_samples"] * (n_samples > 1)
-    if temperature == 0 and idle:
-        fail(f"--{idle[0]} does nothing at a temperature of 0, which takes the likeliest token: add --temperature 1")
+    if n_samples > 1 and temperature == 0:
+        fail("--n_samples does nothing at a temperature of 0, which takes the likeliest token: add --temperature 1")
 
 
 def open_prompts(prompt, interactive, prompts_file):

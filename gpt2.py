@@ -285,7 +285,7 @@ def main(
     with cli.mistakes(ValueError):
         check_options(n_tokens_to_generate, n_samples, batch_size, **sampling)
         devices.check(backend, dtype, tensor_parallel, n_threads)
-    cli.check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size, out, **sampling)
+    cli.check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size, out, seed, temperature)
     source, stop_texts = cli.open_prompts(prompt, interactive, prompts_file), cli.stop_texts(stop)
 
     # load encoder, hparams, and params from the released open-ai gpt-2 files

@@ -93,8 +93,15 @@ def check_options(
         raise ValueError(f"temperature must be 0, or a number from 1e-6 to 1e6, not {temperature!r}")
     if not is_number(top_p) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must be a number above 0 and at most 1, not {top_p!r}")
-    if not all(value is None or is_whole(value) for value in (seed if isinstance(seed, list) else [seed])):
+    seeds = [value for value in (seed if isinstance(seed, list) else [seed]) if value is not None]
+    if not all(map(is_whole, seeds)):
         raise ValueError(f"seed must be a whole number, 0 or more, not {seed!r}")
+    given = {"top_k": top_k > 0, "top_p": top_p < 1, "seed": seeds}
+    if temperature == 0 and any(given.values()):
+        name = next(name for name, value in given.items() if value)
+        raise ValueError(
+            f"{name} does nothing at a temperature of 0, which takes the likeliest token: give a higher one"
+        )
 
 
 def is_number(value):

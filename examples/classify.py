@@ -54,8 +54,9 @@ def probabilities(params, head, rows, n_head):  # lists of ids -> [n_rows, n_cla
     for which in (order[i : i + 32] for i in range(0, len(rows), 32)):
         n_seq = round_up(len(rows[which[-1]]), len(params["wpe"]))
         batch = padded([rows[i] for i in which] + [[0]] * (32 - len(which)), n_seq)
-        for i, row in zip(which, compiled_logits()(params, head, batch["ids"], batch["last"], n_head), strict=False):
-            logits[i] = np.asarray(row)
+        found = np.asarray(compiled_logits()(params, head, batch["ids"], batch["last"], n_head))
+        for i, row in zip(which, found, strict=False):
+            logits[i] = row
     return softmax(np.array(logits))
 
 
@@ -76,6 +77,8 @@ def encoded(encoder, texts, n_ctx):
 
 def load(name, models_dir):
     """(encoder, hparams, params, head, labels) of a classifier. Ends with one line if it is none."""
+    if not name:
+        fail("--name is needed (see --help)")
     path = os.path.join(models_dir, name, HEAD)
     with mistakes(ModelError):
         encoder, hparams, params = load_encoder_hparams_and_params(name, models_dir)
@@ -167,6 +170,7 @@ def train(
     labels = sorted({*classes})
     if len(labels) < 2:
         fail(f"there is one class only, {labels[0]!r}: there must be two or more")
+    settings |= {"data": training.checksum(files, held_out)}
     if held_out:
         others, other_classes = read_labelled([held_out], labels)
     else:
@@ -265,8 +269,9 @@ def draw_confusion(path, confusion, labels):
     for (row, column), n in np.ndenumerate(confusion):
         color = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, n, ha="center", va="center", color=color)
-    axes.set(xlabel="found", ylabel="right", yticks=range(len(labels)), yticklabels=labels)
-    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    axes.set(xlabel="found", ylabel="right")
+    axes.set_yticks(range(len(labels)), labels, parse_math=False)
+    axes.set_xticks(range(len(labels)), labels, parse_math=False, rotation=45, ha="right")
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
@@ -284,7 +289,7 @@ def predict(*texts: str, name: str = "", texts_file: str = "", models_dir: str =
             fail("- stands for standard input: give it alone")
         texts, texts_file = (), "-"
     texts = [*texts]
-    if texts_file.endswith(".jsonl"):
+    if texts_file.lower().endswith(".jsonl"):
         texts += [document["text"] for document in training.read_documents([texts_file], ("text",))]
     elif texts_file:
         with mistakes(UnicodeDecodeError, f"{texts_file} is "):

@@ -17,11 +17,24 @@ import shutil
 import signal
 import sys
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
-from checkpoint import DATA, ENCODER, HPARAMS, VOCAB, CheckpointError, nest, save_checkpoint, variables
+from checkpoint import (
+    DATA,
+    ENCODER,
+    HPARAMS,
+    VOCAB,
+    CheckpointError,
+    import_tensorflow,
+    nest,
+    save_checkpoint,
+    variables,
+)
 from utils import (
     MODEL_SIZES,
     MODELS_DIR,
@@ -102,7 +115,7 @@ def read_safetensors(path):
         import ml_dtypes  # noqa: F401  (has NumPy know bfloat16)
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        cli.fail(f"{path} cannot be read: {error}: pip install safetensors ml_dtypes")
+        cli.fail(f"{path} cannot be read: {error}: pip install -r requirements-dev.txt")
     arrays = {}
     try:
         with safe_open(path, "numpy") as f:
@@ -199,6 +212,8 @@ def write_tokenizer(folder, tokens, merges):
 
 def convert(folder, name, models_dir):
     """Makes a model in models_dir/name of a transformers folder. On a fault ends with one line, and leaves nothing."""
+    with cli.mistakes(CheckpointError):
+        import_tensorflow()  # now, since it may swallow the KeyboardInterrupt of Ctrl-C
     hparams = read_config(os.path.join(folder, "config.json"))
     tokenizer = read_tokenizer(folder)
     weights = from_transformers(read_weights(folder), hparams, folder)
@@ -232,6 +247,8 @@ def new(path, make, remove):
         remove(path)
         if isinstance(error, KeyboardInterrupt):
             sys.exit(130)
+        if isinstance(error, OSError):
+            cli.fail(f"{path} cannot be written: {cli.one_line(error)}")
         raise
     finally:
         signal.signal(signal.SIGINT, before)
@@ -253,6 +270,7 @@ def flat(params, hparams):  # {"blocks": [{"attn": {"c_attn": {"w": array}}}], .
 
 def save_as_transformers(out, encoder, hparams, params):
     """Writes a model into the folder `out`, for transformers' GPT2LMHeadModel and AutoTokenizer."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     end = encoder.encoder[END]
@@ -275,7 +293,8 @@ def save_as_transformers(out, encoder, hparams, params):
             f.write(content if isinstance(content, str) else json.dumps(content))
     arrays = {f"transformer.{transformers_name(name)}": array for name, array in flat(params, hparams).items()}
     weights = os.path.join(out, "model.safetensors")
-    save_file(arrays, weights, {"format": "pt"})  # which makes it its owner's alone
+    with cli.mistakes(SafetensorError, f"{weights} cannot be written: "):
+        save_file(arrays, weights, {"format": "pt"})  # which makes it its owner's alone
     shutil.copymode(os.path.join(out, "config.json"), weights)
 
 

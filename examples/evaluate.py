@@ -14,13 +14,18 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+
 from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
 import devices
-from arrays import is_jax, namespace, round_up
+from arrays import is_jax, is_numpy, namespace, round_up
 from gpt2 import MODELS_DIR, gpt2
 from threads import at_first, blas, blas_threads, n_cores
 
@@ -54,7 +59,7 @@ def scores(params, rows, n_head, n_threads=1):
 
     Rows that follow one another are a batch, padded at their ends to the longest: they should be of similar lengths.
     n_threads: how many batches NumPy works on at a time, each with its share of the cores: one batch on all of them
-    would leave all but one idle between its matrix products.
+    would leave all but one idle between its matrix products. Other arrays' are worked on one after another.
     """
     import numpy as np
 
@@ -78,7 +83,7 @@ def scores(params, rows, n_head, n_threads=1):
         return [(np.array(nats[row][part]), np.array(likeliest[row][part])) for row, part in enumerate(parts)]
 
     work = batches(rows, lambda row: round_to_few(len(row[0]) - 1, n_ctx), n_tokens)
-    if use_jax or n_threads == 1:
+    if n_threads == 1 or not is_numpy(params["wte"]):
         yield from itertools.chain.from_iterable(map(scored, work))
     else:
         with blas_threads(max(1, n_cores() // n_threads)), ThreadPoolExecutor(n_threads) as pool:
@@ -323,8 +328,10 @@ def main(
         cli.fail(f"--{'heatmap' if heatmap else 'stride'} is for texts, and does nothing for a task")
     with cli.mistakes(devices.DeviceError):
         devices.check(backend, dtype, tensor_parallel)
-    if heatmap is not None and not os.path.isdir(os.path.dirname(heatmap) or "."):
-        cli.fail(f"{heatmap} cannot be written: there is no such folder")
+    if heatmap is not None and (os.path.isdir(heatmap) or not os.path.isdir(os.path.dirname(heatmap) or ".")):
+        cli.fail(f"{heatmap} cannot be written: {'it is a folder' if os.path.isdir(heatmap) else 'no such folder'}")
+    if heatmap is not None and os.path.realpath(heatmap) == os.path.realpath(file):
+        cli.fail(f"{heatmap} is the text itself: choose another file for --heatmap")
     if task:
         examples = read_examples(file, task)
     else:
@@ -350,7 +357,10 @@ def main(
     for name, value in figures.items():
         print(f"{name:20}  {value:,}" if isinstance(value, int) else f"{name:20}  {value:,.4f}")
     if heatmap:
-        with cli.mistakes(OSError), open(heatmap, "w", encoding="utf-8", newline="") as f:
+        with (
+            cli.mistakes(OSError, f"{heatmap} cannot be written: "),
+            open(heatmap, "w", encoding="utf-8", newline="") as f,
+        ):
             f.write(as_html(f"{file}, {model_size}", encoder, ids, nats))
 
 

@@ -72,6 +72,8 @@ def lora_layers(lora_rank, lora_alpha, lora_on):
     names = lora_on.replace(" ", "").split(",")
     if not {*names} <= LAYERS.keys():
         fail(f"--lora_on takes {', '.join(LAYERS)}, not {lora_on}")
+    if lora_rank and lora_alpha == 0:
+        fail("--lora_alpha must be a number above 0: adapters are scaled by it")
     if not lora_rank and (lora_alpha is not None or lora_on != "c_attn"):
         fail("--lora_alpha and --lora_on do nothing without --lora_rank")
     return names
@@ -235,6 +237,7 @@ def main(
     others = training.read_documents([held_out], *kinds) if held_out else []
     if others and others[0].keys() != documents[0].keys():
         fail(f"{held_out} is of another kind than {files[0]}")
+    settings |= {"data": training.checksum(files, held_out)}
     with mistakes(ModelError):
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     n_head, n_ctx = hparams["n_head"], training.context(n_ctx, hparams)

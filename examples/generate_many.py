@@ -17,9 +17,13 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import warnings
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
 
 from tqdm import tqdm
 
@@ -37,7 +41,9 @@ try:
     from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
     from ray.data.datasource import FileBasedDatasource
 except ImportError as error:
-    cli.fail(f"needs Ray Data: pip install -r requirements-ray.txt ({error})")
+    if not cli.asks_for_help(sys.argv):
+        cli.fail(f"needs Ray Data: pip install -r requirements-ray.txt ({error})")
+    FileBasedDatasource = object
 
 N_BATCHES = 8  # in a part: enough to sort by length, and little to lose
 SETTINGS = "settings.json"
@@ -230,6 +236,8 @@ def main(
     *paths, out = paths
     paths = [path if "://" in path else os.path.abspath(path) for path in paths]
     for path in paths:
+        if "://" not in path and not os.access(path, os.R_OK):
+            cli.fail(f"{path} cannot be read: {'permission denied' if os.path.exists(path) else 'it is not there'}")
         if is_within(out, path):
             cli.fail(f"{out} is within {path}: its answers would be read as prompts: give a folder elsewhere")
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
@@ -242,10 +250,11 @@ def main(
             is_number(num_gpus) and num_gpus >= 0 and (num_gpus <= 1 or num_gpus % 1 == 0)
         ):
             raise ValueError(f"num_gpus must be a whole number or a part of 1, not {num_gpus!r}")
-    cli.check_flags(None, False, paths, False, n_samples, batch_size, None, **sampling)
+    cli.check_flags(None, False, paths, False, n_samples, batch_size, None, seed, temperature)
     stop_texts, model, arrays = cli.stop_texts(stop), (model_size, os.path.abspath(models_dir)), (backend, dtype)
     if dtype not in devices.DTYPES.get(backend, ()):
-        cli.fail(f"no backend {backend!r} with dtype {dtype!r}: choose from {devices.DTYPES}")
+        choices = " or ".join(f"{name} with {' or '.join(dtypes)}" for name, dtypes in devices.DTYPES.items())
+        cli.fail(f"there is no backend {backend} with dtype {dtype}: choose {choices}")
     with cli.mistakes((ModelError, ValueError)):  # before any worker meets it, and fetched only once
         load_encoder_hparams_and_params(*model)
 
@@ -306,6 +315,8 @@ def main(
                 done[part["name"]] = tally(part["answers"])
                 bar.update(done[part["name"]][0])
     n_done, n_errors = map(sum, zip((0, 0), *done.values(), strict=True))
+    if not n_done:
+        cli.fail("there are no prompts in these files")
     if n_errors:
         cli.fail(f'{n_errors} of {n_done} prompts could not be continued: their lines in {out} have an "error"')
 
@@ -313,7 +324,7 @@ def main(
 def worker_environment(num_cpus, num_gpus):
     """Variables by which a worker finds our code, and keeps to the cores and the part of a GPU that it was given."""
     variables = {
-        "PYTHONPATH": os.path.dirname(cli.__file__),
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(cli.__file__), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OPENBLAS_NUM_THREADS": num_cpus,
         "OMP_NUM_THREADS": num_cpus,
         "NPROC": num_cpus,

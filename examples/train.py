@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import training
 
 from checkpoint import random_params, save_checkpoint
-from cli import fail, run
+from cli import fail, note, run
 from encoder import bytes_to_unicode, get_encoder
 from utils import MODELS_DIR
 
@@ -116,6 +116,7 @@ def main(
         fail("--n_vocab must be 257 or more, --n_ctx 2 or more, --n_embd divisible by --n_head")
 
     # the texts, in two parts, and a tokenizer learned from the first alone
+    settings |= {"data": training.checksum([text_file], "")}
     texts = [document["text"] for document in training.read_documents([text_file], ("text",))]
     train_texts, held_out_texts = training.hold_out(texts)
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +124,9 @@ def main(
         if not resume:
             train_tokenizer(train_texts, n_vocab, folder)
         encoder = get_encoder("", tokenizer_dir)
-        hparams["n_vocab"] = len(encoder.encoder)  # a short text may not yield as many as asked for
+        hparams["n_vocab"] = len(encoder.encoder)
+        if hparams["n_vocab"] < n_vocab:
+            note(f"the text yields {hparams['n_vocab']} tokens, not {n_vocab}")
         ids = training.text_ids(encoder, train_texts)
         evaluate = training.text_evaluator(encoder, held_out_texts, n_ctx, n_head)
         loss = functools.partial(training.text_loss, n_head=n_head, dropout=dropout, dtype=dtype, recompute=recompute)

@@ -30,10 +30,16 @@ from evaluate import scores, text_nats
 
 from arrays import in_float32
 from checkpoint import ENCODER, VOCAB
-from cli import fail
+from cli import asks_for_help, fail, mistakes
 from devices import keep_compiled
 from gpt2 import generate, layer_norm, matmul, transformer_block
 from utils import MODEL_SIZES, NEW_NAME
+
+
+def missing(package):
+    if not asks_for_help(sys.argv):  # which needs none
+        fail(f"{package} is not installed here, which training needs: pip install -r requirements-dev.txt")
+
 
 try:
     import jax
@@ -41,7 +47,7 @@ try:
     import optax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 except ModuleNotFoundError as error:
-    fail(f"{error.name} is not installed here, which training needs: pip install -r requirements-dev.txt")
+    missing(error.name)
 
 END, STATE = "<|endoftext|>", "state.npz"
 MAY_CHANGE = ("n_steps", "evaluate_every", "accumulate", "recompute")  # when a run is resumed
@@ -65,8 +71,10 @@ def begin(name, models_dir, resume, distributed, settings):
     if settings["seed"] >= 2**32:
         fail(f"--seed must be below 2**32, not {settings['seed']}")
     batch_size, accumulate = settings["batch_size"], settings["accumulate"]
-    if settings["dtype"] not in ("float32", "bfloat16") or settings["dropout"] >= 1:
-        fail("--dtype must be float32 or bfloat16, --dropout below 1")
+    if settings["dtype"] not in ("float32", "bfloat16"):
+        fail(f"--dtype must be float32 or bfloat16, not {settings['dtype']!r}")
+    if settings["dropout"] >= 1:
+        fail(f"--dropout must be below 1, not {settings['dropout']!r}")
     if batch_size % accumulate:
         fail(f"a --batch_size of {batch_size} cannot be cut into {accumulate} equal parts")
     model_dir = new_model(name, models_dir)
@@ -84,14 +92,20 @@ def begin(name, models_dir, resume, distributed, settings):
 
 def new_model(name, models_dir):
     """The folder for a new model. Ends with one line for a name that cannot be one, or if the model cannot be saved."""
-    if importlib.util.find_spec("tensorflow") is None:
-        fail("TensorFlow, which saves the model, is not installed here: pip install -r requirements.txt")
+    for package in ("tensorflow", "safetensors", "matplotlib"):  # which save the model, adapters, and the plot
+        if importlib.util.find_spec(package) is None:
+            missing(package)
     if not name:
         fail("--name is needed (see --help)")
     if name in MODEL_SIZES:
         fail(f"{name!r} is the name of a model of OpenAI's: choose another for yours")
     if not re.fullmatch(NEW_NAME, name):
         fail(f"{name!r} is no name for a new model: use letters, digits, dashes, and dots but not at the end")
+    there = os.path.abspath(models_dir)
+    while not os.path.lexists(there):  # what is not there yet is made with the model
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+        fail(f"{there} is no folder that can be written to")
     return os.path.join(models_dir, name)
 
 
@@ -125,15 +139,27 @@ def context(n_ctx, hparams):
 
 
 def paths_of(patterns):
-    """Files, folders and globs -> files, in order. Ends with one line for one that names no file."""
+    """Files, folders and globs -> files, in order. Ends with one line for one that names no file, or one twice."""
     paths = []
     for pattern in patterns:
-        inside = os.path.join(glob.escape(pattern), "*") if os.path.isdir(pattern) else pattern
-        found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(inside)))
+        inside = os.path.join(glob.escape(pattern), "**") if os.path.isdir(pattern) else pattern
+        found = glob.glob(inside, recursive=True)
+        found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, found))
         if not found:
             fail(f"{pattern} cannot be read: there is no such file, and no files in such a folder")
         paths += found
+    if len({*map(os.path.realpath, paths)}) < len(paths):
+        fail(f"a file is given twice: {', '.join(patterns)}")
     return paths
+
+
+def checksum(files, held_out):
+    """One number for all that a run learns from and is evaluated on. held_out: "" for none."""
+    total = 0
+    for path in paths_of([*files, *filter(None, [held_out])]):
+        with mistakes(OSError), open(path, "rb") as f:
+            total = zlib.crc32(f.read(), total)
+    return total
 
 
 def read_text(path):
@@ -158,7 +184,7 @@ def read_documents(patterns, *kinds):
     if not patterns:
         fail("no files to learn from (see --help)")
     for path in paths_of(patterns):
-        if path.endswith(".jsonl"):
+        if path.lower().endswith(".jsonl"):
             documents += read_jsonl(path, kinds)
         elif ("text",) in kinds:
             documents += [{"text": text, "where": path} for text in read_text(path).split(END) if text]
@@ -242,7 +268,7 @@ def shuffled(arrays, batch_size):
     """(order, rows) for batches() of arrays {name: [n_rows, ...]}."""
     (n_rows,) = {len(array) for array in arrays.values()}
     if n_rows < batch_size:
-        fail(f"{n_rows} are too few to learn from {batch_size} at once: choose a smaller batch_size")
+        fail(f"{n_rows} are too few to learn from {batch_size} at once: choose a smaller --batch_size")
     return lambda rng: rng.permutation(n_rows), lambda which: {name: array[which] for name, array in arrays.items()}
 
 
@@ -251,9 +277,12 @@ def batches(order, batch_size, seed, first_step, n_steps):
 
     They follow from seed and step alone, so that a resumed run sees what an uninterrupted one would have.
     """
+    n_batches = len(order(np.random.default_rng(0))) // batch_size
     for step in range(first_step, n_steps):
-        epoch, i = divmod(step, len(order(np.random.default_rng(0))) // batch_size)
-        yield order(np.random.default_rng([seed, epoch]))[i * batch_size : (i + 1) * batch_size]
+        epoch, i = divmod(step, n_batches)
+        if i == 0 or step == first_step:
+            rows = order(np.random.default_rng([seed, epoch]))
+        yield rows[i * batch_size : (i + 1) * batch_size]
 
 
 # the model
@@ -379,15 +408,12 @@ def update_of(loss, optimizer, seed, accumulate):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), accumulate * n_rows)
         parts = (rows, keys.reshape(accumulate, n_rows))
 
-        def sums_of(part):
+        def add(sums, part):
             (total, n), gradients = jax.value_and_grad(loss, has_aux=True)(learned, frozen, *part)
-            return total, n, gradients
+            return jax.tree.map(jnp.add, sums, (total, n, gradients)), None
 
-        sums = sums_of(jax.tree.map(lambda x: x[0], parts))
-        if accumulate > 1:
-            rest = jax.tree.map(lambda x: x[1:], parts)
-            sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, sums_of(part)), None), sums, rest)
-        total, n, gradients = sums
+        nothing = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, learned)
+        (total, n, gradients), _ = jax.lax.scan(add, nothing, parts)
         gradients = jax.tree.map(lambda gradient: gradient / n, gradients)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, learned)
         return total / n, optax.apply_updates(learned, updates), optimizer_state
@@ -425,7 +451,6 @@ def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save,
 
     # where it begins
     which = next(batches(order, batch_size, settings["seed"], 0, 1))
-    settings = {**settings, "data": zlib.crc32(b"".join(array.tobytes() for array in rows_of(which).values()))}
     adamw = optimizer(learned, n_steps, settings["learning_rate"], settings["weight_decay"])
     step, history, losses = 0, [], []
     if resume:
@@ -537,6 +562,13 @@ def save_state(path, settings, step, history, losses, arrays):
     os.replace(path + ".part", path)
 
 
+def refuse_others(settings, saved):
+    for key, value in settings.items():
+        if key not in MAY_CHANGE and saved.get(key) != value:
+            fault = "learned from other data" if key == "data" else f"has {key}={saved.get(key)}, not {value}"
+            fail(f"the run to resume {fault}")
+
+
 def load_state(path, settings, arrays):
     """(step, history, losses, arrays) as save_state wrote them; arrays: a tree like it.
 
@@ -545,12 +577,10 @@ def load_state(path, settings, arrays):
     try:
         with np.load(path, allow_pickle=False) as state:
             saved_settings, step, history, losses = json.loads(str(state["progress"]))
+            refuse_others(settings, saved_settings)
             leaves = [state[f"array_{i}"] for i in range(len(jax.tree.leaves(arrays)))]
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         fail(f"the run cannot be resumed from {path}: {error}")
-    for key, value in settings.items():
-        if key not in MAY_CHANGE and saved_settings.get(key) != value:
-            fail(f"the run to resume has {key}={saved_settings.get(key)}, not {value}")
     if settings["n_steps"] <= step and (settings["n_steps"] < step or (history and history[-1][0] == step)):
         fail(f"the run has made {step} steps already: to add some, give a larger --n_steps")
     if settings["n_steps"] != saved_settings["n_steps"]:

@@ -417,7 +417,7 @@ def test_clone_without_git_in_a_repository_is_of_an_unknown_commit(models_dir, c
     ("arguments", "what"),
     [
         ([], "no prompts"),
-        (["hello", "--gpt2_repo="], "no clone"),
+        (["hello", "--gpt2_repo="], "--gpt2_repo needs a value"),
         (["hello", "--gpt2_repo=/nowhere"], "'/nowhere' is no clone"),
         (["hello", "--model_size=huge"], "no model 'huge'"),
         (["hello", "--n_tokens_to_generate=0"], "must be a whole number, 1 or more, not 0"),

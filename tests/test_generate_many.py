@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pathlib
 import signal
 
 import psutil
@@ -289,12 +290,13 @@ def test_a_damaged_part_is_an_error_that_names_it(tmp_path):
     ("args", "said"),
     [
         (["a"], "give files or folders of prompts, and last the folder for the answers"),
-        (["a", "out", "--top_k=3"], "--top_k does nothing at a temperature of 0"),
+        (["a", "out", "--top_k=3"], "top_k does nothing at a temperature of 0"),
         (["a", "out", "--batch_size=0"], "batch_size must be a whole number, 1 or more, not 0"),
         (["a", "out", "--num_workers=x"], "num_workers must be"),
         (["a", "out", "--num_gpus=1.5"], "num_gpus must be"),
-        (["a", "out", "--dtype=int8"], "no backend 'numpy' with dtype 'int8'"),
-        (["a", "out", "--stop="], "--stop must be a text"),
+        (["a", "out", "--dtype=int8"], "no backend numpy with dtype int8: choose numpy with float32 or jax"),
+        (["a", "out", "--stop="], "--stop needs a value"),
+        (["nowhere", "out"], "nowhere cannot be read: it is not there"),
         (["a", "a/out"], "a/out is within"),
         (["s3://b/a/", "s3://b/a"], "s3://b/a is within"),
         (["a", "ab", "--model_size=none"], "no model 'none'"),
@@ -302,7 +304,9 @@ def test_a_damaged_part_is_an_error_that_names_it(tmp_path):
     ],
     ids=str,
 )
-def test_mistakes_are_told_in_one_line_before_ray_starts(args, said, models_dir, monkeypatch, capsys):
+def test_mistakes_are_told_in_one_line_before_ray_starts(args, said, models_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("a").mkdir()
     monkeypatch.setattr(many, "silence_ray", lambda: pytest.fail("Ray starts"))
     monkeypatch.setattr("sys.argv", [SCRIPT, *args, f"--models_dir={models_dir}"])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -318,6 +322,6 @@ def test_without_ray_one_line_says_what_to_install(tmp_path):
     assert_one_line_error(done, "needs Ray Data: pip install -r requirements-ray.txt")
 
 
-def test_a_cluster_that_is_not_there_is_an_error(tiny):
-    done = command("a", "out", script=SCRIPT, model=tiny, env={"RAY_ADDRESS": "127.0.0.1:1"})
+def test_a_cluster_that_is_not_there_is_an_error(tiny, tmp_path):
+    done = command(tmp_path, "out", script=SCRIPT, model=tiny, env={"RAY_ADDRESS": "127.0.0.1:1"})
     assert_one_line_error(done, "the Ray cluster at 127.0.0.1:1 cannot be reached")

@@ -363,6 +363,13 @@ def test_mistakes_show_before_the_first_id_is_asked_for(params):
         gpt2.generate_ids([1, 2, 3], params, N_HEAD, N_CTX)
 
 
+@pytest.mark.parametrize("option", [{"top_k": 5}, {"top_p": 0.5}, {"seed": 0}])
+def test_what_would_do_nothing_at_temperature_0_is_an_error(option, params):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} does nothing at a temperature of 0"):
+        gpt2.generate([1, 2], params, N_HEAD, 3, **option)
+
+
 def test_samples_of_one_prompt_are_asked_for_as_a_batch(params):
     with pytest.raises(TypeError, match=r"n_samples is a flag: .* \[ids\] \* 3"):
         gpt2.generate([1, 2], params, HPARAMS["n_head"], 3, n_samples=2)

@@ -1,6 +1,7 @@
 """examples/train.py: a short run on a small text, and what it leaves behind."""
 
 import collections
+import importlib.util
 import json
 import math
 import os
@@ -359,11 +360,13 @@ def message(*args, **settings):
     [
         ({"name": "../small"}, "no name for a new model"),
         ({"name": "small."}, "no name for a new model"),
+        ({"models_dir": TEXT_FILE}, f"{TEXT_FILE} is no folder that can be written to"),
+        ({"models_dir": f"{TEXT_FILE}/models"}, f"{TEXT_FILE} is no folder that can be written to"),
         ({"name": "124M"}, "is the name of a model of OpenAI's"),
         ({"n_vocab": 256}, "n_vocab must be 257 or more"),
         ({"n_head": 3}, "--n_embd divisible by --n_head"),
         ({"n_ctx": 1}, "--n_ctx 2 or more"),
-        ({"dropout": 1.0}, "--dropout below 1"),
+        ({"dropout": 1.0}, "--dropout must be below 1, not 1.0"),
         ({"n_steps": "many"}, "--n_steps must be a whole number above 0, not 'many'"),
         ({"n_layer": 1.5}, "n_layer must be"),
         ({"n_head": 0}, "n_head must be"),
@@ -379,9 +382,12 @@ def test_mistakes_are_told_in_one_line(change, said, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_without_tensorflow_which_saves_the_model_nothing_begins(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    assert "TensorFlow, which saves the model, is not installed" in message(TEXT_FILE, name="new", models_dir=tmp_path)
+@pytest.mark.parametrize("package", ["tensorflow", "safetensors", "matplotlib"])
+def test_without_what_saves_the_model_nothing_begins(package, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    said = message(TEXT_FILE, name="new", models_dir=tmp_path)
+    assert said.endswith(f"{package} is not installed here, which training needs: pip install -r requirements-dev.txt")
     assert not any(tmp_path.iterdir())
 
 
@@ -418,6 +424,14 @@ def test_a_package_that_is_missing_is_named_in_one_line(name, script, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train.py", "finetune.py", "classify.py"])
+def test_help_needs_no_package_of_trainings(script, tmp_path):
+    (tmp_path / "jax.py").write_text("raise ModuleNotFoundError(name='jax')")
+    done = command("train", "--help", script=f"examples/{script}", env={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--n_steps" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["train.py", "finetune.py", "classify.py"])
 def test_ctrl_c_during_the_imports_leaves_no_traceback(script):
     with running("train", TEXT_FILE, "--name", "new", script=f"examples/{script}") as process:
         time.sleep(0.3)
@@ -437,6 +451,12 @@ def test_a_run_is_resumed_with_its_own_settings_only(models_dir):
     changed = {**SETTINGS, "learning_rate": 0.5}
     said = message(TEXT_FILE, name="small", models_dir=models_dir, resume=True, **changed)
     assert "learning_rate=0.02, not 0.5" in said
+
+
+def test_a_run_is_resumed_with_its_own_data_only(models_dir, tmp_path):
+    (tmp_path / "other.txt").write_text(TEXT + "One line more.")
+    said = message(str(tmp_path / "other.txt"), name="small", models_dir=models_dir, resume=True, **SETTINGS)
+    assert said.endswith("the run to resume learned from other data")
 
 
 def test_a_damaged_state_is_told_in_one_line(models_dir, tmp_path):
