@@ -75,19 +75,22 @@ def gpt2_py(folder):
     tune_openblas()
 
     import checkpoint
-    from arrays import cached
-    from gpt2 import gpt2
 
     hparams = checkpoint.load_hparams(os.path.join(folder, checkpoint.HPARAMS))
-    params, n_head = checkpoint.load_params(folder, hparams), hparams["n_head"]
+    return greedy(checkpoint.load_params(folder, hparams), hparams["n_head"])
+
+
+def greedy(params, n_head):
+    """A contestant's generator function: generate_ids() without prompt lookup, whose gain depends on the text."""
+    from arrays import cached
+    from gpt2 import gpt2
+    from sampling import sampler
 
     def generate(prompts, n_tokens):
-        # as generate_ids does, without prompt lookup: what that gives depends on the text
-        n_prompt = len(prompts[0])
-        forward = cached(gpt2, params, n_head, len(prompts), n_prompt + n_tokens)
-        rows = prompts
+        n_prompt, pick = len(prompts[0]), sampler(len(prompts))
+        forward, rows = cached(gpt2, params, n_head, len(prompts), n_prompt + n_tokens), prompts
         for n_past in [0, *range(n_prompt, n_prompt + n_tokens - 1)]:
-            ids = forward(rows, [n_past] * len(prompts))[:, -1].argmax(axis=-1).tolist()
+            ids = pick(forward(rows, [n_past] * len(prompts)))
             yield ids
             rows = [[next_id] for next_id in ids]
 
@@ -394,7 +397,11 @@ def make_checkpoint(folder):
     for name in ("encoder.json", "vocab.bpe"):
         shutil.copy(os.path.join(os.path.dirname(found.origin), "data", name), folder)
     # in a process of its own: a child's peak memory is never less than what its parent held when it was started
-    run([sys.executable, "-c", code, ROOT, folder, json.dumps(hparams)])
+    try:
+        run([sys.executable, "-c", code, ROOT, folder, json.dumps(hparams)])
+    except RuntimeError as error:
+        shutil.rmtree(folder)
+        fail(f"{folder} cannot be made: {error}")
 
 
 def processor():
@@ -553,7 +560,7 @@ def main(
         picogpt: a clone of picoGPT
         fastgpt: a folder with fastGPT's program, gpt2, and its model.gguf, made from the same checkpoint
     """
-    from cli import fail
+    from cli import fail, mistakes
 
     if type(runs) is not int or runs < 1:
         fail(f"runs must be a whole number, 1 or more, not {runs!r}")
@@ -567,6 +574,10 @@ def main(
         if not os.path.isdir(path):
             fail(f"there is no folder {path}")
     folder = os.path.join(os.path.abspath(models_dir), model_size)
+    with mistakes(OSError):
+        os.makedirs(out, exist_ok=True)
+    import matplotlib  # noqa: F401  (before anything is measured)
+
     make_checkpoint(folder)
     code = f"{commit()}, {time.strftime('%Y-%m-%d')}, beside {busy} busy processes"
     notes, samples, machine = [], {}, {"code": code, "processor": f"{processor()}, {n_cores()} cores"}
@@ -619,13 +630,12 @@ def main(
 
     result = {"model_size": model_size, "runs": runs, "machine": machine, "notes": notes, "samples": samples}
     result["cores"] = by_cores
-    os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, "results.json"), "w", encoding="utf-8") as f:
         json.dump(result, f, indent=1)
     with open(os.path.join(out, "results.md"), "w", encoding="utf-8") as f:
         f.write(markdown(result))
-    plot(result, out)
     print(markdown(result), end="")
+    plot(result, out)
 
 
 if __name__ == "__main__":

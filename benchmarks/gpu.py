@@ -2,48 +2,80 @@
 
     python benchmarks/gpu.py
 
-Batches of prompts are continued greedily, by every contestant in turn, with the same weights in the same process. The
-limit is what the memory of the device gives: how often in a second all weights and all keys and values can be read.
+Batches of prompts are continued greedily, by every contestant in turn, in one process and with the same random weights,
+which need no file. The limit is what the memory of the device gives: how often in a second all weights, and all keys
+and values, can be read.
 """
 
+import importlib.util
 import json
 import os
+import re
+import signal
 import statistics
 import sys
 import time
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+
+import numpy as np
+
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples"))
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import numpy as np
-from bench import MODELS_DIR, make_checkpoint, processor, transformers_folder
+from bench import SHAPES, greedy, processor
+from convert import flat, transformers_name
 
 import cli
 import devices
-from gpt2 import generate
+from checkpoint import random_params
+from sampling import is_whole
 from threads import n_weights
-from utils import load_encoder_hparams_and_params
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+DTYPES = {"float32": 4, "bfloat16": 2}  # and their bytes
+
+
+# Contestants: functions (prompts of one length, n) -> ids [n_rows, n]
 
 
 def on(backend, dtype, hparams, params):
-    placed = devices.place(params, backend, dtype)
-    return lambda prompts, n: np.array(generate(prompts, placed, hparams["n_head"], n, bar=False))
+    generate = greedy(devices.place(params, backend, dtype), hparams["n_head"])
+    return lambda prompts, n: np.array([*generate(prompts, n)]).T
 
 
-def on_pytorch(dtype, device, folder):
+def on_pytorch(dtype, hparams, params):
     import torch
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel.from_pretrained(transformers_folder(folder), dtype=getattr(torch, dtype)).to(device).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {"vocab_size": hparams["n_vocab"], "n_positions": hparams["n_ctx"]}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **{name: hparams[name] for name in ("n_embd", "n_head", "n_layer")}))
+    arrays = {f"transformer.{transformers_name(name)}": array for name, array in flat(params, hparams).items()}
+    arrays["lm_head.weight"] = params["wte"]
+    model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+    model = model.to(device, getattr(torch, dtype)).eval()
     model.generation_config.pad_token_id = 0
 
-    def run(prompts, n):
+    def generate(prompts, n):
         ids = torch.tensor(prompts, device=device)
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": n, "min_new_tokens": n}
         return model.generate(ids, **options, do_sample=False)[:, ids.shape[1] :].cpu().numpy()
 
-    return run
+    return generate
+
+
+def turn(generate, prompts, n):
+    """(seconds, ids) of a contestant; (None, None) where it has not enough memory."""
+    start = time.perf_counter()
+    try:
+        ids = generate(prompts, n)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE):
+            return None, None
+        raise
+    assert ids.shape == (len(prompts), n)  # noqa: S101
+    return time.perf_counter() - start, ids
 
 
 def bytes_per_second():
@@ -65,6 +97,17 @@ def limit(bandwidth, params, n_rows, n_slots, itemsize):
     return n_rows * bandwidth / (itemsize * n_numbers)
 
 
+def markdown(title, notes, rows, speeds, first, n_long):
+    """speeds: {name: {n_rows: tokens per second}}. first: {name: seconds to the first token of n_long}."""
+    lines = [f"# {title}", "", *(f"- {note}" for note in notes), ""]
+    lines += ["| | " + " | ".join(f"{n} at once, tok/s" for n in rows) + f" | first token of {n_long}, ms |"]
+    lines += ["| --- " * (len(rows) + 2) + "|"]
+    for name, by_rows in speeds.items():
+        cells = [f"{by_rows[n]:.1f}" if n in by_rows else "-" for n in rows]
+        lines.append(" | ".join([f"| {name}", *cells, f"{1000 * first[name]:.0f}" if name in first else "-"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(path, title, rows, speeds):
     from matplotlib.figure import Figure
 
@@ -72,7 +115,7 @@ def plot(path, title, rows, speeds):
     axes = figure.subplots()
     for i, (name, by_rows) in enumerate(speeds.items()):
         line = (":" if name.startswith("limit") else "-") + "osD^v<>P*X"[i]  # shapes, for who cannot see colours
-        axes.plot(rows, [by_rows.get(n, np.nan) for n in rows], line, label=name, color=f"{0.08 * i:.2f}")
+        axes.plot(by_rows.keys(), by_rows.values(), line, label=name, color=f"{0.08 * i:.2f}")
     axes.set(xscale="log", yscale="log", xlabel="texts at once", ylabel="tokens per second", title=title)
     axes.set_xticks(rows, rows)
     axes.grid(alpha=0.3)
@@ -82,7 +125,6 @@ def plot(path, title, rows, speeds):
 
 def main(
     model_size: str = "124M",
-    models_dir: str = MODELS_DIR,
     out: str = HERE,
     rows: tuple = (1, 32, 256, 1024),
     n_prompt: int = 10,
@@ -93,66 +135,78 @@ def main(
     """Measures, prints a table and writes gpu.md, gpu.json and gpu.png.
 
     Args:
-        model_size: 124M, 355M, 774M or 1558M (random weights, made if need be), or any folder in models_dir
-        models_dir: the folder that holds the models
+        model_size: 124M, 355M, 774M or 1558M, of random weights
         out: the folder to write to
-        rows: how many texts at once
+        rows: how many texts at once: a number, or several with commas between
         n_prompt: tokens in each prompt
         n_tokens_to_generate: for each
         n_long: tokens in the long prompt, of which the time to the first new token is taken
         runs: how often every contestant has its turn, after one that does not count
     """
+    rows = [*rows] if isinstance(rows, tuple | list) else [rows]
+    numbers = {"n_prompt": n_prompt, "n_tokens_to_generate": n_tokens_to_generate, "n_long": n_long, "runs": runs}
+    for name, value in [*numbers.items(), *(("rows", n) for n in rows)]:
+        if not is_whole(value) or value == 0:
+            cli.fail(f"--{name} must be a whole number, 1 or more, not {value!r}")
+    if model_size not in SHAPES:
+        cli.fail(f"--model_size must be {', '.join(SHAPES)}, not {model_size!r}")
+    if max(n_prompt + n_tokens_to_generate, n_long + 1) > 1024:
+        cli.fail("prompts, and what is generated, must fit the context of 1024 tokens")
+    with cli.mistakes(OSError):
+        os.makedirs(out, exist_ok=True)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the GPU's memory, too
     import jax
-    import torch
+    import matplotlib  # noqa: F401  (before anything is measured)
 
-    rows = [rows] if isinstance(rows, int) else [*rows]
-    folder = os.path.join(os.path.abspath(models_dir), model_size)
-    make_checkpoint(folder)
-    _, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    is_gpu = jax.default_backend() != "cpu"
-    device, dtypes = ("cuda" if torch.cuda.is_available() else "cpu"), ("float32", "bfloat16")
-    contestants = {f"gpt2.py, JAX, {dtype}": on("jax", dtype, hparams, params) for dtype in dtypes}
-    contestants |= {f"transformers, {dtype}": on_pytorch(dtype, device, folder) for dtype in dtypes}
-    if not is_gpu:
+    n_embd, n_head, n_layer = SHAPES[model_size]
+    hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
+    params = random_params(hparams)
+    contestants = {f"gpt2.py, JAX, {dtype}": on("jax", dtype, hparams, params) for dtype in DTYPES}
+    contestants |= {f"transformers, {dtype}": on_pytorch(dtype, hparams, params) for dtype in DTYPES}
+    if jax.default_backend() == "cpu":
         contestants["gpt2.py, NumPy"] = on("numpy", "float32", hparams, params)
+    elif importlib.util.find_spec("cupy"):
+        contestants["gpt2.py, CuPy"] = on("cupy", "float32", hparams, params)
 
-    rng, seconds = np.random.default_rng(0), {}
-    tasks = [(n, n_prompt, n_tokens_to_generate) for n in rows] + [(1, n_long, 1)]
-    for n_rows, length, n_tokens in tasks:
-        for run in range(runs + 1):
-            prompts = rng.integers(0, hparams["n_vocab"], (n_rows, length)).tolist()
-            for name, generated in contestants.items():
-                start = time.perf_counter()
-                ids = generated(prompts, n_tokens)
-                if run:
-                    seconds.setdefault((n_rows, length), {}).setdefault(name, []).append(time.perf_counter() - start)
-                assert ids.shape == (n_rows, n_tokens), name  # noqa: S101
-                print(f"{n_rows} of {length}, {name}: {time.perf_counter() - start:.3f} s", file=sys.stderr)
-
-    medians = {task: {name: statistics.median(times) for name, times in all_.items()} for task, all_ in seconds.items()}
-    speeds = {name: {n: n * n_tokens_to_generate / medians[n, n_prompt][name] for n in rows} for name in contestants}
-    bandwidth, n_slots = bytes_per_second(), n_prompt + n_tokens_to_generate // 2
-    for dtype, itemsize in zip(dtypes, (4, 2), strict=True):
-        speeds[f"limit: memory, {dtype}"] = {n: limit(bandwidth, params, n, n_slots, itemsize) for n in rows}
     where = devices.described(devices.place(params, "jax")).rpartition(",")[0]
-    lines = [f"# GPT-2 {model_size}: {where}", ""]
-    lines += [f"- processor: {processor()}, {os.cpu_count()} cores; memory of the device: {bandwidth / 1e9:.0f} GB/s"]
-    lines += [f"- {n_prompt} tokens in, {n_tokens_to_generate} out, the whole call; medians of {runs} turns", ""]
-    lines += ["| | " + " | ".join(f"{n} at once, tok/s" for n in rows) + f" | first token of {n_long}, ms |"]
-    lines += ["| --- " * (len(rows) + 2) + "|"]
-    for name, by_rows in speeds.items():
-        first = f"{1000 * medians[1, n_long][name]:.0f}" if name in contestants else "-"
-        lines.append(f"| {name} | " + " | ".join(f"{by_rows[n]:.1f}" for n in rows) + f" | {first} |")
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, "gpu.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join(lines) + "\n")
-    with open(os.path.join(out, "gpu.json"), "w", encoding="utf-8") as f:
-        json.dump(
-            {"where": where, "seconds": {f"{n} x {length}": s for (n, length), s in seconds.items()}}, f, indent=1
-        )
-    plot(os.path.join(out, "gpu.png"), f"GPT-2 {model_size}, {where}", rows, speeds)
-    print("\n".join(lines))
+    title, bandwidth, first = f"GPT-2 {model_size}: {where}", bytes_per_second(), {}
+    notes = [f"processor: {processor()}, {os.cpu_count()} cores; memory of the device: {bandwidth / 1e9:.0f} GB/s"]
+    notes += [f"{n_prompt} tokens in, {n_tokens_to_generate} out, the whole call; medians of {runs} turns"]
+    n_slots = n_prompt + n_tokens_to_generate // 2
+    limits = {
+        f"limit: memory, {dtype}": {n: limit(bandwidth, params, n, n_slots, itemsize) for n in rows}
+        for dtype, itemsize in DTYPES.items()
+    }
+    speeds, seconds, rng = {name: {} for name in contestants}, {}, np.random.default_rng(0)
+    for n_rows, length, n_tokens in [(1, n_long, 1), *((n, n_prompt, n_tokens_to_generate) for n in rows)]:
+        times = seconds[f"{n_rows} x {length}"] = {name: [] for name in contestants}
+        for run in range(runs + 1):
+            prompts, expected = rng.integers(0, hparams["n_vocab"], (n_rows, length)).tolist(), None
+            for name in [*times]:
+                taken, ids = turn(contestants[name], prompts, n_tokens)
+                if taken is None:
+                    notes.append(f"{name}, {n_rows} at once: not enough memory")
+                    del times[name]
+                    continue
+                expected = ids if expected is None else expected
+                same = (ids == expected).all(axis=-1).mean()
+                cli.note(
+                    f"{n_rows} of {length}, {name}: {taken:.3f} s, the same ids as the first in {same:.0%} of rows"
+                )
+                times[name] += [taken] if run else []
+        for name, all_ in times.items():
+            median = statistics.median(all_)
+            if n_tokens == 1 and length == n_long:
+                first[name] = median
+            else:
+                speeds[name][n_rows] = n_rows * n_tokens / median
+        # after every task, so that what ends the program leaves the others
+        with open(os.path.join(out, "gpu.json"), "w", encoding="utf-8") as f:
+            json.dump({"where": where, "notes": notes, "seconds": seconds}, f, indent=1)
+        with open(os.path.join(out, "gpu.md"), "w", encoding="utf-8") as f:
+            f.write(markdown(title, notes, rows, speeds | limits, first, n_long))
+    print(markdown(title, notes, rows, speeds | limits, first, n_long), end="")
+    plot(os.path.join(out, "gpu.png"), title, rows, speeds | limits)
 
 
 if __name__ == "__main__":

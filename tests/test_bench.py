@@ -1,11 +1,11 @@
-"""The benchmark on a model of a few thousand weights: what it writes, and what it does about missing contestants."""
+"""The benchmarks on models of a few thousand weights: what they write, and what they do about missing contestants."""
 
 import json
 import re
 import shutil
 
 import pytest
-from conftest import GENUINE, command
+from conftest import GENUINE, REPO, assert_one_line_error, command
 
 import checkpoint
 import threads
@@ -102,3 +102,68 @@ def test_a_model_that_is_neither_there_nor_a_known_size_ends_with_one_line(tmp_p
     done = command(script=BENCH, model=tmp_path / "nosuch")
     assert done.returncode == 1
     assert re.fullmatch(r"bench\.py: .*nosuch.*\n", done.stderr)
+
+
+# gpu.py
+
+TINY = """
+import sys
+sys.path[:0] = [".", "benchmarks"]
+import bench, cli, gpu
+bench.SHAPES["tiny"] = (8, 2, 2)
+on_pytorch = gpu.on_pytorch
+def full(*_):
+    raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+gpu.on_pytorch = lambda dtype, *model: full if dtype == "bfloat16" else on_pytorch(dtype, *model)
+cli.run(gpu.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory):
+    """A run of the command, where transformers has no memory for bfloat16: (its result, the folder it wrote to)."""
+    out = tmp_path_factory.mktemp("gpu")
+    few = ["--rows=1,3", "--n_prompt=20", "--n_tokens_to_generate=4", "--n_long=40", "--runs=1", f"--out={out}"]
+    env = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(out)}
+    done = command("--model_size=tiny", *few, code=TINY, cwd=REPO, env=env)
+    assert done.returncode == 0, done.stderr
+    return done, out
+
+
+def test_gpu_prints_the_table_that_it_writes_and_draws_it(gpu):
+    done, out = gpu
+    assert done.stdout == (out / "gpu.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    table = {name: figures for name, *figures in cells[2:]}
+    assert {name.partition(",")[0] for name in table} == {"gpt2.py", "transformers", "limit: memory"}
+    assert table.pop("transformers, bfloat16") == ["-", "-", "-"]
+    assert min(float(figure) for figures in table.values() for figure in figures if figure != "-") > 0
+    assert (out / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gpu_has_all_who_compute_in_float32_give_the_same_ids(gpu):
+    ids = re.findall(r"(\d of \d+), (.*float32|.*NumPy): .* the same ids as the first in (\S+) of rows", gpu[0].stderr)
+    assert len(ids) == 2 * 3 * 3  # turns, tasks, contestants
+    assert {same for *_, same in ids} == {"100%"}
+
+
+def test_gpu_goes_on_without_those_whose_memory_runs_out(gpu):
+    assert "transformers, bfloat16, 3 at once: not enough memory" in gpu[0].stdout
+    seconds = json.loads((gpu[1] / "gpu.json").read_text())["seconds"]
+    assert [*seconds] == ["1 x 40", "1 x 20", "3 x 20"]
+    assert "transformers, float32" in seconds["3 x 20"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--rows=x", "--rows must be a whole number, 1 or more, not 'x'"),
+        ("--rows=1,0", "--rows must be a whole number, 1 or more, not 0"),
+        ("--runs=0", "--runs must be"),
+        ("--n_long=1024", "must fit the context of 1024"),
+        ("--model_size=large", "--model_size must be 124M, 355M, 774M, 1558M, not 'large'"),
+        (f"--out={REPO / BENCH}", "File exists"),
+    ],
+)
+def test_a_mistake_of_gpu_ends_with_one_line_before_anything_is_measured(flag, said):
+    assert_one_line_error(command(flag, script="benchmarks/gpu.py"), said)
