@@ -35,6 +35,11 @@ def is_numpy(x):
     return type(x).__module__ == "numpy"
 
 
+def on_processor(x):
+    """Whether an array lies in this machine's memory: it is NumPy's, or JAX's where there is no GPU or TPU."""
+    return is_numpy(x) or (is_jax(x) and all(device.platform == "cpu" for device in x.devices()))
+
+
 def write(cache, slots, new):  # [n_head, n_slots, d], [n_seq], [n_head, n_seq, d] -> [n_head, n_slots, d]
     """The cache of keys, or of values, with new ones in their slots: in place where arrays can be changed.
 
@@ -124,7 +129,7 @@ def check_room(n_prompt, n_tokens_to_generate, n_ctx, sliding_window=False):
 def check_memory(params, n_rows, n_slots):
     """Raises MemoryError where weights, cache and logits are more than this machine has: before it is busy."""
     wte, n_layer = params["wte"], len(params["blocks"])
-    if not is_numpy(wte) and not (is_jax(wte) and all(device.platform == "cpu" for device in wte.devices())):
+    if not on_processor(wte):
         return  # a device says so itself
     n_vocab, n_embd = wte.shape
     needed = wte.dtype.itemsize * (n_weights(params) + n_rows * (2 * n_layer * n_slots * n_embd + 2 * n_vocab)) / 2**30

@@ -3,7 +3,7 @@
 import functools
 import numbers
 
-from arrays import is_jax, is_numpy, namespace
+from arrays import is_jax, namespace, on_processor
 
 
 def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab] -> [...]
@@ -20,20 +20,21 @@ def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab]
 
 def draw(logits, point, temperature, top_k=0, top_p=1):  # [..., n_vocab], [..., 1] -> [...]
     """The token on which a point from 0 to 1 falls: see sample."""
-    xp, n_vocab = namespace(logits), logits.shape[-1]
+    xp = namespace(logits)
     # sums over 50,257 tokens drift in float32, but JAX has nothing longer unless told to
     logits = xp.astype(logits, xp.float32 if is_jax(logits) else xp.float64)
     # [..., n_vocab], the probability of each token but for a common factor
     p = xp.exp((logits - xp.max(logits, axis=-1, keepdims=True)) / temperature)
-    if 0 < top_k < n_vocab or top_p < 1:
-        falling = xp.flip(xp.sort(p, axis=-1), axis=-1)
-        least = falling[..., min(top_k or n_vocab, n_vocab) - 1, None]  # [..., 1]
-        if top_p < 1:
-            falling = xp.where(falling < least, 0, falling)
-            reached = xp.cumsum(falling, axis=-1)
-            needed = reached - falling < top_p * reached[..., -1:]  # those before do not reach p
-            least = xp.min(xp.where(needed, falling, xp.inf), axis=-1, keepdims=True)  # [..., 1]
-        p = xp.where(p < least, 0, p)
+    kept = p
+    if 0 < top_k < p.shape[-1]:
+        kept = xp.partition(kept, -top_k, axis=-1)[..., -top_k:]  # [..., top_k]
+    if top_p < 1:
+        falling = xp.flip(xp.sort(kept, axis=-1), axis=-1)
+        reached = xp.cumsum(falling, axis=-1)
+        needed = reached - falling < top_p * reached[..., -1:]  # those before do not reach p
+        kept = xp.where(needed, falling, xp.inf)
+    if kept is not p:
+        p = xp.where(p < xp.min(kept, axis=-1, keepdims=True), 0, p)
     # each token owns a stretch of a line, as long as its probability: where on the line is the point?
     ends = xp.cumsum(p, axis=-1)
     point = xp.minimum(xp.asarray(point, dtype=p.dtype), 1 - xp.finfo(p.dtype).eps)  # 1 would be on no token
@@ -67,8 +68,8 @@ def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
 
     def pick(logits):
         points = np.array([[[rng.random()]] for rng in rngs])  # [n_rows, 1, 1]
-        if is_numpy(logits):  # row by row, in little memory
-            rows = zip(logits, points, strict=True)
+        if on_processor(logits):  # row by row, in little memory, by NumPy, which sorts faster than JAX
+            rows = zip(np.asarray(logits), points, strict=True)
             return [draw(row, point, temperature, top_k, top_p).item() for row, point in rows]
         run = compiled_draw() if is_jax(logits) else draw
         return [next_id for (next_id,) in run(logits, points, temperature, top_k, top_p).tolist()]

@@ -9,7 +9,7 @@ from conftest import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampling import sample
+from sampling import compiled_draw, draw, sample
 
 jnp, torch, transformers = optional("jax.numpy"), optional("torch"), optional("transformers")
 
@@ -106,7 +106,14 @@ def test_top_p_keeps_the_smallest_set_among_as_many_tokens_as_gpt2_has(top_p):
     assert sample(logits[order], AtTheEnd(), temperature=1, top_p=top_p) == n_kept - 1
 
 
-def test_jaxs_logits_are_drawn_from_as_numpys_are():
-    options = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
-    draws = [sample(xp.asarray(np.tile(LOGITS, (100, 1))), np.random.default_rng(0), **options) for xp in (np, jnp)]
-    assert draws[0].tolist() == draws[1].tolist()
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.9}], ids=str)
+def test_jaxs_logits_are_drawn_from_as_numpys_are_under_jit_too(options):
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.standard_normal((20, 50257), dtype=np.float32)  # as many as GPT-2 has
+    expected = draw(logits, points := rng.random((20, 1)), 0.7, **options).tolist()
+    assert draw(jnp.asarray(logits), points, 0.7, **options).tolist() == expected
+    assert compiled_draw()(jnp.asarray(logits), points, 0.7, **options).tolist() == expected
+
+
+def test_a_random_point_that_float32_rounds_to_1_falls_on_the_last_token_under_jax_too():
+    assert draw(jnp.zeros(50257), np.array([np.nextafter(1, 0)]), 1) > 50_000
