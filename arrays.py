@@ -265,6 +265,14 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
     return forward
 
 
+@functools.cache
+def jitted(function, *static):
+    """A function under JAX's jit, the same one for each call. static: names of arguments to compile anew for."""
+    import jax
+
+    return jax.jit(function, static_argnames=static)
+
+
 @functools.lru_cache
 def compiled(model):
     """The model under jit, which returns (logits, kv_cache)."""

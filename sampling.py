@@ -1,9 +1,8 @@
 """Sampling: logits -> id. The likeliest token, or one drawn at random, as likely as the model says."""
 
-import functools
 import numbers
 
-from arrays import is_jax, namespace, on_processor
+from arrays import is_jax, jitted, namespace, on_processor
 
 
 def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab] -> [...]
@@ -25,7 +24,7 @@ def draw(logits, point, temperature, top_k=0, top_p=1):  # [..., n_vocab], [...,
     logits = xp.astype(logits, xp.float32 if is_jax(logits) else xp.float64)
     # [..., n_vocab], the probability of each token but for a common factor
     p = xp.exp((logits - xp.max(logits, axis=-1, keepdims=True)) / temperature)
-    kept = p
+    kept = p  # the probabilities that stay, fewer with each filter
     if 0 < top_k < p.shape[-1]:
         kept = xp.partition(kept, -top_k, axis=-1)[..., -top_k:]  # [..., top_k]
     if top_p < 1:
@@ -39,13 +38,6 @@ def draw(logits, point, temperature, top_k=0, top_p=1):  # [..., n_vocab], [...,
     ends = xp.cumsum(p, axis=-1)
     point = xp.minimum(xp.asarray(point, dtype=p.dtype), 1 - xp.finfo(p.dtype).eps)  # 1 would be on no token
     return xp.argmax(ends > point * ends[..., -1:], axis=-1)
-
-
-@functools.cache
-def compiled_draw():
-    import jax
-
-    return jax.jit(draw, static_argnames=("top_k", "top_p"))
 
 
 def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
@@ -71,7 +63,7 @@ def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
         if on_processor(logits):  # row by row, in little memory, by NumPy, which sorts faster than JAX
             rows = zip(np.asarray(logits), points, strict=True)
             return [draw(row, point, temperature, top_k, top_p).item() for row, point in rows]
-        run = compiled_draw() if is_jax(logits) else draw
+        run = jitted(draw, "top_k", "top_p") if is_jax(logits) else draw
         return [next_id for (next_id,) in run(logits, points, temperature, top_k, top_p).tolist()]
 
     return pick

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 import zipfile
 
 if __name__ == "__main__":
@@ -31,6 +32,10 @@ from gpt2 import linear, softmax
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
 HEAD, CONFUSION = "classes.npz", "confusion.png"
+CHINESE = (  # fonts, of which one or the other comes with every system that shows Chinese
+    "Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback",
+)  # fmt: skip
 
 
 def class_logits(params, head, ids, last, n_head, recompute=False):  # [n_seq], [] -> [n_classes]
@@ -260,6 +265,7 @@ def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
 
 
 def draw_confusion(path, confusion, labels):
+    from matplotlib import font_manager
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 + 0.7 * len(labels), 1 + 0.7 * len(labels)))
@@ -270,9 +276,13 @@ def draw_confusion(path, confusion, labels):
         color = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, n, ha="center", va="center", color=color)
     axes.set(xlabel="found", ylabel="right")
-    axes.set_yticks(range(len(labels)), labels, parse_math=False)
-    axes.set_xticks(range(len(labels)), labels, parse_math=False, rotation=45, ha="right")
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    text = {"parse_math": False, "fontfamily": ["DejaVu Sans", *(name for name in CHINESE if name in installed)]}
+    axes.set_yticks(range(len(labels)), labels, **text)
+    axes.set_xticks(range(len(labels)), labels, **text, rotation=45, ha="right")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that no font has: they become boxes
+        figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def predict(*texts: str, name: str = "", texts_file: str = "", models_dir: str = MODELS_DIR):

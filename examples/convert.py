@@ -218,7 +218,7 @@ def convert(folder, name, models_dir):
     tokenizer = read_tokenizer(folder)
     weights = from_transformers(read_weights(folder), hparams, folder)
     model_dir = os.path.join(models_dir, name)
-    with new(model_dir, os.mkdir, shutil.rmtree), cli.mistakes((CheckpointError, ModelError, UnicodeEncodeError)):
+    with new(model_dir, make_folder, shutil.rmtree), cli.mistakes((CheckpointError, ModelError, UnicodeEncodeError)):
         write_tokenizer(model_dir, *tokenizer)
         load_encoder(name, models_dir, hparams["n_vocab"])  # finds the faults that every use of it would
         save_checkpoint(model_dir, hparams, nest(weights))
@@ -227,13 +227,17 @@ def convert(folder, name, models_dir):
                 cli.fail(f"{folder} is not OpenAI's {name}: {file}: {fault}: choose another --name")
 
 
-@contextlib.contextmanager
-def new(path, make, remove):
-    """Makes a file or a folder that is not there yet, and removes it if what follows fails, or is stopped by Ctrl-C."""
+def make_folder(path):
     with contextlib.suppress(OSError):  # a download that got nothing leaves a folder with its lock alone
         if os.listdir(path) == [".lock"]:
             os.remove(os.path.join(path, ".lock"))
         os.rmdir(path)  # an empty folder is as good as none
+    os.mkdir(path)
+
+
+@contextlib.contextmanager
+def new(path, make, remove):
+    """Makes a file or a folder that is not there yet, and removes it if what follows fails, or is stopped by Ctrl-C."""
     try:
         make(path)
     except FileExistsError:
@@ -365,7 +369,7 @@ def main(*paths: str, name: str = None, to: str = None, models_dir: str = MODELS
     package = "safetensors" if to == "transformers" else "gguf"
     with cli.mistakes(ImportError, f"--to {to} needs {package}: pip install {package}: "):
         if to == "transformers":
-            with new(out, os.mkdir, shutil.rmtree):
+            with new(out, make_folder, shutil.rmtree):
                 save_as_transformers(out, *model)
         else:
             with new(out, lambda path: open(path, "x").close(), os.remove):

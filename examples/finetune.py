@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import training
 
 from checkpoint import ENCODER, VOCAB, save_checkpoint
-from cli import fail, mistakes, one_line, run
+from cli import fail, mistakes, note, one_line, run
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
 LAYERS = {"c_attn": ("attn/c_attn",), "c_proj": ("attn/c_proj", "mlp/c_proj"), "c_fc": ("mlp/c_fc",)}
@@ -101,8 +101,8 @@ def save_adapters(folder, adapters, alpha, names, model_size):
 
 
 def load_adapters(folder, params):
-    """(adapters, scale) as save_adapters or PEFT wrote them for a model like params. Ends with one line if they do not
-    fit it, or are no plain LoRA of its matrices."""
+    """(adapters, scale, the name of the model they were made for) as save_adapters or PEFT wrote them for a model like
+    params. Ends with one line if they do not fit it, or are no plain LoRA of its matrices."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -130,7 +130,7 @@ def load_adapters(folder, params):
             adapters[i][path] = {"A": a.T.astype(np.float32), "B": b.T.astype(np.float32)}
     if tensors or not any(adapters):
         fail(f"the adapters in {folder} do not fit the model: it has no {next(iter(tensors), 'adapters')}")
-    return adapters, scale
+    return adapters, scale, config.get("base_model_name_or_path")
 
 
 def peft_name(i, path):
@@ -298,7 +298,9 @@ def save_merged(merge, files, model_size, name, models_dir, **others):
     training.refuse_existing(model_dir)
     with mistakes(ModelError):
         _, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    adapters, scale = load_adapters(merge, params)
+    adapters, scale, base = load_adapters(merge, params)
+    if base != model_size:
+        note(f"the adapters in {merge} were made for {base}, and are applied to {model_size}")
     os.makedirs(model_dir, exist_ok=True)
     for file in (ENCODER, VOCAB):
         shutil.copyfile(os.path.join(models_dir, model_size, file), os.path.join(model_dir, file))

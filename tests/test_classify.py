@@ -185,3 +185,9 @@ def test_mistakes_are_told_in_one_line(data, words, tmp_path):
     both = {"head_only": True, "lora_rank": 2}
     assert "do not go together" in message(classify.train, held_out, name="new", models_dir=models_dir, **both)
     assert_one_line_error(command("learn", script="examples/classify.py"), "learn is none of train, evaluate, predict")
+
+
+@pytest.mark.filterwarnings("error")
+def test_labels_in_any_script_and_with_signs_of_mathematics_can_be_drawn(tmp_path):
+    classify.draw_confusion(tmp_path / "a.png", np.eye(3, dtype=int), [r"$\frac{$", "爱情", "战争"])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

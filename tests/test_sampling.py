@@ -9,7 +9,8 @@ from conftest import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampling import compiled_draw, draw, sample
+from arrays import jitted
+from sampling import draw, sample
 
 jnp, torch, transformers = optional("jax.numpy"), optional("torch"), optional("transformers")
 
@@ -112,7 +113,7 @@ def test_jaxs_logits_are_drawn_from_as_numpys_are_under_jit_too(options):
     logits = 3 * rng.standard_normal((20, 50257), dtype=np.float32)  # as many as GPT-2 has
     expected = draw(logits, points := rng.random((20, 1)), 0.7, **options).tolist()
     assert draw(jnp.asarray(logits), points, 0.7, **options).tolist() == expected
-    assert compiled_draw()(jnp.asarray(logits), points, 0.7, **options).tolist() == expected
+    assert jitted(draw, "top_k", "top_p")(jnp.asarray(logits), points, 0.7, **options).tolist() == expected
 
 
 def test_a_random_point_that_float32_rounds_to_1_falls_on_the_last_token_under_jax_too():
