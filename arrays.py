@@ -17,7 +17,9 @@ from devices import cache_sharding, spread
 from threads import PART, Watched, each, in_parts, n_weights, paced, thread_counts
 
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
-READ_OF_EACH = 64  # ids of each of several prompts, under JAX: no more than gpt2.py's QUERY_BLOCK
+READ_OF_EACH = (
+    64  # ids of each of several prompts, under JAX: one QUERY_BLOCK, since their padding may pass the last slot
+)
 
 
 def namespace(x):

@@ -178,7 +178,7 @@ def check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size
     if prompt is not None and (interactive or prompts_file):
         fail(f"--{modes[0]} brings its own prompts, so {prompt!r} is one too many")
     if n_samples > 1 and temperature == 0:
-        fail("--n_samples does nothing at a temperature of 0, which takes the likeliest token: add --temperature 1")
+        fail("n_samples does nothing at a temperature of 0, which takes the likeliest token: add --temperature=1")
 
 
 def open_prompts(prompt, interactive, prompts_file):

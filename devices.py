@@ -57,8 +57,9 @@ def check(backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):
 def place(params, backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):
     """The params of a model, NumPy's, on the arrays and devices that are asked for, once for all that follows.
 
-    backend: a key of BACKENDS. dtype: one of the backend's DTYPES. tensor_parallel: how many devices share the weights
-    of each block. n_threads: how many threads compute with NumPy; None: what is best. Raises as check does.
+    backend: a key of BACKENDS. dtype: one of the backend's DTYPES; with JAX, float32 sets the precision of products for
+    the whole process. tensor_parallel: how many devices share the weights of each block. n_threads: how many threads
+    compute with NumPy; None: what is best. Raises as check does.
     """
     check(backend, dtype, tensor_parallel, n_threads)
     if backend == "numpy":

@@ -24,20 +24,21 @@ def draw(logits, point, temperature, top_k=0, top_p=1):  # [..., n_vocab], [...,
     logits = xp.astype(logits, xp.float32 if is_jax(logits) else xp.float64)
     # [..., n_vocab], the probability of each token but for a common factor
     p = xp.exp((logits - xp.max(logits, axis=-1, keepdims=True)) / temperature)
-    kept = p  # the probabilities that stay, fewer with each filter
+    best = p
     if 0 < top_k < p.shape[-1]:
-        kept = xp.partition(kept, -top_k, axis=-1)[..., -top_k:]  # [..., top_k]
+        best = xp.partition(p, -top_k, axis=-1)[..., -top_k:]  # [..., top_k]
+        p = xp.where(p < xp.min(best, axis=-1, keepdims=True), 0, p)
     if top_p < 1:
-        falling = xp.flip(xp.sort(kept, axis=-1), axis=-1)
-        reached = xp.cumsum(falling, axis=-1)
-        needed = reached - falling < top_p * reached[..., -1:]  # those before do not reach p
-        kept = xp.where(needed, falling, xp.inf)
-    if kept is not p:
-        p = xp.where(p < xp.min(kept, axis=-1, keepdims=True), 0, p)
+        falling = xp.flip(xp.sort(best, axis=-1), axis=-1)
+        before = xp.cumsum(falling, axis=-1) - falling
+        needed = before < top_p * xp.sum(p, axis=-1, keepdims=True)  # those before do not reach p
+        p = xp.where(p < xp.min(xp.where(needed, falling, xp.inf), axis=-1, keepdims=True), 0, p)
     # each token owns a stretch of a line, as long as its probability: where on the line is the point?
     ends = xp.cumsum(p, axis=-1)
+    if is_jax(p):  # whose sums are sums of parts: they may rise a little where p is 0, and the last be not the largest
+        ends = xp.where(p > 0, ends, 0)
     point = xp.minimum(xp.asarray(point, dtype=p.dtype), 1 - xp.finfo(p.dtype).eps)  # 1 would be on no token
-    return xp.argmax(ends > point * ends[..., -1:], axis=-1)
+    return xp.argmax(ends > point * xp.max(ends, axis=-1, keepdims=True), axis=-1)
 
 
 def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
@@ -93,7 +94,7 @@ def check_options(
     if temperature == 0 and any(given.values()):
         name = next(name for name, value in given.items() if value)
         raise ValueError(
-            f"{name} does nothing at a temperature of 0, which takes the likeliest token: give a higher one"
+            f"{name} does nothing at a temperature of 0, which takes the likeliest token: add temperature=1"
         )
 
 

@@ -60,22 +60,22 @@ def on_pytorch(dtype, hparams, params):
     def generate(prompts, n):
         ids = torch.tensor(prompts, device=device)
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": n, "min_new_tokens": n}
-        return model.generate(ids, **options, do_sample=False)[:, ids.shape[1] :].cpu().numpy()
+        ids = model.generate(ids, **options, do_sample=False)[:, ids.shape[1] :].cpu().numpy()
+        if device == "cuda":
+            torch.cuda.empty_cache()  # others need the memory, too
+        return ids
 
     return generate
 
 
-def turn(generate, prompts, n):
-    """(seconds, ids) of a contestant; (None, None) where it has not enough memory."""
-    start = time.perf_counter()
+def in_memory(function, *args):
+    """The result of a function, or None where memory runs out, here or on the device."""
     try:
-        ids = generate(prompts, n)
+        return function(*args)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or re.search("out of memory|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE):
-            return None, None
+            return None
         raise
-    assert ids.shape == (len(prompts), n)  # noqa: S101
-    return time.perf_counter() - start, ids
 
 
 def bytes_per_second():
@@ -148,6 +148,8 @@ def main(
     for name, value in [*numbers.items(), *(("rows", n) for n in rows)]:
         if not is_whole(value) or value == 0:
             cli.fail(f"--{name} must be a whole number, 1 or more, not {value!r}")
+    if not rows:
+        cli.fail("--rows needs a number, or several with commas between")
     if model_size not in SHAPES:
         cli.fail(f"--model_size must be {', '.join(SHAPES)}, not {model_size!r}")
     if max(n_prompt + n_tokens_to_generate, n_long + 1) > 1024:
@@ -161,12 +163,13 @@ def main(
     n_embd, n_head, n_layer = SHAPES[model_size]
     hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
     params = random_params(hparams)
-    contestants = {f"gpt2.py, JAX, {dtype}": on("jax", dtype, hparams, params) for dtype in DTYPES}
-    contestants |= {f"transformers, {dtype}": on_pytorch(dtype, hparams, params) for dtype in DTYPES}
+    contestants = {f"gpt2.py, JAX, {dtype}": (on, "jax", dtype) for dtype in DTYPES}
+    contestants |= {f"transformers, {dtype}": (on_pytorch, dtype) for dtype in DTYPES}
     if jax.default_backend() == "cpu":
-        contestants["gpt2.py, NumPy"] = on("numpy", "float32", hparams, params)
+        contestants["gpt2.py, NumPy"] = on, "numpy", "float32"
     elif importlib.util.find_spec("cupy"):
-        contestants["gpt2.py, CuPy"] = on("cupy", "float32", hparams, params)
+        contestants["gpt2.py, CuPy"] = on, "cupy", "float32"
+    contestants = {name: in_memory(*make, hparams, params) for name, make in contestants.items()}
 
     where = devices.described(devices.place(params, "jax")).rpartition(",")[0]
     title, bandwidth, first = f"GPT-2 {model_size}: {where}", bytes_per_second(), {}
@@ -177,29 +180,31 @@ def main(
         f"limit: memory, {dtype}": {n: limit(bandwidth, params, n, n_slots, itemsize) for n in rows}
         for dtype, itemsize in DTYPES.items()
     }
+    notes += [f"{name}: not enough memory for the model" for name, generate in contestants.items() if not generate]
+    tasks = {f"first token of {n_long}": (1, n_long, 1)}
+    tasks |= {f"{n} at once": (n, n_prompt, n_tokens_to_generate) for n in rows}
     speeds, seconds, rng = {name: {} for name in contestants}, {}, np.random.default_rng(0)
-    for n_rows, length, n_tokens in [(1, n_long, 1), *((n, n_prompt, n_tokens_to_generate) for n in rows)]:
-        times = seconds[f"{n_rows} x {length}"] = {name: [] for name in contestants}
+    for task, (n_rows, length, n_tokens) in tasks.items():
+        times = seconds[task] = {name: [] for name, generate in contestants.items() if generate}
         for run in range(runs + 1):
             prompts, expected = rng.integers(0, hparams["n_vocab"], (n_rows, length)).tolist(), None
             for name in [*times]:
-                taken, ids = turn(contestants[name], prompts, n_tokens)
-                if taken is None:
-                    notes.append(f"{name}, {n_rows} at once: not enough memory")
+                start = time.perf_counter()
+                ids = in_memory(contestants[name], prompts, n_tokens)
+                taken = time.perf_counter() - start
+                if ids is None:
+                    notes.append(f"{name}, {task}: not enough memory")
                     del times[name]
                     continue
                 expected = ids if expected is None else expected
                 same = (ids == expected).all(axis=-1).mean()
-                cli.note(
-                    f"{n_rows} of {length}, {name}: {taken:.3f} s, the same ids as the first in {same:.0%} of rows"
-                )
+                cli.note(f"{task}, {name}: {taken:.3f} s, the same ids as the first in {same:.0%} of rows")
                 times[name] += [taken] if run else []
         for name, all_ in times.items():
-            median = statistics.median(all_)
-            if n_tokens == 1 and length == n_long:
-                first[name] = median
+            if task.startswith("first"):
+                first[name] = statistics.median(all_)
             else:
-                speeds[name][n_rows] = n_rows * n_tokens / median
+                speeds[name][n_rows] = n_rows * n_tokens / statistics.median(all_)
         # after every task, so that what ends the program leaves the others
         with open(os.path.join(out, "gpu.json"), "w", encoding="utf-8") as f:
             json.dump({"where": where, "notes": notes, "seconds": seconds}, f, indent=1)

@@ -133,7 +133,7 @@ def train(
     """Teaches a GPT-2 to tell classes of texts apart.
 
     Args:
-        files: JSONL with {"text", "label"}; folders or globs of such files
+        files: JSONL with {"text", "label"}; folders with all that is in them, or globs
         model_size: 124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint
         name: the result is saved in the folder of this name in models_dir
         models_dir: the folder that holds the models
@@ -175,7 +175,7 @@ def train(
     labels = sorted({*classes})
     if len(labels) < 2:
         fail(f"there is one class only, {labels[0]!r}: there must be two or more")
-    settings |= {"data": training.checksum(files, held_out)}
+    settings |= {"data": training.checksums(files, held_out)}
     if held_out:
         others, other_classes = read_labelled([held_out], labels)
     else:

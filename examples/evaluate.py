@@ -51,7 +51,7 @@ def scores(params, rows, n_head, n_threads=1):
 
     Rows that follow one another are a batch, padded at their ends to the longest: they should be of similar lengths.
     n_threads: how many batches NumPy works on at a time, each with its share of the cores: one batch on all of them
-    would leave all but one idle between its matrix products. Other arrays' are worked on one after another.
+    would leave all but one idle between its matrix products. Other libraries' arrays take one batch after another.
     """
     import numpy as np
 

@@ -195,8 +195,8 @@ def main(
     """Fine-tunes a GPT-2 on texts.
 
     Args:
-        files: UTF-8 texts, folders or globs, documents parted by <|endoftext|> or one a file; or JSONL with {"text"},
-            or with {"prompt", "completion"}, of which only the completion is learned
+        files: UTF-8 texts, folders with all that is in them, or globs; documents are parted by <|endoftext|>, or one a
+            file; or JSONL with {"text"}, or with {"prompt", "completion"}, of which only the completion is learned
         model_size: 124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint
         name: the result is saved in the folder of this name in models_dir
         models_dir: the folder that holds the models
@@ -223,6 +223,8 @@ def main(
     """
     if merge:
         return save_merged(**locals())
+    if lora_rank:
+        training.need("safetensors")
     names = lora_layers(lora_rank, lora_alpha, lora_on)
     settings = {"lora_rank": lora_rank, "lora_alpha": 2 * lora_rank if lora_alpha is None else lora_alpha}
     settings |= {"n_steps": n_steps, "batch_size": batch_size, "accumulate": accumulate, "n_ctx": n_ctx}
@@ -237,7 +239,7 @@ def main(
     others = training.read_documents([held_out], *kinds) if held_out else []
     if others and others[0].keys() != documents[0].keys():
         fail(f"{held_out} is of another kind than {files[0]}")
-    settings |= {"data": training.checksum(files, held_out)}
+    settings |= {"data": training.checksums(files, held_out)}
     with mistakes(ModelError):
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     n_head, n_ctx = hparams["n_head"], training.context(n_ctx, hparams)
@@ -294,12 +296,13 @@ def save_merged(merge, files, model_size, name, models_dir, **others):
     usual = {key: option.default for key, option in inspect.signature(main).parameters.items()}
     if unused := ["files"][: len(files)] + [f"--{key}" for key, value in others.items() if value != usual[key]]:
         fail(f"--merge applies adapters and learns nothing: it takes no {', '.join(unused)}")
+    training.need("safetensors")
     model_dir = training.new_model(name, models_dir)
     training.refuse_existing(model_dir)
     with mistakes(ModelError):
         _, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     adapters, scale, base = load_adapters(merge, params)
-    if base != model_size:
+    if base and base != model_size and os.path.isdir(os.path.join(models_dir, base)):
         note(f"the adapters in {merge} were made for {base}, and are applied to {model_size}")
     os.makedirs(model_dir, exist_ok=True)
     for file in (ENCODER, VOCAB):

@@ -253,7 +253,7 @@ def main(
     cli.check_flags(None, False, paths, False, n_samples, batch_size, None, seed, temperature)
     stop_texts, model, arrays = cli.stop_texts(stop), (model_size, os.path.abspath(models_dir)), (backend, dtype)
     if dtype not in devices.DTYPES.get(backend, ()):
-        choices = " or ".join(f"{name} with {' or '.join(dtypes)}" for name, dtypes in devices.DTYPES.items())
+        choices = "; ".join(f"{name} with {' or '.join(dtypes)}" for name, dtypes in devices.DTYPES.items())
         cli.fail(f"there is no backend {backend} with dtype {dtype}: choose {choices}")
     with cli.mistakes((ModelError, ValueError)):  # before any worker meets it, and fetched only once
         load_encoder_hparams_and_params(*model)

@@ -85,7 +85,8 @@ def main(
     """Trains a GPT-2 from scratch on texts.
 
     Args:
-        text_file: UTF-8; or a folder or glob of such files; or JSONL with {"text"}; the last tenth is held out
+        text_file: UTF-8; or JSONL with {"text"}; or a folder with all that is in it, or a glob; the last tenth is held
+            out
         name: the model is saved in the folder of this name in models_dir
         models_dir: the folder that holds the models
         n_vocab: tokens in the vocabulary: the 256 bytes, what is learned from the text, and <|endoftext|>
@@ -116,7 +117,7 @@ def main(
         fail("--n_vocab must be 257 or more, --n_ctx 2 or more, --n_embd divisible by --n_head")
 
     # the texts, in two parts, and a tokenizer learned from the first alone
-    settings |= {"data": training.checksum([text_file], "")}
+    settings |= {"data": training.checksums([text_file], "")}
     texts = [document["text"] for document in training.read_documents([text_file], ("text",))]
     train_texts, held_out_texts = training.hold_out(texts)
     with tempfile.TemporaryDirectory() as folder:

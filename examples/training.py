@@ -41,6 +41,12 @@ def missing(package):
         fail(f"{package} is not installed here, which training needs: pip install -r requirements-dev.txt")
 
 
+def need(*packages):
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            missing(package)
+
+
 try:
     import jax
     import jax.numpy as jnp
@@ -92,9 +98,7 @@ def begin(name, models_dir, resume, distributed, settings):
 
 def new_model(name, models_dir):
     """The folder for a new model. Ends with one line for a name that cannot be one, or if the model cannot be saved."""
-    for package in ("tensorflow", "safetensors", "matplotlib"):  # which save the model, adapters, and the plot
-        if importlib.util.find_spec(package) is None:
-            missing(package)
+    need("tensorflow", "matplotlib")  # which save the model and the plot
     if not name:
         fail("--name is needed (see --help)")
     if name in MODEL_SIZES:
@@ -148,18 +152,23 @@ def paths_of(patterns):
         if not found:
             fail(f"{pattern} cannot be read: there is no such file, and no files in such a folder")
         paths += found
-    if len({*map(os.path.realpath, paths)}) < len(paths):
-        fail(f"a file is given twice: {', '.join(patterns)}")
+    places = set()
+    for path in paths:
+        if (place := os.path.realpath(path)) in places:
+            fail(f"{path} is given twice")
+        places.add(place)
     return paths
 
 
-def checksum(files, held_out):
-    """One number for all that a run learns from and is evaluated on. held_out: "" for none."""
-    total = 0
-    for path in paths_of([*files, *filter(None, [held_out])]):
-        with mistakes(OSError), open(path, "rb") as f:
-            total = zlib.crc32(f.read(), total)
-    return total
+def checksums(files, held_out):
+    """[of all that a run learns from, of what it is evaluated on]. held_out: "" for a part of files."""
+    paths_of([*files, *filter(None, [held_out])])  # nothing is in both
+    totals = [0, 0]
+    for i, patterns in enumerate((files, filter(None, [held_out]))):
+        for path in paths_of(patterns):
+            with mistakes(OSError), open(path, "rb") as f:
+                totals[i] = zlib.crc32(f.read(), totals[i])
+    return totals
 
 
 def read_text(path):
@@ -557,15 +566,23 @@ def uninterrupted():
 def save_state(path, settings, step, history, losses, arrays):
     """Writes all that a resumed run needs into one .npz file. arrays: any tree of them."""
     leaves = {f"array_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(arrays))}
-    with open(path + ".part", "wb") as f:
-        np.savez(f, progress=json.dumps([settings, step, history, losses]), **leaves)
+    try:
+        with open(path + ".part", "wb") as f:
+            np.savez(f, progress=json.dumps([settings, step, history, losses]), **leaves)
+    except OSError as error:
+        os.remove(path + ".part")
+        raise OSError(error.errno, error.strerror, path) from error
     os.replace(path + ".part", path)
 
 
 def refuse_others(settings, saved):
     for key, value in settings.items():
         if key not in MAY_CHANGE and saved.get(key) != value:
-            fault = "learned from other data" if key == "data" else f"has {key}={saved.get(key)}, not {value}"
+            fault = (
+                "learned from other data, or was made by another version"
+                if key == "data"
+                else f"has {key}={saved.get(key)}, not {value}"
+            )
             fail(f"the run to resume {fault}")
 
 

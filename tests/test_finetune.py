@@ -203,10 +203,12 @@ def test_a_file_a_folder_and_a_glob_hold_documents_and_endoftext_parts_them(tmp_
     (tmp_path / "a.txt").write_text("one<|endoftext|>two", "utf-8")
     (tmp_path / "b.txt").write_text("thrée", "utf-8")
     (tmp_path / "c.jsonl").write_text('{"text": "four"}\n\n{"text": "five", "id": 5}\n', "utf-8")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "e.txt").write_text("six", "utf-8")
     for patterns, expected in [
         ([f"{tmp_path}/a.txt"], ["one", "two"]),
         ([f"{tmp_path}/*.txt"], ["one", "two", "thrée"]),
-        ([str(tmp_path)], ["one", "two", "thrée", "four", "five"]),
+        ([str(tmp_path)], ["one", "two", "thrée", "four", "five", "six"]),
         ([f"{tmp_path}/c.jsonl", f"{tmp_path}/b.txt"], ["four", "five", "thrée"]),
     ]:
         documents = training.read_documents(patterns, ("text",))
@@ -289,8 +291,8 @@ def test_bad_data_are_named_in_one_line_and_leave_nothing_behind(lines, said, mo
         ([TEXT_FILE], {"dtype": "int8"}, "--dtype must be float32 or bfloat16"),
         ([TEXT_FILE], {"accumulate": 3}, "a --batch_size of 8 cannot be cut into 3 equal parts"),
         ([TEXT_FILE], {"held_out": "no.txt"}, "no.txt cannot be read"),
-        ([TEXT_FILE, TEXT_FILE], {}, "a file is given twice"),
-        ([TEXT_FILE], {"held_out": TEXT_FILE}, "a file is given twice"),
+        ([TEXT_FILE, TEXT_FILE], {}, f"{TEXT_FILE} is given twice"),
+        ([TEXT_FILE], {"held_out": TEXT_FILE}, f"{TEXT_FILE} is given twice"),
         ([TEXT_FILE], {"lora_rank": 8, "lora_alpha": 0}, "--lora_alpha must be a number above 0"),
         ([TEXT_FILE], {"resume": True}, "no run to resume"),
         ([TEXT_FILE], {"merge": "models"}, "takes no files"),

@@ -294,7 +294,7 @@ def test_a_damaged_part_is_an_error_that_names_it(tmp_path):
         (["a", "out", "--batch_size=0"], "batch_size must be a whole number, 1 or more, not 0"),
         (["a", "out", "--num_workers=x"], "num_workers must be"),
         (["a", "out", "--num_gpus=1.5"], "num_gpus must be"),
-        (["a", "out", "--dtype=int8"], "no backend numpy with dtype int8: choose numpy with float32 or jax"),
+        (["a", "out", "--dtype=int8"], "no backend numpy with dtype int8: choose numpy with float32; jax"),
         (["a", "out", "--stop="], "--stop needs a value"),
         (["nowhere", "out"], "nowhere cannot be read: it is not there"),
         (["a", "a/out"], "a/out is within"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import arrays
 import checkpoint
 import gpt2
+import sampling
 
 jax, jnp, torch = optional("jax"), optional("jax.numpy"), optional("torch")
 
@@ -221,6 +222,14 @@ def test_jax_gives_numpys_ids(options, n_prompts, params, jax_params):
     n = 60 if "sliding_window" in options else 20
     expected = gpt2.generate(inputs, params, N_HEAD, n, **options)
     assert gpt2.generate(inputs, jax_params, N_HEAD, n, **options) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_k": 20, "top_p": 0.9}], ids=str)
+def test_on_a_device_jax_draws_all_rows_at_once_and_gives_numpys_ids(options, params, jax_params, monkeypatch):
+    prompts, options = prompts_of_lengths(5, 40, 5), {"temperature": 0.8, "seed": 3, **options}
+    expected = gpt2.generate(prompts, params, N_HEAD, 20, **options)
+    monkeypatch.setattr(sampling, "on_processor", lambda x: False)
+    assert gpt2.generate(prompts, jax_params, N_HEAD, 20, **options) == expected
 
 
 def compiling():

@@ -116,5 +116,18 @@ def test_jaxs_logits_are_drawn_from_as_numpys_are_under_jit_too(options):
     assert jitted(draw, "top_k", "top_p")(jnp.asarray(logits), points, 0.7, **options).tolist() == expected
 
 
+def test_tokens_as_likely_as_the_last_of_top_k_count_for_top_p_as_transformers_have_it():
+    logits = np.log(np.array([0.4, 0.2, 0.2, 0.2], np.float32))
+    tensor = transformers.TopKLogitsWarper(2)(None, torch.tensor(logits)[None])
+    assert torch.isfinite(tensor).all()
+    assert kept_by(logits, top_k=2, top_p=0.65) == {0, 1, 2, 3}
+
+
+def test_tokens_that_stay_out_are_not_drawn_under_jax_where_its_sums_rise_at_them():
+    logits = 3 * np.random.default_rng(0).standard_normal(50257)
+    i = int(jitted(draw, "top_k", "top_p")(jnp.asarray(logits), np.array([0.22304283]), 1, top_k=40))
+    assert (logits > logits[i]).sum() < 40
+
+
 def test_a_random_point_that_float32_rounds_to_1_falls_on_the_last_token_under_jax_too():
     assert draw(jnp.zeros(50257), np.array([np.nextafter(1, 0)]), 1) > 50_000
