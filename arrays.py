@@ -17,9 +17,7 @@ from devices import cache_sharding, spread
 from threads import PART, Watched, each, in_parts, n_weights, paced, thread_counts
 
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
-READ_OF_EACH = (
-    64  # ids of each of several prompts, under JAX: one QUERY_BLOCK, since their padding may pass the last slot
-)
+READ_OF_EACH = 64  # ids of each of several prompts, under JAX: one QUERY_BLOCK, for padding may pass the last slot
 
 
 def namespace(x):

@@ -31,7 +31,7 @@ def gelu(x):
 
 def softmax(x):
     """Turns real numbers into probabilities that sum to 1 over the last axis."""
-    xp = namespace(x)  # whose own max and sum take twice the time of an array's, for a token
+    xp = namespace(x)  # of a few numbers, xp.max and xp.sum take twice the time of x.max and x.sum
     x = xp.exp(x - x.max(axis=-1, keepdims=True))  # the largest becomes exp(0): nothing overflows
     x /= x.sum(axis=-1, keepdims=True)  # in place, as in other lines below: large temporaries cost time
     return x

@@ -90,12 +90,11 @@ def check_options(
     seeds = [value for value in (seed if isinstance(seed, list) else [seed]) if value is not None]
     if not all(map(is_whole, seeds)):
         raise ValueError(f"seed must be a whole number, 0 or more, not {seed!r}")
-    given = {"top_k": top_k > 0, "top_p": top_p < 1, "seed": seeds}
-    if temperature == 0 and any(given.values()):
-        name = next(name for name, value in given.items() if value)
-        raise ValueError(
-            f"{name} does nothing at a temperature of 0, which takes the likeliest token: add temperature=1"
-        )
+    for name, given in {"top_k": top_k > 0, "top_p": top_p < 1, "seed": seeds}.items():
+        if given and temperature == 0:
+            raise ValueError(
+                f"{name} does nothing at a temperature of 0, which takes the likeliest token: add temperature=1"
+            )
 
 
 def is_number(value):

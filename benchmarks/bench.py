@@ -400,7 +400,6 @@ def make_checkpoint(folder):
     try:
         run([sys.executable, "-c", code, ROOT, folder, json.dumps(hparams)])
     except RuntimeError as error:
-        shutil.rmtree(folder)
         fail(f"{folder} cannot be made: {error}")
 
 

@@ -162,13 +162,17 @@ def paths_of(patterns):
 
 def checksums(files, held_out):
     """[of all that a run learns from, of what it is evaluated on]. held_out: "" for a part of files."""
-    paths_of([*files, *filter(None, [held_out])])  # nothing is in both
-    totals = [0, 0]
-    for i, patterns in enumerate((files, filter(None, [held_out]))):
-        for path in paths_of(patterns):
-            with mistakes(OSError), open(path, "rb") as f:
-                totals[i] = zlib.crc32(f.read(), totals[i])
-    return totals
+    held_out = [held_out] if held_out else []
+    paths_of([*files, *held_out])  # ends if a file is in both
+    return [checksum(paths_of(patterns)) for patterns in (files, held_out)]
+
+
+def checksum(paths):
+    total = 0
+    for path in paths:
+        with mistakes(OSError), open(path, "rb") as f:
+            total = zlib.crc32(f.read(), total)
+    return total
 
 
 def read_text(path):
@@ -459,7 +463,6 @@ def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save,
             tqdm.write(text, sys.stderr)
 
     # where it begins
-    which = next(batches(order, batch_size, settings["seed"], 0, 1))
     adamw = optimizer(learned, n_steps, settings["learning_rate"], settings["weight_decay"])
     step, history, losses = 0, [], []
     if resume:
@@ -472,7 +475,8 @@ def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save,
     keep_compiled(jax)
     update = update_of(loss, adamw, settings["seed"], accumulate)
     update = jax.jit(update, donate_argnums=(0, 1), out_shardings=everywhere)
-    update = compiled(update, settings["recompute"], learned, optimizer_state, frozen, rows_at(which), np.int32(0))
+    rows = rows_at(next(batches(order, batch_size, settings["seed"], 0, 1)))  # any: their shapes are all the same
+    update = compiled(update, settings["recompute"], learned, optimizer_state, frozen, rows, np.int32(0))
     say(f"{size(learned):,} of {size((learned, frozen)):,} numbers learn; a step needs about {needs(update):.2g} GB")
 
     def save_run():
@@ -570,20 +574,20 @@ def save_state(path, settings, step, history, losses, arrays):
         with open(path + ".part", "wb") as f:
             np.savez(f, progress=json.dumps([settings, step, history, losses]), **leaves)
     except OSError as error:
-        os.remove(path + ".part")
+        with contextlib.suppress(OSError):
+            os.remove(path + ".part")
         raise OSError(error.errno, error.strerror, path) from error
     os.replace(path + ".part", path)
 
 
 def refuse_others(settings, saved):
+    """Ends with one line unless a run was saved with the same settings, but for MAY_CHANGE."""
     for key, value in settings.items():
-        if key not in MAY_CHANGE and saved.get(key) != value:
-            fault = (
-                "learned from other data, or was made by another version"
-                if key == "data"
-                else f"has {key}={saved.get(key)}, not {value}"
-            )
-            fail(f"the run to resume {fault}")
+        if key in MAY_CHANGE or saved.get(key) == value:
+            continue
+        if key == "data":
+            fail("the run to resume learned from other data, or was made by another version")
+        fail(f"the run to resume has {key}={saved.get(key)}, not {value}")
 
 
 def load_state(path, settings, arrays):

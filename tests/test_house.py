@@ -6,6 +6,8 @@ import graphlib
 import pytest
 from conftest import REPO
 
+import cli
+
 MAY_IMPORT = {
     "encoder": set(),
     "download": set(),
@@ -52,6 +54,11 @@ def test_only_main_meets_what_commands_need(name, outside):
         node for node in tree.body if not (isinstance(node, ast.If) or getattr(node, "name", "") == "main")
     ]  # the If is that of __name__ == "__main__"
     assert not imported(tree) & outside
+
+
+def test_the_packages_of_requirements_txt_are_those_that_the_command_names():
+    lines = (REPO / "requirements.txt").read_text("utf-8").splitlines()
+    assert [line.partition(">")[0] for line in lines] == [*cli.BASIC]
 
 
 def test_the_model_brings_no_array_library_of_its_own():
