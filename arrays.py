@@ -18,6 +18,7 @@ from threads import PART, Watched, each, in_parts, n_weights, paced, thread_coun
 
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
 READ_OF_EACH = 64  # ids of each of several prompts, under JAX: one QUERY_BLOCK, for padding may pass the last slot
+STEPS_AHEAD = 16  # steps that a GPU takes in one call: the call, 0.3 ms for 12 blocks, may take as long as a step
 
 
 def namespace(x):
@@ -153,9 +154,12 @@ def memory():
 
 
 def empty_cache(params, n_head, n_rows, n_slots, **options):
-    """For every block {"k": [n_rows, n_head, n_slots, n_embd/n_head], "v": the same}; options: of zeros."""
+    """For every block {"k": [n_rows, n_head, n_slots, n_embd/n_head], "v": the same}; options: of zeros.
+
+    n_rows: None for a cache of one text, without the axis of rows.
+    """
     wte, n_layer = params["wte"], len(params["blocks"])
-    shape = n_rows, n_head, n_slots, wte.shape[-1] // n_head
+    shape = *([] if n_rows is None else [n_rows]), n_head, n_slots, wte.shape[-1] // n_head
     zeros = functools.partial(namespace(wte).zeros, dtype=wte.dtype, **options)
     # NumPy's and CuPy's are views of one array: on Linux, NumPy puts those of 4 MiB and more in huge pages, which are
     # faster to read
@@ -169,6 +173,8 @@ def cached(model, params, n_head, n_rows, n_slots):
     model: gpt2(). rows: n_rows lists of ids, which follow the first n_past[row] tokens that the cache has of each; of
     several rows, those that bring more than one id are new: they begin at slot 0, and n_last is 1.
     Returns the logits at the last n_last ids of each row: [n_rows, n_last, n_vocab].
+    Under JAX, forward(rows, n_past, draw=sampling.draw, points=[up to STEPS_AHEAD, n_rows], **its options) goes on by
+    itself for STEPS_AHEAD steps, and returns the ids that it drew: [n_rows, STEPS_AHEAD].
     Raises MemoryError: see check_memory.
     """
     make = cached_under_jax if is_jax(params["wte"]) else cached_in_place
@@ -232,45 +238,45 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
     """Compiles few shapes: numbers of slots, and of ids in a prompt, are rounded up.
 
     What pads a prompt or a draft lies behind all queries: by the one rule none sees it, and later tokens are written
-    over it. Several devices share the rows, of which the last is repeated until they divide.
+    over it. Several devices share the rows, of which the last is repeated until they divide. One row has no axis of
+    rows: on processors, XLA would copy its whole cache in every step.
     """
     import numpy as np
 
     n_slots = min(-(-n_slots // 128) * 128, len(params["wpe"]))
     check_memory(params, n_rows, n_slots)
     lie = cache_sharding(params, n_head, n_rows)
-    n_more = -n_rows % lie.mesh.shape["rows"] if lie and lie.spec[0] else 0
-    kv_cache = empty_cache(params, n_head, n_rows + n_more, n_slots, device=lie)
+    n_more = -n_rows % lie.mesh.shape["rows"] if lie and "rows" in lie.spec else 0
+    kv_cache = empty_cache(params, n_head, n_rows + n_more if n_rows > 1 else None, n_slots, device=lie)
 
-    def run(ids, n_past, n_last):
+    def run(function, ids, n_past, **options):
         nonlocal kv_cache
         # NumPy's, since jit takes them over faster than JAX's
-        ids, n_past = (spread(np.asarray(x + x[-1:] * n_more, np.int32), params) for x in (ids, n_past))
-        logits, kv_cache = compiled(model)(ids, params, n_head, kv_cache, n_past, n_last)
-        return logits[:n_rows] if n_more else logits
+        ids, n_past = (np.asarray(x + x[-1:] * n_more, np.int32) for x in (ids, n_past))
+        ids, n_past = (spread(ids, params), spread(n_past, params)) if n_rows > 1 else (ids[0], n_past[0])
+        out, kv_cache = function(ids, params, n_head, kv_cache, n_past, **options)
+        return out[:n_rows] if n_more else out
 
-    def forward(rows, n_past, n_last=1):
+    def forward(rows, n_past, n_last=1, draw=None, points=None, **options):
         n_before = [len(row) - n_last for row in rows]
         if any(n_before):  # a prompt, up to its last ids; of several a part at a time: all would take much memory
             n_read = round_up(max(n_before), n_slots if n_rows == 1 else min(READ_OF_EACH, n_slots))
             for start in range(0, max(n_before), n_read):
                 parts = [row[start : min(start + n_read, n)] for row, n in zip(rows, n_before, strict=True)]
-                run([part + [0] * (n_read - len(part)) for part in parts], [past + start for past in n_past], 1)
+                parts = [part + [0] * (n_read - len(part)) for part in parts]
+                run(compiled(model), parts, [past + start for past in n_past], n_last=1)
         n_past = [past + n for past, n in zip(n_past, n_before, strict=True)]
+        if draw:
+            if points is not None:  # 0 for what is not used: steps beyond these, and rows that repeat the last
+                points = np.pad(points, [(0, STEPS_AHEAD - len(points)), (0, n_more)])  # [STEPS_AHEAD, n_rows]
+            return run(compiled_ahead(model, draw), [row[-1:] for row in rows], n_past, points=points, **options)
         if n_last == 1:
-            return run([row[-1:] for row in rows], n_past, 1)
+            return run(compiled(model), [row[-1:] for row in rows], n_past, n_last=1)
         n_read = round_up(n_last, n_slots)
-        return run([row[-n_last:] + [0] * (n_read - n_last) for row in rows], n_past, 0)[:, :n_last]
+        ids = [row[-n_last:] + [0] * (n_read - n_last) for row in rows]
+        return run(compiled(model), ids, n_past, n_last=0)[:, :n_last]
 
     return forward
-
-
-@functools.cache
-def jitted(function, *static):
-    """A function under JAX's jit, the same one for each call. static: names of arguments to compile anew for."""
-    import jax
-
-    return jax.jit(function, static_argnames=static)
 
 
 @functools.lru_cache
@@ -279,9 +285,35 @@ def compiled(model):
     import jax
 
     def run(ids, params, n_head, kv_cache, n_past, n_last):
-        return model(ids, **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past, n_last=n_last), kv_cache
+        logits = model(ids, **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past, n_last=n_last)
+        return logits.reshape(-1, *logits.shape[-2:]), kv_cache  # [n_rows, n_last, n_vocab]
 
     return jax.jit(run, static_argnames=("n_head", "n_last"), donate_argnames="kv_cache")
+
+
+@functools.lru_cache
+def compiled_ahead(model, draw):
+    """The model under jit, fed STEPS_AHEAD times with what draw makes of its logits: (ids, kv_cache)."""
+    import jax
+
+    def run(ids, params, n_head, kv_cache, n_past, points, temperature, top_k, top_p):
+        def step(state, points):
+            ids, kv_cache, n_past = state
+            logits = model(ids, **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past, n_last=1)
+            if points is not None:
+                points = points.reshape(*logits.shape[:-1], 1)  # [n_rows] -> [n_rows, 1, 1]
+            ids = draw(logits, points, temperature, top_k, top_p).astype(ids.dtype)  # [n_rows, 1]
+            return (ids, kv_cache, n_past + 1), ids.reshape(-1)
+
+        (_, kv_cache, _), ids = jax.lax.scan(step, (ids, kv_cache, n_past), points, length=STEPS_AHEAD)
+        return ids.T, kv_cache  # [n_rows, STEPS_AHEAD]
+
+    return jax.jit(run, static_argnames=("n_head", "top_k", "top_p"), donate_argnames="kv_cache")
+
+
+def steps_ahead(params):
+    """How many steps forward had best take by itself: see cached. On a processor one: each id is shown when known."""
+    return STEPS_AHEAD if is_jax(params["wte"]) and not on_processor(params["wte"]) else 1
 
 
 def round_up(n, most):

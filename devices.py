@@ -123,13 +123,14 @@ def sharding(params, *axes):
 def cache_sharding(params, n_head, n_rows):
     """How the cache of n_rows rows, [n_rows, n_head, ...], lies on the devices that params are on: see sharding.
 
-    Fewer rows than devices are on all of them.
+    Fewer rows than devices are on all of them. The cache of one row is [n_head, ...].
     """
     lie = sharding(params)
     if lie is None:
         return None
     n = lie.mesh.shape
-    return sharding(params, "rows" if n_rows >= n["rows"] else None, None if n_head % n["parts"] else "parts")
+    heads = None if n_head % n["parts"] else "parts"
+    return sharding(params, heads) if n_rows == 1 else sharding(params, "rows" if n_rows >= n["rows"] else None, heads)
 
 
 def spread(x, params):  # [n_rows, ...] -> [n_rows, ...]

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
 
 import lookup
-from arrays import as_batch, cached, check_bounds, check_room, in_float32, namespace, write
+from arrays import as_batch, cached, check_bounds, check_room, in_float32, namespace, on_processor, steps_ahead, write
 from sampling import check_options, sampler
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
@@ -159,21 +159,22 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_last
     return matmul(x, wte.T, in_float32)  # [n_seq, n_embd] -> [n_seq, n_vocab]
 
 
-def decode(prompts, forward, pick, n_ctx):
+def decode(prompts, next_ids, n_ctx):
     """Yields the next ids of all prompts, [n_rows], without end. Where a context is full, its newest half goes on.
 
-    forward: see arrays.cached. pick: [n_rows, 1, n_vocab] -> n_rows ids.
+    next_ids: see sampling.sampler.
     """
     windows, n_past = [[*prompt] for prompt in prompts], [0] * len(prompts)
     while True:  # auto-regressive
         for row, window in enumerate(windows):
             if len(window) > n_ctx:
                 windows[row], n_past[row] = window[-max(n_ctx // 2, 1) :], 0
-        logits = forward([window[n:] for window, n in zip(windows, n_past, strict=True)], n_past)
-        ids, n_past = pick(logits), [len(window) for window in windows]  # the new ids are not in the cache yet
-        for window, next_id in zip(windows, ids, strict=True):
-            window.append(next_id)
-        yield ids
+        rows, room = [window[n:] for window, n in zip(windows, n_past, strict=True)], n_ctx + 1 - max(map(len, windows))
+        for ids in next_ids(rows, n_past, room):
+            for window, next_id in zip(windows, ids, strict=True):
+                window.append(next_id)
+            yield ids
+        n_past = [len(window) - 1 for window in windows]  # the newest ids are not in the cache yet
 
 
 def until(stop, steps, n_rows):
@@ -205,11 +206,10 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
     check_room(longest, n_tokens_to_generate, n_ctx, sliding_window)
 
     n_slots = min(longest + n_tokens_to_generate, n_ctx)
-    forward, pick = cached(gpt2, params, n_head, n_rows, n_slots), sampler(n_rows, **sampling)
-    if n_rows == 1 and sampling.get("temperature", 0) == 0 and lookup.is_exact(params):
+    forward = cached(gpt2, params, n_head, n_rows, n_slots)
+    steps = decode(prompts, sampler(forward, n_rows, steps_ahead(params), **sampling), n_ctx)
+    if n_rows == 1 and sampling.get("temperature", 0) == 0 and on_processor(params["wte"]) and lookup.is_exact(params):
         steps = lookup.decode(prompts[0], forward, n_slots, n_ctx)
-    else:
-        steps = decode(prompts, forward, pick, n_ctx)
     steps = itertools.islice(steps, n_tokens_to_generate)
     steps = until(stop, steps, n_rows) if stop else steps
     return steps if is_batch else (next_id for (next_id,) in steps)  # one prompt: ids, not lists of one

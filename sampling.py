@@ -2,7 +2,7 @@
 
 import numbers
 
-from arrays import is_jax, jitted, namespace, on_processor
+from arrays import is_jax, namespace, on_processor
 
 
 def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab] -> [...]
@@ -12,21 +12,23 @@ def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab]
     these, top_p keeps the smallest set whose probabilities reach p (nucleus sampling, https://arxiv.org/abs/1904.09751).
     Tokens exactly as likely as the last one kept stay, too.
     """
-    if temperature == 0:
-        return namespace(logits).argmax(logits, axis=-1)  # greedy sampling
-    return draw(logits, rng.random((*logits.shape[:-1], 1)), temperature, top_k, top_p)
+    point = rng.random((*logits.shape[:-1], 1)) if temperature else None
+    return draw(logits, point, temperature, top_k, top_p)
 
 
 def draw(logits, point, temperature, top_k=0, top_p=1):  # [..., n_vocab], [..., 1] -> [...]
-    """The token on which a point from 0 to 1 falls: see sample."""
+    """The token on which a point from 0 to 1 falls, or without one the likeliest: see sample."""
     xp = namespace(logits)
+    if point is None:
+        return xp.argmax(logits, axis=-1)  # greedy sampling
     # sums over 50,257 tokens drift in float32, but JAX has nothing longer unless told to
     logits = xp.astype(logits, xp.float32 if is_jax(logits) else xp.float64)
     # [..., n_vocab], the probability of each token but for a common factor
     p = xp.exp((logits - xp.max(logits, axis=-1, keepdims=True)) / temperature)
     best = p
     if 0 < top_k < p.shape[-1]:
-        best = xp.partition(p, -top_k, axis=-1)[..., -top_k:]  # [..., top_k]
+        # the part above the next best, for which JAX does not sort the other part
+        best = xp.partition(p, -top_k - 1, axis=-1)[..., -top_k:]  # [..., top_k]
         p = xp.where(p < xp.min(best, axis=-1, keepdims=True), 0, p)
     if top_p < 1:
         falling = xp.flip(xp.sort(best, axis=-1), axis=-1)
@@ -41,9 +43,10 @@ def draw(logits, point, temperature, top_k=0, top_p=1):  # [..., n_vocab], [...,
     return xp.argmax(ends > point * xp.max(ends, axis=-1, keepdims=True), axis=-1)
 
 
-def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
-    """pick(logits), [n_rows, 1, n_vocab] -> n_rows ids, each drawn with a generator of its own.
+def sampler(forward, n_rows, n_ahead=1, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
+    """next_ids(rows, n_past, room): the ids that follow, [n_steps, n_rows], of n_ahead steps if there is room for them.
 
+    forward, rows, n_past: see arrays.cached. n_ahead: how many steps forward takes by itself. room: at least one step.
     seed: row i draws with seed + i, or with seed[i] of a list; None: with no two runs alike. Options: see sample.
     """
     if n_samples is not None:
@@ -51,23 +54,28 @@ def sampler(n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
     seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(n_rows)]
     if len(seeds) != n_rows:
         raise ValueError(f"seed has {len(seeds)} numbers for {n_rows} prompts")
-    if temperature == 0:
-        return lambda logits: [next_id for (next_id,) in sample(logits).tolist()]
+    options, rngs = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}, []
+    if temperature:
+        import numpy as np
+        from numpy.random import default_rng  # only here: its import takes as long as a token
 
-    import numpy as np
-    from numpy.random import default_rng  # only here: its import takes as long as a token
+        rngs = [default_rng(seed) for seed in seeds]
 
-    rngs = [default_rng(seed) for seed in seeds]
+    def next_ids(rows, n_past, room):
+        steps, points = range(min(n_ahead, room)), None
+        if rngs:
+            points = np.array([[rng.random() for rng in rngs] for _ in steps])  # [n_steps, n_rows]
+        if n_ahead > 1:
+            ids = forward(rows, n_past, draw=draw, points=points, **options).tolist()  # [n_rows, at least n_steps]
+            return [[row[i] for row in ids] for i in steps]
+        logits = forward(rows, n_past)  # [n_rows, 1, n_vocab]
+        if rngs and on_processor(logits):  # row by row, in little memory, by NumPy, which sorts faster than JAX
+            pairs = zip(np.asarray(logits), points[0], strict=True)
+            return [[draw(row, point, **options).item() for row, point in pairs]]
+        points = points[0, :, None, None] if rngs else None  # [n_rows, 1, 1]
+        return [draw(logits, points, **options)[:, 0].tolist()]
 
-    def pick(logits):
-        points = np.array([[[rng.random()]] for rng in rngs])  # [n_rows, 1, 1]
-        if on_processor(logits):  # row by row, in little memory, by NumPy, which sorts faster than JAX
-            rows = zip(np.asarray(logits), points, strict=True)
-            return [draw(row, point, temperature, top_k, top_p).item() for row, point in rows]
-        run = jitted(draw, "top_k", "top_p") if is_jax(logits) else draw
-        return [next_id for (next_id,) in run(logits, points, temperature, top_k, top_p).tolist()]
-
-    return pick
+    return next_ids
 
 
 def check_options(

@@ -82,17 +82,14 @@ def gpt2_py(folder):
 
 def greedy(params, n_head):
     """A contestant's generator function: generate_ids() without prompt lookup, whose gain depends on the text."""
-    from arrays import cached
-    from gpt2 import gpt2
+    from arrays import cached, steps_ahead
+    from gpt2 import decode, gpt2
     from sampling import sampler
 
     def generate(prompts, n_tokens):
-        n_prompt, pick = len(prompts[0]), sampler(len(prompts))
-        forward, rows = cached(gpt2, params, n_head, len(prompts), n_prompt + n_tokens), prompts
-        for n_past in [0, *range(n_prompt, n_prompt + n_tokens - 1)]:
-            ids = pick(forward(rows, [n_past] * len(prompts)))
-            yield ids
-            rows = [[next_id] for next_id in ids]
+        forward = cached(gpt2, params, n_head, len(prompts), len(prompts[0]) + n_tokens)
+        steps = decode(prompts, sampler(forward, len(prompts), steps_ahead(params)), len(params["wpe"]))
+        return itertools.islice(steps, n_tokens)
 
     return generate
 

@@ -6,6 +6,7 @@
 Everything rests on one number: -log of the probability that the model gives a token, in nats, summed over tokens.
 """
 
+import functools
 import html
 import inspect
 import itertools
@@ -24,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
 import devices
-from arrays import is_jax, is_numpy, jitted, namespace, round_up
+from arrays import is_jax, is_numpy, namespace, round_up
 from gpt2 import MODELS_DIR, gpt2
 from threads import at_first, blas, blas_threads, n_cores
 
@@ -44,6 +45,13 @@ def losses(params, windows, n_head, n_last=0):  # [..., n_seq+1] -> 2 of [..., n
     likeliest = xp.argmax(logits, axis=-1)  # [..., n_last]
     right = xp.take_along_axis(logits, ids, axis=-1)[..., 0]  # [..., n_last]
     return xp.log(xp.sum(xp.exp(logits), axis=-1)) - right, likeliest == ids[..., 0]
+
+
+@functools.cache
+def compiled_losses():
+    import jax
+
+    return jax.jit(losses, static_argnames=("n_head", "n_last"))
 
 
 def scores(params, rows, n_head, n_threads=1):
@@ -68,7 +76,7 @@ def scores(params, rows, n_head, n_threads=1):
         windows = np.zeros((n_rows, n_seq + 1), np.int32)  # what pads a row is behind all that is scored
         for window, (ids, _) in zip(windows, batch, strict=False):
             window[: len(ids)] = ids
-        run = jitted(losses, "n_head", "n_last") if use_jax else losses
+        run = compiled_losses() if use_jax else losses
         nats, likeliest = (x.tolist() for x in run(params, devices.spread(xp.asarray(windows), params), n_head, n_last))
         stops = [len(ids) - 1 - (n_seq - n_last) for ids, _ in batch]
         parts = [slice(stop - n_scored, stop) for stop, (_, n_scored) in zip(stops, batch, strict=True)]

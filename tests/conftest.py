@@ -24,8 +24,10 @@ import numpy as np
 import pytest
 from pexpect.fdpexpect import fdspawn
 
+import arrays
 import checkpoint
 import gpt2
+import sampling
 import utils
 
 REPO = pathlib.Path(__file__).parent.parent
@@ -68,6 +70,15 @@ def wild_params(hparams, seed=0):
         return node if name == "g" else (8 * node).astype(np.float32)
 
     return wilder("params", checkpoint.random_params(hparams, seed))
+
+
+@contextlib.contextmanager
+def taken_for_gpus():
+    """What JAX's arrays lie on is taken for GPUs, whatever it is."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for module in (arrays, gpt2, sampling):
+            monkeypatch.setattr(module, "on_processor", arrays.is_numpy)
+        yield
 
 
 def prompts_of_lengths(*lengths, seed=0):

@@ -93,14 +93,18 @@ import json, sys
 import jax, numpy as np
 import devices, gpt2
 sys.path.insert(0, "tests")
-from conftest import HPARAMS, prompts_of_lengths, wild_params
+from conftest import HPARAMS, prompts_of_lengths, taken_for_gpus, wild_params
 
 params, prompts = wild_params(HPARAMS), prompts_of_lengths(5, 1, 17, 3, 9, 2, 30, 8, 4, 11)
 for tensor_parallel in (1, 2, 4):
     placed = devices.place(params, "jax", tensor_parallel=tensor_parallel)
     for n in (1, 3, 8, 10):  # fewer rows than devices, as many, and more
-        ids = gpt2.generate(prompts[:n], placed, HPARAMS["n_head"], 12)
-        assert ids == gpt2.generate(prompts[:n], params, HPARAMS["n_head"], 12), (tensor_parallel, n)
+        expected = gpt2.generate(prompts[:n], params, HPARAMS["n_head"], 12)
+        assert gpt2.generate(prompts[:n], placed, HPARAMS["n_head"], 12) == expected, (tensor_parallel, n)
+    with taken_for_gpus():  # which take several steps in a call
+        for n, options in ((1, {}), (10, {"temperature": 1, "top_k": 20, "seed": 3})):
+            expected = gpt2.generate(prompts[:n], params, HPARAMS["n_head"], 12, **options)
+            assert gpt2.generate(prompts[:n], placed, HPARAMS["n_head"], 12, **options) == expected, tensor_parallel
     block = placed["blocks"][1]
     layers = {**block["attn"], **block["mlp"], "c_proj": block["mlp"]["c_proj"]}
     for name, axis in {"c_attn": 1, "c_fc": 1, "c_proj": 0}.items():

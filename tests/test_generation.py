@@ -4,14 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import HPARAMS, optional, prompts_of_lengths, wild_params
+from conftest import HPARAMS, optional, prompts_of_lengths, taken_for_gpus, wild_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import arrays
 import checkpoint
 import gpt2
-import sampling
 
 jax, jnp, torch = optional("jax"), optional("jax.numpy"), optional("torch")
 
@@ -43,11 +42,11 @@ def decoding(n_ctx, n_steps):
     """(what decode yields, what it feeds) for two prompts and that model."""
     fed = []
 
-    def forward(rows, n_past):
+    def next_ids(rows, n_past, room):
         fed.append((rows, n_past))
-        return counting(rows, n_past)
+        return [counting(rows, n_past)[:, 0].argmax(axis=-1).tolist()]
 
-    steps = gpt2.decode([[5, 6, 7], [8]], forward, lambda logits: logits[:, 0].argmax(axis=-1).tolist(), n_ctx)
+    steps = gpt2.decode([[5, 6, 7], [8]], next_ids, n_ctx)
     return list(itertools.islice(steps, n_steps)), fed
 
 
@@ -61,6 +60,18 @@ def test_decode_reads_the_newest_half_of_a_row_whose_context_is_full():
     yielded, fed = decoding(n_ctx=4, n_steps=4)
     assert yielded == [[3, 1], [4, 2], [2, 3], [3, 4]]
     assert fed[2:] == [([[3, 4], [2]], [0, 2]), ([[2], [3]], [2, 3])]
+
+
+def test_decode_takes_several_steps_at_once_and_says_for_how_many_the_context_has_room():
+    rooms = []
+
+    def next_ids(rows, n_past, room):
+        rooms.append(room)
+        return [[10 * len(rooms) + i] for i in range(min(room, 3))]
+
+    steps = gpt2.decode([[1, 2]], next_ids, n_ctx=6)
+    assert list(itertools.islice(steps, 7)) == [[10], [11], [12], [20], [21], [30], [31]]
+    assert rooms == [5, 2, 4]  # the last after the newest half, three ids, has become the prompt
 
 
 def test_until_shows_none_for_rows_that_have_stopped_and_ends_with_the_last():
@@ -224,12 +235,43 @@ def test_jax_gives_numpys_ids(options, n_prompts, params, jax_params):
     assert gpt2.generate(inputs, jax_params, N_HEAD, n, **options) == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_k": 20, "top_p": 0.9}], ids=str)
-def test_on_a_device_jax_draws_all_rows_at_once_and_gives_numpys_ids(options, params, jax_params, monkeypatch):
-    prompts, options = prompts_of_lengths(5, 40, 5), {"temperature": 0.8, "seed": 3, **options}
-    expected = gpt2.generate(prompts, params, N_HEAD, 20, **options)
-    monkeypatch.setattr(sampling, "on_processor", lambda x: False)
-    assert gpt2.generate(prompts, jax_params, N_HEAD, 20, **options) == expected
+@pytest.fixture
+def device():
+    with taken_for_gpus():
+        yield
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("n_prompts", [None, 3])
+def test_a_device_gives_numpys_ids(options, n_prompts, params, jax_params, device):
+    test_jax_gives_numpys_ids(options, n_prompts, params, jax_params)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 20, "seed": 3}, {"top_p": 0.9, "seed": 3}], ids=str)
+def test_a_device_draws_as_numpy_does_where_rows_slide_between_its_steps(options, params, jax_params, device):
+    prompts, options = prompts_of_lengths(5, 40, 5), {"temperature": 0.8, "sliding_window": True, **options}
+    expected = gpt2.generate(prompts, params, N_HEAD, 90, **options)
+    assert gpt2.generate(prompts, jax_params, N_HEAD, 90, **options) == expected
+
+
+def test_a_device_is_called_once_for_many_tokens(jax_params, device, monkeypatch):
+    calls, compile_ = [], arrays.compiled_ahead
+
+    def counted(*args):
+        run = compile_(*args)
+        return lambda *inputs, **options: calls.append(options) or run(*inputs, **options)
+
+    monkeypatch.setattr(arrays, "compiled_ahead", counted)
+    assert len(gpt2.generate([1, 2, 3], jax_params, N_HEAD, 2 * arrays.STEPS_AHEAD)) == 2 * arrays.STEPS_AHEAD
+    assert len(calls) == 2
+
+
+def test_a_device_compiles_its_steps_once_for_texts_of_any_length(jax_params, device, monkeypatch):
+    compiled, model = compiling()
+    monkeypatch.setattr(gpt2, "gpt2", model)
+    for n in range(1, 50):
+        assert len(gpt2.generate([5, 6, 7], jax_params, N_HEAD, n)) == n
+    assert {*compiled} == {(1, 64), (16, 64)}  # steps, and the prompt
 
 
 def compiling():

@@ -9,10 +9,9 @@ from conftest import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arrays import jitted
 from sampling import draw, sample
 
-jnp, torch, transformers = optional("jax.numpy"), optional("torch"), optional("transformers")
+jax, jnp, torch, transformers = map(optional, ("jax", "jax.numpy", "torch", "transformers"))
 
 LOGITS = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -3.0], np.float32)
 
@@ -113,7 +112,8 @@ def test_jaxs_logits_are_drawn_from_as_numpys_are_under_jit_too(options):
     logits = 3 * rng.standard_normal((20, 50257), dtype=np.float32)  # as many as GPT-2 has
     expected = draw(logits, points := rng.random((20, 1)), 0.7, **options).tolist()
     assert draw(jnp.asarray(logits), points, 0.7, **options).tolist() == expected
-    assert jitted(draw, "top_k", "top_p")(jnp.asarray(logits), points, 0.7, **options).tolist() == expected
+    jitted = jax.jit(draw, static_argnames=("top_k", "top_p"))
+    assert jitted(jnp.asarray(logits), points, 0.7, **options).tolist() == expected
 
 
 def test_tokens_as_likely_as_the_last_of_top_k_count_for_top_p_as_transformers_have_it():
@@ -125,7 +125,7 @@ def test_tokens_as_likely_as_the_last_of_top_k_count_for_top_p_as_transformers_h
 
 def test_tokens_that_stay_out_are_not_drawn_under_jax_where_its_sums_rise_at_them():
     logits = 3 * np.random.default_rng(0).standard_normal(50257)
-    i = int(jitted(draw, "top_k", "top_p")(jnp.asarray(logits), np.array([0.22304283]), 1, top_k=40))
+    i = int(jax.jit(draw, static_argnames=("top_k", "top_p"))(jnp.asarray(logits), np.array([0.22304283]), 1, top_k=40))
     assert (logits > logits[i]).sum() < 40
 
 
