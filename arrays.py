@@ -18,7 +18,7 @@ from threads import PART, Watched, each, in_parts, n_weights, paced, thread_coun
 
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
 READ_OF_EACH = 64  # ids of each of several prompts, under JAX: one QUERY_BLOCK, for padding may pass the last slot
-STEPS_AHEAD = 16  # steps that a GPU takes in one call: the call, 0.3 ms for 12 blocks, may take as long as a step
+STEPS_AHEAD = 8  # steps that a GPU takes in one call: the call, 0.3 ms for 12 blocks, may take as long as a step
 
 
 def namespace(x):
@@ -173,8 +173,8 @@ def cached(model, params, n_head, n_rows, n_slots):
     model: gpt2(). rows: n_rows lists of ids, which follow the first n_past[row] tokens that the cache has of each; of
     several rows, those that bring more than one id are new: they begin at slot 0, and n_last is 1.
     Returns the logits at the last n_last ids of each row: [n_rows, n_last, n_vocab].
-    Under JAX, forward(rows, n_past, draw=sampling.draw, points=[up to STEPS_AHEAD, n_rows], **its options) goes on by
-    itself for STEPS_AHEAD steps, and returns the ids that it drew: [n_rows, STEPS_AHEAD].
+    Under JAX, forward(rows, n_past, draw=sampling.draw, points=[up to STEPS_AHEAD, n_rows] or None, temperature=...,
+    top_k=..., top_p=...) goes on by itself for STEPS_AHEAD steps, and returns what it drew: [n_rows, STEPS_AHEAD].
     Raises MemoryError: see check_memory.
     """
     make = cached_under_jax if is_jax(params["wte"]) else cached_in_place
@@ -293,16 +293,18 @@ def compiled(model):
 
 @functools.lru_cache
 def compiled_ahead(model, draw):
-    """The model under jit, fed STEPS_AHEAD times with what draw makes of its logits: (ids, kv_cache)."""
+    """The model under jit, fed STEPS_AHEAD times with what draw makes of its logits: (ids, kv_cache).
+
+    Compiled anew for every top_k and top_p. The shapes are those of a batch; those of one row leave out n_rows.
+    """
     import jax
 
     def run(ids, params, n_head, kv_cache, n_past, points, temperature, top_k, top_p):
-        def step(state, points):
+        def step(state, point):
             ids, kv_cache, n_past = state
             logits = model(ids, **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past, n_last=1)
-            if points is not None:
-                points = points.reshape(*logits.shape[:-1], 1)  # [n_rows] -> [n_rows, 1, 1]
-            ids = draw(logits, points, temperature, top_k, top_p).astype(ids.dtype)  # [n_rows, 1]
+            point = None if point is None else point.reshape(*logits.shape[:-1], 1)  # [n_rows] -> [n_rows, 1, 1]
+            ids = draw(logits, point, temperature, top_k, top_p).astype(ids.dtype)  # [n_rows, 1]
             return (ids, kv_cache, n_past + 1), ids.reshape(-1)
 
         (_, kv_cache, _), ids = jax.lax.scan(step, (ids, kv_cache, n_past), points, length=STEPS_AHEAD)

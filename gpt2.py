@@ -191,7 +191,7 @@ def until(stop, steps, n_rows):
 
 
 def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, sliding_window=False, **sampling):
-    """Yields the ids that continue a prompt, one at a time, on the arrays that params are: NumPy's, CuPy's or JAX's.
+    """Yields the ids that continue a prompt, as they are made, on the arrays that params are: NumPy's, CuPy's or JAX's.
 
     inputs: the ids of a prompt, or a batch: a list of several, of any lengths. A batch yields lists with an id for each
         prompt, and None for those that have stopped.

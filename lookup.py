@@ -8,7 +8,7 @@ over the newest id and its draft tells how much of it comes true, in the time of
 N_MATCH, N_DRAFT = 8, 15  # ids that must have stood before, and ids in a draft
 # Where two logits are closer than this part of the largest, the rounding errors of a pass over 16 ids may decide. Those
 # changed a gap by up to 4.5e-6 in models/shakespeare, 2.6e-6 in random weights of GPT-2's four shapes, and 1.3e-5 in
-# ones of four times the spread. All on processors: where GPUs round, nothing is looked up.
+# ones of four times the spread. All of that on processors: with GPUs, which add in other orders, nothing is looked up.
 MARGIN = 5e-5
 
 

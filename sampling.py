@@ -72,7 +72,8 @@ def sampler(forward, n_rows, n_ahead=1, temperature=0, top_k=0, top_p=1, seed=No
         if rngs and on_processor(logits):  # row by row, in little memory, by NumPy, which sorts faster than JAX
             pairs = zip(np.asarray(logits), points[0], strict=True)
             return [[draw(row, point, **options).item() for row, point in pairs]]
-        points = points[0, :, None, None] if rngs else None  # [n_rows, 1, 1]
+        if rngs:
+            points = points[0, :, None, None]  # [n_rows, 1, 1]
         return [draw(logits, points, **options)[:, 0].tolist()]
 
     return next_ids

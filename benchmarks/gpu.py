@@ -28,6 +28,7 @@ from convert import flat, transformers_name
 
 import cli
 import devices
+from arrays import STEPS_AHEAD
 from checkpoint import random_params
 from sampling import is_whole
 from threads import n_weights
@@ -175,6 +176,8 @@ def main(
     title, bandwidth, first = f"GPT-2 {model_size}: {where}", bytes_per_second(), {}
     notes = [f"processor: {processor()}, {os.cpu_count()} cores; memory of the device: {bandwidth / 1e9:.0f} GB/s"]
     notes += [f"{n_prompt} tokens in, {n_tokens_to_generate} out, the whole call; medians of {runs} turns"]
+    if jax.default_backend() != "cpu":
+        notes += [f"JAX makes {STEPS_AHEAD} tokens a call, and times of a first token have them all"]
     n_slots = n_prompt + n_tokens_to_generate // 2
     limits = {
         f"limit: memory, {dtype}": {n: limit(bandwidth, params, n, n_slots, itemsize) for n in rows}

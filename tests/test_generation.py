@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import arrays
 import checkpoint
 import gpt2
+import sampling
 
 jax, jnp, torch = optional("jax"), optional("jax.numpy"), optional("torch")
 
@@ -254,24 +255,51 @@ def test_a_device_draws_as_numpy_does_where_rows_slide_between_its_steps(options
     assert gpt2.generate(prompts, jax_params, N_HEAD, 90, **options) == expected
 
 
+def caches_of_calls(monkeypatch):
+    """[], which fills with the cache that each call of several steps is given."""
+    caches, compiled_ahead = [], arrays.compiled_ahead
+
+    def noting(*args):
+        run = compiled_ahead(*args)
+        return lambda *inputs, **options: caches.append(inputs[3]) or run(*inputs, **options)
+
+    monkeypatch.setattr(arrays, "compiled_ahead", noting)
+    return caches
+
+
 def test_a_device_is_called_once_for_many_tokens(jax_params, device, monkeypatch):
-    calls, compile_ = [], arrays.compiled_ahead
-
-    def counted(*args):
-        run = compile_(*args)
-        return lambda *inputs, **options: calls.append(options) or run(*inputs, **options)
-
-    monkeypatch.setattr(arrays, "compiled_ahead", counted)
+    caches = caches_of_calls(monkeypatch)
     assert len(gpt2.generate([1, 2, 3], jax_params, N_HEAD, 2 * arrays.STEPS_AHEAD)) == 2 * arrays.STEPS_AHEAD
-    assert len(calls) == 2
+    assert len(caches) == 2
+
+
+def test_a_device_writes_over_its_cache(jax_params, device, monkeypatch):
+    caches = caches_of_calls(monkeypatch)
+    gpt2.generate([1, 2, 3], jax_params, N_HEAD, 2 * arrays.STEPS_AHEAD)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(caches))  # given away to those that came after it
+
+
+def test_the_cache_of_one_text_has_no_axis_of_rows_under_jax(jax_params, device, monkeypatch):
+    caches = caches_of_calls(monkeypatch)
+    gpt2.generate([[1, 2, 3]], jax_params, N_HEAD, 1)
+    gpt2.generate([[1, 2, 3], [4]], jax_params, N_HEAD, 1)
+    assert [cache[0]["k"].ndim for cache in caches] == [3, 4]
 
 
 def test_a_device_compiles_its_steps_once_for_texts_of_any_length(jax_params, device, monkeypatch):
     compiled, model = compiling()
     monkeypatch.setattr(gpt2, "gpt2", model)
     for n in range(1, 50):
-        assert len(gpt2.generate([5, 6, 7], jax_params, N_HEAD, n)) == n
-    assert {*compiled} == {(1, 64), (16, 64)}  # steps, and the prompt
+        assert len(gpt2.generate([5, 6, 7], jax_params, N_HEAD, n, temperature=0.1 * n)) == n
+    assert sorted(compiled) == [(1, 64), (16, 64)]  # steps, and the prompt
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1, "top_k": 20, "seed": 3}], ids=str)
+def test_arrays_that_are_not_jaxs_are_drawn_from_all_rows_at_once_on_a_device(options, params, monkeypatch):
+    prompts = prompts_of_lengths(5, 40, 5)
+    expected = gpt2.generate(prompts, params, N_HEAD, 20, **options)
+    monkeypatch.setattr(sampling, "on_processor", lambda x: False)  # as CuPy's are, which are NumPy's but for that
+    assert gpt2.generate(prompts, params, N_HEAD, 20, **options) == expected
 
 
 def compiling():
