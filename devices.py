@@ -29,7 +29,7 @@ class DeviceError(ValueError):
 def check(backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):
     """Raises DeviceError unless there is such a backend, installed and with a device, and ValueError for n_threads."""
     if backend not in BACKENDS:
-        raise DeviceError(f"backend must be {', '.join(BACKENDS)}, not {backend!r}")
+        raise DeviceError(f"backend must be numpy, jax or cupy, not {backend!r}")
     if dtype not in DTYPES[backend]:
         raise DeviceError(f"dtype must be {' or '.join(DTYPES[backend])} with {BACKENDS[backend]}, not {dtype!r}")
     if type(tensor_parallel) is not int or tensor_parallel < 1:
@@ -48,10 +48,11 @@ def check(backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):
     try:
         n_devices = len(library.devices()) if backend == "jax" else library.cuda.runtime.getDeviceCount()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that JAX_PLATFORMS names one that is installed
-        reason = str(error) or f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')}"
+        platforms = os.environ.get("JAX_PLATFORMS")
+        reason = str(error) or f"JAX_PLATFORMS is {platforms}, which is not installed; {INSTALL['jax']}"
         raise DeviceError(f"{BACKENDS[backend]} has no device to run on: {reason}") from error
     if n_devices % tensor_parallel:
-        raise DeviceError(f"tensor_parallel must divide the {n_devices} devices that JAX sees, not {tensor_parallel}")
+        raise DeviceError(f"tensor_parallel {tensor_parallel} does not divide the devices that JAX sees: {n_devices}")
 
 
 def place(params, backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):

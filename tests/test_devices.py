@@ -63,12 +63,12 @@ def test_bfloat16_is_near(params):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--backend=torch"], "backend must be numpy, jax, cupy, not 'torch'"),
+        (["--backend=torch"], "backend must be numpy, jax or cupy, not 'torch'"),
         (["--dtype=bfloat16"], "dtype must be float32 with NumPy, not 'bfloat16'"),
         (["--backend=jax", "--dtype=float16"], "dtype must be float32 or bfloat16 with JAX, not 'float16'"),
         (["--tensor_parallel=2"], "tensor_parallel needs the backend jax"),
         (["--backend=jax", "--tensor_parallel=0"], "tensor_parallel must be a whole number, 1 or more, not 0"),
-        (["--backend=jax", "--tensor_parallel=3"], "tensor_parallel must divide the 8 devices that JAX sees, not 3"),
+        (["--backend=jax", "--tensor_parallel=3"], "tensor_parallel 3 does not divide the devices that JAX sees: 8"),
     ],
 )
 def test_what_cannot_be_had_is_an_error(flags, message, run, caches):

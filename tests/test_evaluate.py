@@ -311,7 +311,7 @@ def test_a_line_that_is_no_example_is_named_before_the_model_is_looked_at(task, 
         (["--stride=0"], "--stride must be a whole number from 1 to the model's context of 64"),
         (["--stride=65"], "not 65"),
         (["--stride=half"], "not 'half'"),
-        (["--backend=abacus"], "backend must be numpy, jax, cupy, not 'abacus'"),
+        (["--backend=abacus"], "backend must be numpy, jax or cupy, not 'abacus'"),
         (["--dtype=bfloat16"], "dtype must be float32 with NumPy, not 'bfloat16'"),
     ],
 )
