@@ -239,7 +239,7 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
 
     What pads a prompt or a draft lies behind all queries: by the one rule none sees it, and later tokens are written
     over it. Several devices share the rows, of which the last is repeated until they divide. One row has no axis of
-    rows: on processors, XLA would copy its whole cache in every step.
+    rows: on processors, XLA would copy its values, all of them, in every step.
     """
     import numpy as np
 

@@ -81,7 +81,7 @@ def gpt2_py(folder):
 
 
 def greedy(params, n_head):
-    """A contestant's generator function: generate_ids() without prompt lookup, whose gain depends on the text."""
+    """A contestant's function: generate_ids() without prompt lookup, whose gain depends on the text."""
     from arrays import cached, steps_ahead
     from gpt2 import decode, gpt2
     from sampling import sampler
