@@ -16,9 +16,10 @@ import sys
 from devices import cache_sharding, spread
 from threads import PART, Watched, each, in_parts, n_weights, paced, thread_counts
 
+QUERY_BLOCK = 64  # queries that attend together: their scores fit the processor's cache
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
 READ_OF_EACH = 64  # ids of each of several prompts, under JAX: one QUERY_BLOCK, for padding may pass the last slot
-STEPS_AHEAD = 8  # steps that a GPU takes in one call: the call, 0.3 ms for 12 blocks, may take as long as a step
+STEPS_AHEAD = 16  # steps that a GPU takes in one call, at most: the call alone takes as long as two steps of one text
 
 
 def namespace(x):
@@ -37,8 +38,13 @@ def is_numpy(x):
 
 
 def on_processor(x):
-    """Whether an array lies in this machine's memory: it is NumPy's, or JAX's where there is no GPU or TPU."""
-    return is_numpy(x) or (is_jax(x) and all(device.platform == "cpu" for device in x.devices()))
+    """Whether an array lies in this machine's memory: it is NumPy's, or JAX's where that sees no GPU or TPU."""
+    return is_numpy(x) or (is_jax(x) and sys.modules["jax"].default_backend() == "cpu")
+
+
+def query_block(q):
+    """How many queries attend together. On a GPU more: fewer are no faster there, and JAX compiles every block anew."""
+    return QUERY_BLOCK if on_processor(q) else 8 * QUERY_BLOCK
 
 
 def write(cache, slots, new):  # [n_head, n_slots, d], [n_seq], [n_head, n_seq, d] -> [n_head, n_slots, d]
@@ -128,21 +134,28 @@ def check_room(n_prompt, n_tokens_to_generate, n_ctx, sliding_window=False):
 
 
 def check_memory(params, n_rows, n_slots):
-    """Raises MemoryError where weights, cache and logits are more than this machine has: before it is busy."""
-    wte, n_layer = params["wte"], len(params["blocks"])
-    if not on_processor(wte):
-        return  # a device says so itself
-    n_vocab, n_embd = wte.shape
-    needed = wte.dtype.itemsize * (n_weights(params) + n_rows * (2 * n_layer * n_slots * n_embd + 2 * n_vocab)) / 2**30
-    if needed > memory():
+    """The GiB that weights, cache and logits leave of the memory. Raises MemoryError for less than 0."""
+    n_vocab, n_embd = params["wte"].shape
+    n_numbers = n_weights(params) + n_rows * (2 * len(params["blocks"]) * n_slots * n_embd + 2 * n_vocab)
+    needed, there = gibibytes(n_numbers, params), memory(params["wte"])
+    if needed > there:
         raise MemoryError(
-            f"{n_rows} texts of {n_slots} tokens at once need {needed:.1f} GiB, and this machine has {memory():.1f}: "
+            f"{n_rows} texts of {n_slots} tokens at once need {needed:.1f} GiB, and there are {there:.1f}: "
             "take fewer at once, fewer tokens, or a smaller model"
         )
+    return there - needed
 
 
-def memory():
-    """The memory of this machine, or of the container that this runs in, in GiB."""
+def gibibytes(n_numbers, params):
+    return n_numbers * params["wte"].dtype.itemsize / 2**30
+
+
+def memory(x):
+    """The memory, in GiB, of the devices that an array lies on, or of this machine, or of the container it runs in."""
+    if not on_processor(x):
+        if not is_jax(x):
+            return x.device.mem_info[1] / 2**30
+        return sum((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in x.devices()) / 2**30
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as f:
             limit = float(f.read().replace("max", "inf"))
@@ -173,8 +186,8 @@ def cached(model, params, n_head, n_rows, n_slots):
     model: gpt2(). rows: n_rows lists of ids, which follow the first n_past[row] tokens that the cache has of each; of
     several rows, those that bring more than one id are new: they begin at slot 0, and n_last is 1.
     Returns the logits at the last n_last ids of each row: [n_rows, n_last, n_vocab].
-    Under JAX, forward(rows, n_past, draw=sampling.draw, points=[up to STEPS_AHEAD, n_rows] or None, temperature=...,
-    top_k=..., top_p=...) goes on by itself for STEPS_AHEAD steps, and returns what it drew: [n_rows, STEPS_AHEAD].
+    Under JAX, forward(rows, n_past, draw=sampling.draw, n_steps=up to STEPS_AHEAD, points=[n_steps, n_rows] or None,
+    temperature=..., top_k=..., top_p=...) goes on by itself, and returns what it drew: [n_rows, n_steps].
     Raises MemoryError: see check_memory.
     """
     make = cached_under_jax if is_jax(params["wte"]) else cached_in_place
@@ -244,8 +257,9 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
     import numpy as np
 
     n_slots = min(-(-n_slots // 128) * 128, len(params["wpe"]))
-    check_memory(params, n_rows, n_slots)
+    left = check_memory(params, n_rows, n_slots)
     lie = cache_sharding(params, n_head, n_rows)
+    turn = n_rows == 1 and lie is None and left > gibibytes(n_weights(params), params)
     n_more = -n_rows % lie.mesh.shape["rows"] if lie and "rows" in lie.spec else 0
     kv_cache = empty_cache(params, n_head, n_rows + n_more if n_rows > 1 else None, n_slots, device=lie)
 
@@ -257,7 +271,7 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
         out, kv_cache = function(ids, params, n_head, kv_cache, n_past, **options)
         return out[:n_rows] if n_more else out
 
-    def forward(rows, n_past, n_last=1, draw=None, points=None, **options):
+    def forward(rows, n_past, n_last=1, draw=None, n_steps=1, points=None, **options):
         n_before = [len(row) - n_last for row in rows]
         if any(n_before):  # a prompt, up to its last ids; of several a part at a time: all would take much memory
             n_read = round_up(max(n_before), n_slots if n_rows == 1 else min(READ_OF_EACH, n_slots))
@@ -267,9 +281,11 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
                 run(compiled(model), parts, [past + start for past in n_past], n_last=1)
         n_past = [past + n for past, n in zip(n_past, n_before, strict=True)]
         if draw:
-            if points is not None:  # 0 for what is not used: steps beyond these, and rows that repeat the last
-                points = np.pad(points, [(0, STEPS_AHEAD - len(points)), (0, n_more)])  # [STEPS_AHEAD, n_rows]
-            return run(compiled_ahead(model, draw), [row[-1:] for row in rows], n_past, points=points, **options)
+            if points is not None:  # 0 for steps that are not taken, and for rows that repeat the last
+                points = np.pad(points, [(0, STEPS_AHEAD - n_steps), (0, n_more)])  # [STEPS_AHEAD, n_rows]
+            options |= {"n_steps": n_steps, "points": points}
+            ids = run(compiled_ahead(model, draw, turn), [row[-1:] for row in rows], n_past, **options)
+            return np.asarray(ids)[:, :n_steps]  # [n_rows, STEPS_AHEAD] -> [n_rows, n_steps]
         if n_last == 1:
             return run(compiled(model), [row[-1:] for row in rows], n_past, n_last=1)
         n_read = round_up(n_last, n_slots)
@@ -292,29 +308,38 @@ def compiled(model):
 
 
 @functools.lru_cache
-def compiled_ahead(model, draw):
-    """The model under jit, fed STEPS_AHEAD times with what draw makes of its logits: (ids, kv_cache).
+def compiled_ahead(model, draw, turn):
+    """The model under jit, fed n_steps times with what draw makes of its logits: (ids, kv_cache).
 
     Compiled anew for every top_k and top_p. The shapes are those of a batch; those of one row leave out n_rows.
+    turn: take a copy of the blocks' weights, each w as w.T. For a product with one row, XLA reads that faster.
     """
     import jax
+    import jax.numpy as jnp
 
-    def run(ids, params, n_head, kv_cache, n_past, points, temperature, top_k, top_p):
-        def step(state, point):
-            ids, kv_cache, n_past = state
-            logits = model(ids, **params, n_head=n_head, kv_cache=kv_cache, n_past=n_past, n_last=1)
-            point = None if point is None else point.reshape(*logits.shape[:-1], 1)  # [n_rows] -> [n_rows, 1, 1]
+    def turned(params):  # each w of the blocks: [in, out] <-> [out, in]
+        w_to_wt = jax.tree.map(lambda x: x.T if turn and x.ndim == 2 else x, params["blocks"])
+        return params | {"blocks": w_to_wt}
+
+    def run(ids, params, n_head, kv_cache, n_past, n_steps, points, temperature, top_k, top_p):
+        params = jax.lax.optimization_barrier(turned(params))  # without, XLA would find that to turn twice is nothing
+
+        def step(i, state):
+            ids, kv_cache, n_past, drawn = state
+            logits = model(ids, **turned(params), n_head=n_head, kv_cache=kv_cache, n_past=n_past, n_last=1)
+            point = None if points is None else points[i].reshape(*logits.shape[:-1], 1)  # [n_rows] -> [n_rows, 1, 1]
             ids = draw(logits, point, temperature, top_k, top_p).astype(ids.dtype)  # [n_rows, 1]
-            return (ids, kv_cache, n_past + 1), ids.reshape(-1)
+            return ids, kv_cache, n_past + 1, drawn.at[i].set(ids.reshape(-1))
 
-        (_, kv_cache, _), ids = jax.lax.scan(step, (ids, kv_cache, n_past), points, length=STEPS_AHEAD)
-        return ids.T, kv_cache  # [n_rows, STEPS_AHEAD]
+        drawn = jnp.zeros((STEPS_AHEAD, ids.size), ids.dtype)  # [STEPS_AHEAD, n_rows]
+        _, kv_cache, _, drawn = jax.lax.fori_loop(0, n_steps, step, (ids, kv_cache, n_past, drawn))
+        return drawn.T, kv_cache
 
     return jax.jit(run, static_argnames=("n_head", "top_k", "top_p"), donate_argnames="kv_cache")
 
 
 def steps_ahead(params):
-    """How many steps forward had best take by itself: see cached. On a processor one: each id is shown when known."""
+    """How many steps forward may take by itself: see cached. On a processor one: each id is shown when known."""
     return STEPS_AHEAD if is_jax(params["wte"]) and not on_processor(params["wte"]) else 1
 
 

@@ -44,6 +44,12 @@ def one_line(error):
     return "not valid Unicode text" if isinstance(error, UnicodeError) else " ".join(str(error).split())
 
 
+def is_out_of_memory(error):
+    """Whether memory has run out, here or, as JAX, CuPy or PyTorch say it, on a device."""
+    said = re.search("RESOURCE_EXHAUSTED|out.of.memory|ALLOC_FAILED", str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(said))
+
+
 # flags
 
 
@@ -68,7 +74,7 @@ def run(function, stopped=""):
     except MemoryError as error:
         fail(f"not enough memory: {one_line(error) or 'take fewer at once, or a smaller model'}")
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # as JAX says that a device has no memory left
+        if not is_out_of_memory(error):
             raise
         fail(f"not enough memory on the device: take fewer at once, or a smaller model: {one_line(error):.200}")
 

@@ -6,6 +6,7 @@ JAX's compiler sees how its weights and rows are divided, and adds what the devi
 """
 
 import importlib
+import logging
 import os
 
 from threads import check_threads, use_threads
@@ -41,6 +42,8 @@ def check(backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):
     check_threads(n_threads)
     if backend == "numpy":
         return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA would tell of its memory at length, on stderr
+    logging.getLogger("jax._src.xla_bridge").addFilter(in_one_line)
     try:
         library = importlib.import_module(backend)
     except ImportError as error:
@@ -53,6 +56,14 @@ def check(backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):
         raise DeviceError(f"{BACKENDS[backend]} has no device to run on: {reason}") from error
     if n_devices % tensor_parallel:
         raise DeviceError(f"tensor_parallel {tensor_parallel} does not divide the devices that JAX sees: {n_devices}")
+
+
+def in_one_line(record):
+    """A filter for JAX's log, where the reason that no GPU can be used would be a traceback."""
+    if record.exc_info:
+        reason = " ".join(str(record.exc_info[1]).split())
+        record.msg, record.args, record.exc_info = f"{record.getMessage()}: {reason}", (), None
+    return True
 
 
 def place(params, backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):
@@ -150,8 +161,10 @@ def described(params):
     backend = type(wte).__module__.partition(".")[0].removesuffix("lib")  # jaxlib has JAX's arrays
     if backend == "numpy":
         return ""
-    what = "a GPU"
+    library = importlib.import_module(backend)
     if backend == "jax":
         kind, n = min(device.device_kind for device in wte.devices()), len(wte.devices())
         what = f"{n} x {kind}" if n > 1 else "the CPU: it sees no GPU or TPU" if kind == "cpu" else kind
-    return f"{BACKENDS[backend]} {importlib.import_module(backend).__version__} on {what}, {wte.dtype}"
+    else:
+        what = library.cuda.runtime.getDeviceProperties(wte.device.id)["name"].decode()
+    return f"{BACKENDS[backend]} {library.__version__} on {what}, {wte.dtype}"

@@ -15,11 +15,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
 
 import lookup
-from arrays import as_batch, cached, check_bounds, check_room, in_float32, namespace, on_processor, steps_ahead, write
+from arrays import as_batch, cached, check_bounds, check_room, in_float32, namespace, on_processor, query_block, write
 from sampling import check_options, sampler
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
-QUERY_BLOCK = 64  # queries that attend together: their scores fit the processor's cache
 
 
 def gelu(x):
@@ -79,8 +78,9 @@ def attention(q, k, v, mask):  # [n_q, d_k], [n_k, d_k], [n_k, d_v], [n_q, n_k] 
 def causal_attention(q, k, v, slots):  # [n_head, n_q, d], 2 of [n_head, n_k, d], [n_q] -> [n_head, n_q, d]
     """Attention by the one rule: a key in slot j is hidden from a query in slot s if and only if j > s."""
     xp, n_q, n_k, out = namespace(q), q.shape[-2], k.shape[-2], []
-    for start in range(0, n_q, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, n_q)
+    n_block = query_block(q)
+    for start in range(0, n_q, n_block):
+        stop = min(start + n_block, n_q)
         end = n_k - (n_q - stop)  # no query of the block has a slot from here on: those keys are left out
         hidden = xp.arange(end) > slots[..., None, start:stop, None]  # [1, stop-start, end]
         mask = xp.where(hidden, q.dtype.type(-math.inf), 0)  # [1, stop-start, end]
@@ -159,20 +159,21 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_last
     return matmul(x, wte.T, in_float32)  # [n_seq, n_embd] -> [n_seq, n_vocab]
 
 
-def decode(prompts, next_ids, n_ctx):
-    """Yields the next ids of all prompts, [n_rows], without end. Where a context is full, its newest half goes on.
+def decode(prompts, next_ids, n_ctx, n_tokens):
+    """Yields the next ids of all prompts, [n_rows], n_tokens times. Where a context is full, its newest half goes on.
 
     next_ids: see sampling.sampler.
     """
     windows, n_past = [[*prompt] for prompt in prompts], [0] * len(prompts)
-    while True:  # auto-regressive
+    while n_tokens > 0:  # auto-regressive
         for row, window in enumerate(windows):
             if len(window) > n_ctx:
                 windows[row], n_past[row] = window[-max(n_ctx // 2, 1) :], 0
-        rows, room = [window[n:] for window, n in zip(windows, n_past, strict=True)], n_ctx + 1 - max(map(len, windows))
-        for ids in next_ids(rows, n_past, room):
+        rows = [window[n:] for window, n in zip(windows, n_past, strict=True)]
+        for ids in next_ids(rows, n_past, min(n_tokens, n_ctx + 1 - max(map(len, windows)))):
             for window, next_id in zip(windows, ids, strict=True):
                 window.append(next_id)
+            n_tokens -= 1
             yield ids
         n_past = [len(window) - 1 for window in windows]  # the newest ids are not in the cache yet
 
@@ -207,10 +208,9 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
 
     n_slots = min(longest + n_tokens_to_generate, n_ctx)
     forward = cached(gpt2, params, n_head, n_rows, n_slots)
-    steps = decode(prompts, sampler(forward, n_rows, steps_ahead(params), **sampling), n_ctx)
+    steps = decode(prompts, sampler(forward, params, n_rows, **sampling), n_ctx, n_tokens_to_generate)
     if n_rows == 1 and sampling.get("temperature", 0) == 0 and on_processor(params["wte"]) and lookup.is_exact(params):
-        steps = lookup.decode(prompts[0], forward, n_slots, n_ctx)
-    steps = itertools.islice(steps, n_tokens_to_generate)
+        steps = itertools.islice(lookup.decode(prompts[0], forward, n_slots, n_ctx), n_tokens_to_generate)
     steps = until(stop, steps, n_rows) if stop else steps
     return steps if is_batch else (next_id for (next_id,) in steps)  # one prompt: ids, not lists of one
 

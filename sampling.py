@@ -2,7 +2,7 @@
 
 import numbers
 
-from arrays import is_jax, namespace, on_processor
+from arrays import is_jax, namespace, on_processor, steps_ahead
 
 
 def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab] -> [...]
@@ -43,10 +43,10 @@ def draw(logits, point, temperature, top_k=0, top_p=1):  # [..., n_vocab], [...,
     return xp.argmax(ends > point * xp.max(ends, axis=-1, keepdims=True), axis=-1)
 
 
-def sampler(forward, n_rows, n_ahead=1, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
-    """next_ids(rows, n_past, room): the ids that follow, [n_steps, n_rows], of n_ahead steps if there is room for them.
+def sampler(forward, params, n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
+    """next_ids(rows, n_past, room): the ids that follow, [n_steps, n_rows], of one step, or several that fit in room.
 
-    forward, rows, n_past: see arrays.cached. n_ahead: how many steps forward takes by itself. room: at least one step.
+    forward, rows, n_past: see arrays.cached, which params were given to. room: at least one step.
     seed: row i draws with seed + i, or with seed[i] of a list; None: with no two runs alike. Options: see sample.
     """
     if n_samples is not None:
@@ -55,6 +55,7 @@ def sampler(forward, n_rows, n_ahead=1, temperature=0, top_k=0, top_p=1, seed=No
     if len(seeds) != n_rows:
         raise ValueError(f"seed has {len(seeds)} numbers for {n_rows} prompts")
     options, rngs = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}, []
+    n_ahead = steps_ahead(params)
     if temperature:
         import numpy as np
         from numpy.random import default_rng  # only here: its import takes as long as a token
@@ -66,8 +67,7 @@ def sampler(forward, n_rows, n_ahead=1, temperature=0, top_k=0, top_p=1, seed=No
         if rngs:
             points = np.array([[rng.random() for rng in rngs] for _ in steps])  # [n_steps, n_rows]
         if n_ahead > 1:
-            ids = forward(rows, n_past, draw=draw, points=points, **options).tolist()  # [n_rows, at least n_steps]
-            return [[row[i] for row in ids] for i in steps]
+            return forward(rows, n_past, draw=draw, n_steps=len(steps), points=points, **options).T.tolist()
         logits = forward(rows, n_past)  # [n_rows, 1, n_vocab]
         if rngs and on_processor(logits):  # row by row, in little memory, by NumPy, which sorts faster than JAX
             pairs = zip(np.asarray(logits), points[0], strict=True)

@@ -10,7 +10,6 @@ and values, can be read.
 import importlib.util
 import json
 import os
-import re
 import signal
 import statistics
 import sys
@@ -74,21 +73,21 @@ def in_memory(function, *args):
     try:
         return function(*args)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE):
-            return None
-        raise
+        if not cli.is_out_of_memory(error):
+            raise
+        return None
 
 
 def bytes_per_second():
-    """How fast the device that JAX computes on reads its memory: the sum of 1 GiB, the best of ten."""
+    """How fast the device that JAX computes on reads its memory: sums of 1 GiB, ten in a row, the best of ten."""
     import jax
 
     x, times = jax.numpy.ones(2**28, "float32"), []
     total = jax.jit(lambda x: x.sum())
     for _ in range(11):
         start = time.perf_counter()
-        total(x).block_until_ready()
-        times.append(time.perf_counter() - start)
+        jax.block_until_ready([total(x) for _ in range(10)])
+        times.append((time.perf_counter() - start) / 10)
     return 2**30 / min(times)
 
 
@@ -177,7 +176,7 @@ def main(
     notes = [f"processor: {processor()}, {os.cpu_count()} cores; memory of the device: {bandwidth / 1e9:.0f} GB/s"]
     notes += [f"{n_prompt} tokens in, {n_tokens_to_generate} out, the whole call; medians of {runs} turns"]
     if jax.default_backend() != "cpu":
-        notes += [f"JAX makes {STEPS_AHEAD} tokens a call, and times of a first token have them all"]
+        notes += [f"JAX makes up to {STEPS_AHEAD} tokens a call"]
     n_slots = n_prompt + n_tokens_to_generate // 2
     limits = {
         f"limit: memory, {dtype}": {n: limit(bandwidth, params, n, n_slots, itemsize) for n in rows}

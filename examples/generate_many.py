@@ -94,7 +94,7 @@ class Worker:
         try:
             answers = [] if self.mistake else self.answers(**part)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's want of memory
+            if not cli.is_out_of_memory(error):
                 raise
             self.mistake = f"a worker has not enough memory, a smaller --batch_size needs less: {cli.one_line(error)}"
         # what is no Unicode, such as half of an emoji, becomes the \ud83d that it was in JSON

@@ -1,13 +1,16 @@
 """Backends and devices. XLA makes as many devices of this processor as it is told to."""
 
 import importlib.util
+import logging
 import pathlib
+import types
 
 import jax
 import numpy as np
 import pytest
-from conftest import HPARAMS, REPO, N, assert_one_line_error, command, leaves
+from conftest import HPARAMS, REPO, N, assert_one_line_error, command, leaves, taken_for_gpus
 
+import arrays
 import devices
 import gpt2
 
@@ -49,6 +52,23 @@ def test_what_was_compiled_is_kept_for_the_next_start(run, tmp_path, caches):
 def test_float32_is_not_rounded_in_products_as_gpus_would(params):
     wte = devices.place(params, "jax")["wte"]
     assert "precision = [HIGHEST, HIGHEST]" in jax.jit(lambda x: x @ x.T).lower(wte).as_text()
+
+
+def test_the_memory_of_devices_is_what_they_say_and_else_without_bounds():
+    sizes = {"at": None, "devices": lambda: [types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**30})] * 3}
+    with taken_for_gpus():
+        assert arrays.memory(types.SimpleNamespace(**sizes)) == 3
+        assert arrays.memory(jax.numpy.zeros(1)) == float("inf")  # XLA's processor does not say
+
+
+def test_jaxs_reason_for_no_gpu_is_one_line(caplog):
+    devices.check("jax")
+    try:
+        raise RuntimeError("no\ndevice")
+    except RuntimeError:
+        logging.getLogger("jax._src.xla_bridge").exception("Exception when calling %s", "plugin")
+    assert caplog.records[-1].getMessage() == "Exception when calling plugin: no device"
+    assert not caplog.records[-1].exc_info
 
 
 def test_bfloat16_is_near(params):

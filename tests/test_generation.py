@@ -47,8 +47,7 @@ def decoding(n_ctx, n_steps):
         fed.append((rows, n_past))
         return [counting(rows, n_past)[:, 0].argmax(axis=-1).tolist()]
 
-    steps = gpt2.decode([[5, 6, 7], [8]], next_ids, n_ctx)
-    return list(itertools.islice(steps, n_steps)), fed
+    return list(gpt2.decode([[5, 6, 7], [8]], next_ids, n_ctx, n_steps)), fed
 
 
 def test_decode_feeds_every_row_its_own_prompt_and_then_its_newest_id():
@@ -63,16 +62,16 @@ def test_decode_reads_the_newest_half_of_a_row_whose_context_is_full():
     assert fed[2:] == [([[3, 4], [2]], [0, 2]), ([[2], [3]], [2, 3])]
 
 
-def test_decode_takes_several_steps_at_once_and_says_for_how_many_the_context_has_room():
+def test_decode_takes_several_steps_at_once_and_says_how_many_fit_the_context_and_are_wanted():
     rooms = []
 
     def next_ids(rows, n_past, room):
         rooms.append(room)
         return [[10 * len(rooms) + i] for i in range(min(room, 3))]
 
-    steps = gpt2.decode([[1, 2]], next_ids, n_ctx=6)
-    assert list(itertools.islice(steps, 7)) == [[10], [11], [12], [20], [21], [30], [31]]
-    assert rooms == [5, 2, 4]  # the last after the newest half, three ids, has become the prompt
+    steps = gpt2.decode([[1, 2]], next_ids, n_ctx=6, n_tokens=8)
+    assert list(steps) == [[10], [11], [12], [20], [21], [30], [31], [32]]
+    assert rooms == [5, 2, 3]  # the last after the newest half, three ids, has become the prompt: room for 4, 3 wanted
 
 
 def test_until_shows_none_for_rows_that_have_stopped_and_ends_with_the_last():
@@ -271,6 +270,33 @@ def test_a_device_is_called_once_for_many_tokens(jax_params, device, monkeypatch
     caches = caches_of_calls(monkeypatch)
     assert len(gpt2.generate([1, 2, 3], jax_params, N_HEAD, 2 * arrays.STEPS_AHEAD)) == 2 * arrays.STEPS_AHEAD
     assert len(caches) == 2
+
+
+def test_a_device_takes_no_step_that_nobody_wants(jax_params, device, monkeypatch):
+    n_steps, sampler = [], gpt2.sampler
+
+    def noting(forward, *args, **options):
+        def noted(rows, n_past, **options):
+            n_steps.append(options["n_steps"])
+            return forward(rows, n_past, **options)
+
+        return sampler(noted, *args, **options)
+
+    monkeypatch.setattr(gpt2, "sampler", noting)
+    assert len(gpt2.generate([1, 2, 3], jax_params, N_HEAD, arrays.STEPS_AHEAD + 5)) == arrays.STEPS_AHEAD + 5
+    assert n_steps == [arrays.STEPS_AHEAD, 5]
+
+
+@pytest.mark.parametrize("there", [0.5, 1.5])
+def test_a_device_copies_weights_for_one_text_where_it_has_memory_for_them(
+    there, params, jax_params, device, monkeypatch
+):
+    copied, compiled_ahead, weights = [], arrays.compiled_ahead, arrays.gibibytes(arrays.n_weights(params), params)
+    monkeypatch.setattr(arrays, "check_memory", lambda *_: there * weights)
+    monkeypatch.setattr(arrays, "compiled_ahead", lambda *args: copied.append(args[2]) or compiled_ahead(*args))
+    assert gpt2.generate([1, 2, 3], jax_params, N_HEAD, 9) == gpt2.generate([1, 2, 3], params, N_HEAD, 9)
+    assert gpt2.generate([[1], [2]], jax_params, N_HEAD, 9) == gpt2.generate([[1], [2]], params, N_HEAD, 9)
+    assert copied == [there > 1, False]
 
 
 def test_a_device_writes_over_its_cache(jax_params, device, monkeypatch):

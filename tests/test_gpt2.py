@@ -6,7 +6,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import HPARAMS, hugging_face, new_cache, optional, wild_params
+from conftest import HPARAMS, hugging_face, new_cache, optional, taken_for_gpus, wild_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -35,7 +35,7 @@ def jax_params(params):
 @pytest.fixture
 def small_query_blocks(monkeypatch):
     """So that a sentence of the tiny model takes several blocks, the last of them not full."""
-    monkeypatch.setattr(gpt2, "QUERY_BLOCK", 12)
+    monkeypatch.setattr(arrays, "QUERY_BLOCK", 12)
 
 
 # Layers: the values printed in the tutorial
@@ -117,10 +117,12 @@ def test_logits_of_every_position_are_hugging_faces(n_seq, params):
 def test_logits_of_a_prompt_longer_than_a_block_of_queries_are_hugging_faces():
     hparams = HPARAMS | {"n_ctx": 600}
     params, ids = wild_params(hparams), random_ids(600)
-    assert len(ids) > 2 * gpt2.QUERY_BLOCK
+    assert len(ids) > 8 * arrays.QUERY_BLOCK  # which is a block on a GPU
     with torch.no_grad():
         expected = hugging_face(hparams, params)(torch.tensor(ids)[None]).logits[0]
     close(gpt2.gpt2(ids, **params, n_head=N_HEAD), expected)
+    with taken_for_gpus():
+        close(gpt2.gpt2(ids, **jax.tree.map(jnp.asarray, params), n_head=N_HEAD), expected)
 
 
 def test_greedy_ids_are_hugging_faces(params):
