@@ -166,17 +166,17 @@ def memory(x):
     return limit / 2**30
 
 
-def empty_cache(params, n_head, n_rows, n_slots, **options):
-    """For every block {"k": [n_rows, n_head, n_slots, n_embd/n_head], "v": the same}; options: of zeros.
+def empty_cache(params, n_head, n_rows, n_slots, sharding=None):
+    """For every block {"k": [n_rows, n_head, n_slots, n_embd/n_head], "v": the same}.
 
-    n_rows: None for a cache of one text, without the axis of rows.
+    n_rows: None for a cache of one text, without the axis of rows. sharding: how JAX's are to lie on devices.
     """
     wte, n_layer = params["wte"], len(params["blocks"])
     shape = *([] if n_rows is None else [n_rows]), n_head, n_slots, wte.shape[-1] // n_head
-    zeros = functools.partial(namespace(wte).zeros, dtype=wte.dtype, **options)
-    # NumPy's and CuPy's are views of one array: on Linux, NumPy puts those of 4 MiB and more in huge pages, which are
-    # faster to read
-    pairs = [(zeros(shape), zeros(shape)) for _ in range(n_layer)] if is_jax(wte) else zeros((n_layer, 2, *shape))
+    if is_jax(wte):
+        pairs = compiled_zeros(n_layer, shape, wte.dtype, sharding)()
+    else:  # views of one array: on Linux, NumPy puts those of 4 MiB and more in huge pages, which are faster to read
+        pairs = namespace(wte).zeros((n_layer, 2, *shape), wte.dtype)
     return [{"k": k, "v": v} for k, v in pairs]
 
 
@@ -261,7 +261,7 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
     lie = cache_sharding(params, n_head, n_rows)
     turn = n_rows == 1 and lie is None and left > gibibytes(n_weights(params), params)
     n_more = -n_rows % lie.mesh.shape["rows"] if lie and "rows" in lie.spec else 0
-    kv_cache = empty_cache(params, n_head, n_rows + n_more if n_rows > 1 else None, n_slots, device=lie)
+    kv_cache = empty_cache(params, n_head, n_rows + n_more if n_rows > 1 else None, n_slots, lie)
 
     def run(function, ids, n_past, **options):
         nonlocal kv_cache
@@ -293,6 +293,18 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
         return run(compiled(model), ids, n_past, n_last=0)[:, :n_last]
 
     return forward
+
+
+@functools.lru_cache
+def compiled_zeros(n_pairs, shape, dtype, sharding):
+    """Makes n_pairs pairs of arrays in one call: two dozen calls would take longer than a GPU takes for a token."""
+    import jax
+    import jax.numpy as jnp
+
+    def zeros():
+        return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_pairs)]
+
+    return jax.jit(zeros, out_shardings=sharding)
 
 
 @functools.lru_cache
