@@ -18,8 +18,8 @@ from threads import PART, Watched, each, in_parts, n_weights, paced, thread_coun
 
 QUERY_BLOCK = 64  # queries that attend together: their scores fit the processor's cache
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
-READ_OF_EACH = 64  # ids of each of several prompts, under JAX: one QUERY_BLOCK, for padding may pass the last slot
-STEPS_AHEAD = 16  # steps that a GPU takes in one call, at most: the call alone takes as long as two steps of one text
+READ_OF_EACH = 64  # ids of each of several prompts, under JAX: one block of queries, for padding may pass the last slot
+STEPS_AHEAD = 16  # steps that a GPU takes in one call, at most: the call alone takes as long as one or two
 
 
 def namespace(x):
@@ -38,8 +38,14 @@ def is_numpy(x):
 
 
 def on_processor(x):
-    """Whether an array lies in this machine's memory: it is NumPy's, or JAX's where that sees no GPU or TPU."""
-    return is_numpy(x) or (is_jax(x) and sys.modules["jax"].default_backend() == "cpu")
+    """Whether an array lies in this machine's memory: it is NumPy's, or JAX's and not on a GPU or TPU."""
+    if not is_jax(x):
+        return is_numpy(x)
+    import jax
+
+    if isinstance(x, jax.core.Tracer):  # which will lie where all do that nobody has put elsewhere
+        return jax.default_backend() == "cpu"
+    return all(device.platform == "cpu" for device in x.devices())
 
 
 def query_block(q):
@@ -134,28 +140,32 @@ def check_room(n_prompt, n_tokens_to_generate, n_ctx, sliding_window=False):
 
 
 def check_memory(params, n_rows, n_slots):
-    """The GiB that weights, cache and logits leave of the memory. Raises MemoryError for less than 0."""
+    """Raises MemoryError where weights, cache and logits are more than there is memory for: before it is busy."""
     n_vocab, n_embd = params["wte"].shape
-    n_numbers = n_weights(params) + n_rows * (2 * len(params["blocks"]) * n_slots * n_embd + 2 * n_vocab)
-    needed, there = gibibytes(n_numbers, params), memory(params["wte"])
+    n_numbers = n_weights(params) + n_rows * 2 * len(params["blocks"]) * n_slots * n_embd
+    needed = gibibytes(n_numbers, params["wte"].dtype.itemsize) + gibibytes(n_rows * 2 * n_vocab, 4)
+    there = memory(params["wte"])
     if needed > there:
         raise MemoryError(
             f"{n_rows} texts of {n_slots} tokens at once need {needed:.1f} GiB, and there are {there:.1f}: "
             "take fewer at once, fewer tokens, or a smaller model"
         )
-    return there - needed
 
 
-def gibibytes(n_numbers, params):
-    return n_numbers * params["wte"].dtype.itemsize / 2**30
+def gibibytes(n_numbers, itemsize):
+    return n_numbers * itemsize / 2**30
 
 
 def memory(x):
-    """The memory, in GiB, of the devices that an array lies on, or of this machine, or of the container it runs in."""
+    """The memory, in GiB, of the device that an array lies on, or of this machine or the container that this runs in.
+
+    Infinite where it is not known, and where several devices share the rows.
+    """
+    if is_jax(x) and not on_processor(x):
+        sizes = [stats.get("bytes_limit", -1) for stats in memory_stats(x)]
+        return sizes[0] / 2**30 if len(sizes) == 1 and sizes[0] > 0 else math.inf
     if not on_processor(x):
-        if not is_jax(x):
-            return x.device.mem_info[1] / 2**30
-        return sum((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in x.devices()) / 2**30
+        return x.device.mem_info[1] / 2**30
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as f:
             limit = float(f.read().replace("max", "inf"))
@@ -164,6 +174,15 @@ def memory(x):
     with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows does not say
         limit = min(limit, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return limit / 2**30
+
+
+def free_memory(x):
+    """The memory, in GiB, that is free on each of the devices that JAX's array lies on: 0 where it is not known."""
+    return min(stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) for stats in memory_stats(x)) / 2**30
+
+
+def memory_stats(x):
+    return [device.memory_stats() or {} for device in x.devices()]
 
 
 def empty_cache(params, n_head, n_rows, n_slots, sharding=None):
@@ -257,9 +276,10 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
     import numpy as np
 
     n_slots = min(-(-n_slots // 128) * 128, len(params["wpe"]))
-    left = check_memory(params, n_rows, n_slots)
+    check_memory(params, n_rows, n_slots)
+    weights = gibibytes(n_weights(params), params["wte"].dtype.itemsize)
+    turn = n_rows == 1 and free_memory(params["wte"]) > 2 * weights
     lie = cache_sharding(params, n_head, n_rows)
-    turn = n_rows == 1 and lie is None and left > gibibytes(n_weights(params), params)
     n_more = -n_rows % lie.mesh.shape["rows"] if lie and "rows" in lie.spec else 0
     kv_cache = empty_cache(params, n_head, n_rows + n_more if n_rows > 1 else None, n_slots, lie)
 
@@ -324,21 +344,23 @@ def compiled_ahead(model, draw, turn):
     """The model under jit, fed n_steps times with what draw makes of its logits: (ids, kv_cache).
 
     Compiled anew for every top_k and top_p. The shapes are those of a batch; those of one row leave out n_rows.
-    turn: take a copy of the blocks' weights, each w as w.T. For a product with one row, XLA reads that faster.
+    turn: copy the weights of the blocks, each w as w.T, which XLA reads faster for a product with one row.
     """
     import jax
     import jax.numpy as jnp
 
-    def turned(params):  # each w of the blocks: [in, out] <-> [out, in]
-        w_to_wt = jax.tree.map(lambda x: x.T if turn and x.ndim == 2 else x, params["blocks"])
-        return params | {"blocks": w_to_wt}
+    def turned(blocks):  # each w: [in, out] <-> [out, in]
+        return jax.tree.map(lambda x: x.T if x.ndim == 2 else x, blocks) if turn else blocks
 
     def run(ids, params, n_head, kv_cache, n_past, n_steps, points, temperature, top_k, top_p):
-        params = jax.lax.optimization_barrier(turned(params))  # without, XLA would find that to turn twice is nothing
+        blocks = turned(params["blocks"])
+        if turn:  # without a barrier, XLA would see that w.T.T is w
+            blocks = jax.lax.optimization_barrier(blocks)
 
         def step(i, state):
             ids, kv_cache, n_past, drawn = state
-            logits = model(ids, **turned(params), n_head=n_head, kv_cache=kv_cache, n_past=n_past, n_last=1)
+            weights = params | {"blocks": turned(blocks)}
+            logits = model(ids, **weights, n_head=n_head, kv_cache=kv_cache, n_past=n_past, n_last=1)
             point = None if points is None else points[i].reshape(*logits.shape[:-1], 1)  # [n_rows] -> [n_rows, 1, 1]
             ids = draw(logits, point, temperature, top_k, top_p).astype(ids.dtype)  # [n_rows, 1]
             return ids, kv_cache, n_past + 1, drawn.at[i].set(ids.reshape(-1))

@@ -52,7 +52,7 @@ def check(backend="numpy", dtype="float32", tensor_parallel=1, n_threads=None):
         n_devices = len(library.devices()) if backend == "jax" else library.cuda.runtime.getDeviceCount()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that JAX_PLATFORMS names one that is installed
         platforms = os.environ.get("JAX_PLATFORMS")
-        reason = str(error) or f"JAX_PLATFORMS is {platforms}, which is not installed; {INSTALL['jax']}"
+        reason = str(error) or f"JAX_PLATFORMS is {platforms}, which does not start or is missing; {INSTALL['jax']}"
         raise DeviceError(f"{BACKENDS[backend]} has no device to run on: {reason}") from error
     if n_devices % tensor_parallel:
         raise DeviceError(f"tensor_parallel {tensor_parallel} does not divide the devices that JAX sees: {n_devices}")
@@ -114,9 +114,14 @@ def keep_compiled(jax):
     folder = os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "gpt2-jax"
     )
-    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR names another
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR names another
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:  # nothing is kept
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def sharding(params, *axes):

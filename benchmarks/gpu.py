@@ -159,6 +159,13 @@ def main(
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the GPU's memory, too
     import jax
     import matplotlib  # noqa: F401  (before anything is measured)
+    import torch
+
+    if (jax.default_backend() == "gpu") != torch.cuda.is_available():
+        which = ("PyTorch", "JAX") if torch.cuda.is_available() else ("JAX", "PyTorch")
+        cli.fail(
+            "{} sees a GPU, and {} does not: install both for it, or hide it by CUDA_VISIBLE_DEVICES=-1".format(*which)
+        )
 
     n_embd, n_head, n_layer = SHAPES[model_size]
     hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}

@@ -2,13 +2,14 @@
 
 import importlib.util
 import logging
+import math
 import pathlib
 import types
 
 import jax
 import numpy as np
 import pytest
-from conftest import HPARAMS, REPO, N, assert_one_line_error, command, leaves, taken_for_gpus
+from conftest import HPARAMS, REPO, N, assert_one_line_error, command, leaves
 
 import arrays
 import devices
@@ -54,11 +55,41 @@ def test_float32_is_not_rounded_in_products_as_gpus_would(params):
     assert "precision = [HIGHEST, HIGHEST]" in jax.jit(lambda x: x @ x.T).lower(wte).as_text()
 
 
-def test_the_memory_of_devices_is_what_they_say_and_else_without_bounds():
-    sizes = {"at": None, "devices": lambda: [types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**30})] * 3}
-    with taken_for_gpus():
-        assert arrays.memory(types.SimpleNamespace(**sizes)) == 3
-        assert arrays.memory(jax.numpy.zeros(1)) == float("inf")  # XLA's processor does not say
+def on_devices(*stats):
+    """What stands for JAX's array on devices with these memory_stats()."""
+    devices = [types.SimpleNamespace(platform="gpu", memory_stats=lambda each=each: each) for each in stats]
+    return types.SimpleNamespace(at=None, devices=lambda: devices)
+
+
+GIB = {"bytes_limit": 2**30}
+
+
+@pytest.mark.parametrize(
+    ("stats", "expected"),
+    [([GIB], 1), ([GIB, GIB], math.inf), ([None], math.inf), ([{}], math.inf), ([{"bytes_limit": -1}], math.inf)],
+    ids=str,
+)
+def test_the_memory_of_a_device_is_what_it_says_and_else_without_bounds(stats, expected):
+    assert arrays.memory(on_devices(*stats)) == expected
+
+
+def test_the_memory_of_cupys_device_is_what_it_says():
+    assert arrays.memory(types.SimpleNamespace(device=types.SimpleNamespace(mem_info=(0, 2**30)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("stats", "expected"),
+    [([GIB, GIB | {"bytes_in_use": 2**29}], 0.5), ([GIB], 1), ([None], 0), ([{}], 0), ([{"bytes_limit": -1}, GIB], 0)],
+    ids=str,
+)
+def test_free_memory_is_that_of_the_fullest_device_and_none_where_it_is_not_known(stats, expected):
+    assert max(arrays.free_memory(on_devices(*stats)), 0) == expected
+
+
+def test_a_gpu_takes_more_queries_at_once_than_a_processor(params):
+    assert arrays.query_block(params["wte"]) == arrays.query_block(jax.numpy.zeros(1)) == arrays.QUERY_BLOCK
+    assert jax.jit(arrays.query_block)(jax.numpy.zeros(1)) == arrays.QUERY_BLOCK
+    assert arrays.query_block(on_devices(GIB)) == 8 * arrays.QUERY_BLOCK
 
 
 def test_jaxs_reason_for_no_gpu_is_one_line(caplog):
@@ -111,7 +142,7 @@ def test_a_backend_that_is_not_installed_is_an_error_before_anything_is_loaded(m
 CODE = """
 import json, sys
 import jax, numpy as np
-import devices, gpt2
+import arrays, devices, gpt2
 sys.path.insert(0, "tests")
 from conftest import HPARAMS, prompts_of_lengths, taken_for_gpus, wild_params
 
@@ -132,6 +163,9 @@ for tensor_parallel in (1, 2, 4):
         parts = {str(shard.index): shard.data.shape[axis] for shard in whole.addressable_shards}
         assert len(whole.addressable_shards) == 8
         assert [*parts.values()] == [whole.shape[axis] // tensor_parallel] * tensor_parallel
+    lie = devices.cache_sharding(placed, HPARAMS["n_head"], 8)
+    cache = arrays.empty_cache(placed, HPARAMS["n_head"], 8, 5, lie)
+    assert all(array.sharding == lie for pair in cache for array in pair.values())
 x = devices.spread(np.zeros((16, 3)), devices.place(params, "jax"))
 assert [shard.data.shape for shard in x.addressable_shards] == [(2, 3)] * 8
 print("all as it should be")

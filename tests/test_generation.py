@@ -273,30 +273,43 @@ def test_a_device_is_called_once_for_many_tokens(jax_params, device, monkeypatch
 
 
 def test_a_device_takes_no_step_that_nobody_wants(jax_params, device, monkeypatch):
-    n_steps, sampler = [], gpt2.sampler
+    passes, model = [], gpt2.gpt2
 
-    def noting(forward, *args, **options):
-        def noted(rows, n_past, **options):
-            n_steps.append(options["n_steps"])
-            return forward(rows, n_past, **options)
+    def counting_passes(*args, **kwargs):
+        jax.debug.callback(lambda: passes.append(1))
+        return model(*args, **kwargs)
 
-        return sampler(noted, *args, **options)
-
-    monkeypatch.setattr(gpt2, "sampler", noting)
+    monkeypatch.setattr(gpt2, "gpt2", counting_passes)
     assert len(gpt2.generate([1, 2, 3], jax_params, N_HEAD, arrays.STEPS_AHEAD + 5)) == arrays.STEPS_AHEAD + 5
-    assert n_steps == [arrays.STEPS_AHEAD, 5]
+    jax.effects_barrier()
+    assert len(passes) == 1 + arrays.STEPS_AHEAD + 5  # the prompt but for its last id, and the steps
 
 
-@pytest.mark.parametrize("there", [0.5, 1.5])
-def test_a_device_copies_weights_for_one_text_where_it_has_memory_for_them(
-    there, params, jax_params, device, monkeypatch
+@pytest.mark.parametrize(("there", "copies"), [(1.9, False), (2.1, True)])
+def test_a_device_turns_weights_for_one_text_where_it_has_memory_for_them(
+    there, copies, params, jax_params, device, monkeypatch
 ):
-    copied, compiled_ahead, weights = [], arrays.compiled_ahead, arrays.gibibytes(arrays.n_weights(params), params)
-    monkeypatch.setattr(arrays, "check_memory", lambda *_: there * weights)
-    monkeypatch.setattr(arrays, "compiled_ahead", lambda *args: copied.append(args[2]) or compiled_ahead(*args))
+    compiled, compiled_ahead = [], arrays.compiled_ahead
+    weights = arrays.gibibytes(arrays.n_weights(params), 4)
+
+    def noting(*args):
+        def run(*inputs, **options):
+            compiled.append(compiled_ahead(*args).lower(*inputs, **options).as_text())
+            return compiled_ahead(*args)(*inputs, **options)
+
+        return run
+
+    monkeypatch.setattr(arrays, "free_memory", lambda x: there * weights)
+    monkeypatch.setattr(arrays, "compiled_ahead", noting)
     assert gpt2.generate([1, 2, 3], jax_params, N_HEAD, 9) == gpt2.generate([1, 2, 3], params, N_HEAD, 9)
     assert gpt2.generate([[1], [2]], jax_params, N_HEAD, 9) == gpt2.generate([[1], [2]], params, N_HEAD, 9)
-    assert copied == [there > 1, False]
+    assert ["optimization_barrier" in text for text in compiled] == [copies, False]
+
+
+def test_a_device_that_has_too_little_memory_says_so_beforehand(jax_params, device, monkeypatch):
+    monkeypatch.setattr(arrays, "memory", lambda x: 0.001)
+    with pytest.raises(MemoryError, match=r"and there are 0\.0: take fewer"):
+        gpt2.generate([1, 2, 3], jax_params, N_HEAD, 9)
 
 
 def test_a_device_writes_over_its_cache(jax_params, device, monkeypatch):
