@@ -5,6 +5,7 @@ parallelism (https://arxiv.org/abs/1909.08053), groups of devices hold a part ea
 JAX's compiler sees how its weights and rows are divided, and adds what the devices must tell each other.
 """
 
+import contextlib
 import importlib
 import logging
 import os
@@ -110,18 +111,17 @@ def on_jax(params, dtype, tensor_parallel):
 
 
 def keep_compiled(jax):
-    """Has JAX keep what it compiles in the user's cache folder, for the next start."""
+    """Has JAX keep what it compiles in the user's cache folder, if that can be written to, for the next start."""
     folder = os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "gpt2-jax"
     )
     if jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR names another
         return
-    try:
+    with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)
-    except OSError:  # nothing is kept
-        return
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def sharding(params, *axes):

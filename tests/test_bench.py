@@ -141,6 +141,12 @@ def test_gpu_prints_the_table_that_it_writes_and_draws_it(gpu):
     assert (out / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_gpu_does_not_hold_a_gpu_against_a_processor(tmp_path):
+    code = TINY.replace("cli.run", "import torch; torch.cuda.is_available = lambda: True; cli.run")
+    result = command(f"--out={tmp_path}", code=code, cwd=REPO, env={"JAX_PLATFORMS": "cpu"})
+    assert_one_line_error(result, "PyTorch sees a GPU, and JAX does not: install both for it, or hide it")
+
+
 def test_gpu_has_all_who_compute_in_float32_give_the_same_ids(gpu):
     ids = re.findall(
         r"^\S+: (.*), (gpt2.py.*float32|.*NumPy|trans.*float32): .* the same ids as the first in (\S+) of rows",

@@ -50,6 +50,13 @@ def test_what_was_compiled_is_kept_for_the_next_start(run, tmp_path, caches):
     assert kept[0] == kept[1] != set()
 
 
+def test_a_cache_folder_that_cannot_be_made_is_done_without(run, continuation, caches, tmp_path):
+    (tmp_path / "file").touch()
+    result = run("Hello", "--backend=jax", env=caches | {"XDG_CACHE_HOME": str(tmp_path / "file")})
+    assert result.stdout == continuation("Hello") + "\n"
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_float32_is_not_rounded_in_products_as_gpus_would(params):
     wte = devices.place(params, "jax")["wte"]
     assert "precision = [HIGHEST, HIGHEST]" in jax.jit(lambda x: x @ x.T).lower(wte).as_text()
