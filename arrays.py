@@ -278,7 +278,7 @@ def cached_under_jax(model, params, n_head, n_rows, n_slots):
     n_slots = min(-(-n_slots // 128) * 128, len(params["wpe"]))
     check_memory(params, n_rows, n_slots)
     weights = gibibytes(n_weights(params), params["wte"].dtype.itemsize)
-    turn = n_rows == 1 and free_memory(params["wte"]) > 2 * weights
+    turn = n_rows == 1 and free_memory(params["wte"]) > 2 * weights  # room for a copy, and for what is computed
     lie = cache_sharding(params, n_head, n_rows)
     n_more = -n_rows % lie.mesh.shape["rows"] if lie and "rows" in lie.spec else 0
     kv_cache = empty_cache(params, n_head, n_rows + n_more if n_rows > 1 else None, n_slots, lie)
