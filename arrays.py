@@ -161,11 +161,9 @@ def memory(x):
 
     Infinite where it is not known, and where several devices share the rows.
     """
-    if is_jax(x) and not on_processor(x):
-        sizes = [stats.get("bytes_limit", -1) for stats in memory_stats(x)]
-        return sizes[0] / 2**30 if len(sizes) == 1 and sizes[0] > 0 else math.inf
     if not on_processor(x):
-        return x.device.mem_info[1] / 2**30
+        sizes = [stats.get("bytes_limit", -1) for stats in memory_stats(x)] if is_jax(x) else [x.device.mem_info[1]]
+        return sizes[0] / 2**30 if len(sizes) == 1 and sizes[0] > 0 else math.inf
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as f:
             limit = float(f.read().replace("max", "inf"))

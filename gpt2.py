@@ -78,7 +78,7 @@ def attention(q, k, v, mask):  # [n_q, d_k], [n_k, d_k], [n_k, d_v], [n_q, n_k] 
 def causal_attention(q, k, v, slots):  # [n_head, n_q, d], 2 of [n_head, n_k, d], [n_q] -> [n_head, n_q, d]
     """Attention by the one rule: a key in slot j is hidden from a query in slot s if and only if j > s."""
     xp, n_q, n_k, out = namespace(q), q.shape[-2], k.shape[-2], []
-    n_block = query_block(q)
+    n_block = query_block(q)  # queries at a time: of few, the scores fit the processor's cache
     for start in range(0, n_q, n_block):
         stop = min(start + n_block, n_q)
         end = n_k - (n_q - stop)  # no query of the block has a slot from here on: those keys are left out

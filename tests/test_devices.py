@@ -64,8 +64,8 @@ def test_float32_is_not_rounded_in_products_as_gpus_would(params):
 
 def on_devices(*stats):
     """What stands for JAX's array on devices with these memory_stats()."""
-    devices = [types.SimpleNamespace(platform="gpu", memory_stats=lambda each=each: each) for each in stats]
-    return types.SimpleNamespace(at=None, devices=lambda: devices)
+    gpus = [types.SimpleNamespace(platform="gpu", memory_stats=lambda each=each: each) for each in stats]
+    return types.SimpleNamespace(at=None, devices=lambda: gpus)
 
 
 GIB = {"bytes_limit": 2**30}

@@ -254,22 +254,28 @@ def test_a_device_draws_as_numpy_does_where_rows_slide_between_its_steps(options
     assert gpt2.generate(prompts, jax_params, N_HEAD, 90, **options) == expected
 
 
-def caches_of_calls(monkeypatch):
-    """[], which fills with the cache that each call of several steps is given."""
-    caches, compiled_ahead = [], arrays.compiled_ahead
+def calls_ahead(monkeypatch):
+    """[], which fills with (function, arguments, options) of each call of several steps."""
+    calls, compiled_ahead = [], arrays.compiled_ahead
 
     def noting(*args):
         run = compiled_ahead(*args)
-        return lambda *inputs, **options: caches.append(inputs[3]) or run(*inputs, **options)
+        return lambda *inputs, **options: calls.append((run, inputs, options)) or run(*inputs, **options)
 
     monkeypatch.setattr(arrays, "compiled_ahead", noting)
-    return caches
+    return calls
+
+
+def caches_of_calls(monkeypatch):
+    """The caches that they were given, when asked."""
+    calls = calls_ahead(monkeypatch)
+    return lambda: [inputs[3] for _, inputs, _ in calls]
 
 
 def test_a_device_is_called_once_for_many_tokens(jax_params, device, monkeypatch):
     caches = caches_of_calls(monkeypatch)
     assert len(gpt2.generate([1, 2, 3], jax_params, N_HEAD, 2 * arrays.STEPS_AHEAD)) == 2 * arrays.STEPS_AHEAD
-    assert len(caches) == 2
+    assert len(caches()) == 2
 
 
 def test_a_device_takes_no_step_that_nobody_wants(jax_params, device, monkeypatch):
@@ -289,20 +295,11 @@ def test_a_device_takes_no_step_that_nobody_wants(jax_params, device, monkeypatc
 def test_a_device_turns_weights_for_one_text_where_it_has_memory_for_them(
     there, copies, params, jax_params, device, monkeypatch
 ):
-    compiled, compiled_ahead = [], arrays.compiled_ahead
-    weights = arrays.gibibytes(arrays.n_weights(params), 4)
-
-    def noting(*args):
-        def run(*inputs, **options):
-            compiled.append(compiled_ahead(*args).lower(*inputs, **options).as_text())
-            return compiled_ahead(*args)(*inputs, **options)
-
-        return run
-
+    calls, weights = calls_ahead(monkeypatch), arrays.gibibytes(arrays.n_weights(params), 4)
     monkeypatch.setattr(arrays, "free_memory", lambda x: there * weights)
-    monkeypatch.setattr(arrays, "compiled_ahead", noting)
     assert gpt2.generate([1, 2, 3], jax_params, N_HEAD, 9) == gpt2.generate([1, 2, 3], params, N_HEAD, 9)
     assert gpt2.generate([[1], [2]], jax_params, N_HEAD, 9) == gpt2.generate([[1], [2]], params, N_HEAD, 9)
+    compiled = [run.lower(*inputs, **options).as_text() for run, inputs, options in calls]
     assert ["optimization_barrier" in text for text in compiled] == [copies, False]
 
 
@@ -315,14 +312,14 @@ def test_a_device_that_has_too_little_memory_says_so_beforehand(jax_params, devi
 def test_a_device_writes_over_its_cache(jax_params, device, monkeypatch):
     caches = caches_of_calls(monkeypatch)
     gpt2.generate([1, 2, 3], jax_params, N_HEAD, 2 * arrays.STEPS_AHEAD)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(caches))  # given away to those that came after it
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(caches()))  # given away to those that came after it
 
 
 def test_the_cache_of_one_text_has_no_axis_of_rows_under_jax(jax_params, device, monkeypatch):
     caches = caches_of_calls(monkeypatch)
     gpt2.generate([[1, 2, 3]], jax_params, N_HEAD, 1)
     gpt2.generate([[1, 2, 3], [4]], jax_params, N_HEAD, 1)
-    assert [cache[0]["k"].ndim for cache in caches] == [3, 4]
+    assert [cache[0]["k"].ndim for cache in caches()] == [3, 4]
 
 
 def test_a_device_compiles_its_steps_once_for_texts_of_any_length(jax_params, device, monkeypatch):
