@@ -14,8 +14,18 @@ import sys
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
 
-import lookup
-from arrays import as_batch, cached, check_bounds, check_room, in_float32, namespace, on_processor, query_block, write
+from backends import lookup
+from backends.arrays import (
+    as_batch,
+    cached,
+    check_bounds,
+    check_room,
+    in_float32,
+    namespace,
+    on_processor,
+    query_block,
+    write,
+)
 from sampling import check_options, sampler
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
@@ -278,7 +288,7 @@ def main(
         n_threads: with numpy, how many of the processor's cores to use, instead of those that are free
     """
     import cli
-    import devices
+    from backends import devices
     from utils import ModelError, load_encoder_hparams_and_params
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}

@@ -2,7 +2,7 @@
 
 import numbers
 
-from arrays import is_jax, namespace, on_processor, steps_ahead
+from backends.arrays import is_jax, namespace, on_processor, steps_ahead
 
 
 def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab] -> [...]

@@ -8,7 +8,8 @@ fetches and verifies a model for later, or for another machine.
 import os
 import re
 
-from checkpoint import (
+from encoder import SHA256, get_encoder
+from files.checkpoint import (
     DATA,
     ENCODER,
     HPARAMS,
@@ -24,7 +25,6 @@ from checkpoint import (
     read_sums,
     sums_of,
 )
-from encoder import SHA256, get_encoder
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
 FILES = ("checkpoint", HPARAMS, ENCODER, VOCAB, INDEX, "model.ckpt.meta", DATA)  # as OpenAI publishes them
@@ -107,7 +107,7 @@ def fetch_model(model_size, model_dir):
 
     GPT2_BASE_URL in the environment names another server with files at GPT2_BASE_URL/<size>/<file>.
     """
-    from download import DownloadError, fetch  # only here: most starts need no network
+    from files.download import DownloadError, fetch  # only here: most starts need no network
 
     n_bytes = {**TOKENIZER_BYTES, **BYTES.get(model_size, {}), DATA: 4 * n_params(MODEL_SIZES[model_size])}
     sources = [os.environ["GPT2_BASE_URL"]] if os.environ.get("GPT2_BASE_URL") else SOURCES

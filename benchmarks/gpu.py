@@ -26,11 +26,11 @@ from bench import SHAPES, greedy, processor
 from convert import flat, transformers_name
 
 import cli
-import devices
-from arrays import STEPS_AHEAD
-from checkpoint import random_params
+from backends import devices
+from backends.arrays import STEPS_AHEAD
+from backends.threads import n_weights
+from files.checkpoint import random_params
 from sampling import is_whole
-from threads import n_weights
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DTYPES = {"float32": 4, "bfloat16": 2}  # and their bytes

@@ -25,9 +25,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import finetune
 import training
 
-from arrays import is_jax, round_up
-from checkpoint import save_checkpoint
+from backends.arrays import is_jax, round_up
 from cli import fail, line_text, mistakes, open_lines, run
+from files.checkpoint import save_checkpoint
 from gpt2 import linear, softmax
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 

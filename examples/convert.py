@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
-from checkpoint import (
+from files.checkpoint import (
     DATA,
     ENCODER,
     HPARAMS,

@@ -24,10 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
-import devices
-from arrays import is_jax, is_numpy, namespace, round_up
+from backends import devices
+from backends.arrays import is_jax, is_numpy, namespace, round_up
+from backends.threads import at_first, blas, blas_threads, n_cores
 from gpt2 import MODELS_DIR, gpt2
-from threads import at_first, blas, blas_threads, n_cores
 
 # the model's part
 

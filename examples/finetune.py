@@ -25,8 +25,8 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import training
 
-from checkpoint import ENCODER, VOCAB, save_checkpoint
 from cli import fail, mistakes, note, one_line, run
+from files.checkpoint import ENCODER, VOCAB, save_checkpoint
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
 LAYERS = {"c_attn": ("attn/c_attn",), "c_proj": ("attn/c_proj", "mlp/c_proj"), "c_fc": ("mlp/c_fc",)}

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
-import devices
-from arrays import check_room
+from backends import devices
+from backends.arrays import check_room
 from gpt2 import MODELS_DIR, generate
 from sampling import check_options, is_number, is_whole
 from utils import ModelError, load_encoder_hparams_and_params

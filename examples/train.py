@@ -23,9 +23,9 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import training
 
-from checkpoint import random_params, save_checkpoint
 from cli import fail, note, run
 from encoder import bytes_to_unicode, get_encoder
+from files.checkpoint import random_params, save_checkpoint
 from utils import MODELS_DIR
 
 

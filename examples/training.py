@@ -28,10 +28,10 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from evaluate import scores, text_nats
 
-from arrays import in_float32
-from checkpoint import ENCODER, VOCAB
+from backends.arrays import in_float32
+from backends.devices import keep_compiled
 from cli import asks_for_help, fail, mistakes
-from devices import keep_compiled
+from files.checkpoint import ENCODER, VOCAB
 from gpt2 import generate, layer_norm, matmul, transformer_block
 from utils import MODEL_SIZES, NEW_NAME
 

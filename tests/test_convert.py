@@ -16,9 +16,9 @@ import torch
 import transformers
 from conftest import GENUINE, HPARAMS, REPO, assert_one_line_error, command, running, wait_until
 
-from checkpoint import DATA, ENCODER, VOCAB
-from checkpoint import HPARAMS as HPARAMS_FILE
 from encoder import get_encoder
+from files.checkpoint import DATA, ENCODER, VOCAB
+from files.checkpoint import HPARAMS as HPARAMS_FILE
 from gpt2 import gpt2
 from utils import load_encoder_hparams_and_params
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from conftest import HPARAMS, REPO, N, assert_one_line_error, command, leaves
 
-import arrays
-import devices
 import gpt2
+from backends import arrays, devices
 
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
@@ -149,7 +148,8 @@ def test_a_backend_that_is_not_installed_is_an_error_before_anything_is_loaded(m
 CODE = """
 import json, sys
 import jax, numpy as np
-import arrays, devices, gpt2
+import gpt2
+from backends import arrays, devices
 sys.path.insert(0, "tests")
 from conftest import HPARAMS, prompts_of_lengths, taken_for_gpus, wild_params
 

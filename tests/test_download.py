@@ -17,7 +17,7 @@ import pytest
 from conftest import command, wait_until
 from flaky_server import PROBE, serving
 
-import download
+from files import download
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 N_BYTES = 137_344  # of the large file
@@ -33,7 +33,7 @@ SUMS = {name: hashlib.sha256(FILES[name]).hexdigest() for name in ("second", "la
 SCRIPT = f"""
 import hashlib, json, sys
 sys.path.insert(0, {ROOT!r})
-import download
+from files import download
 
 def check(name, path):
     with open(path, "rb") as f:
@@ -766,6 +766,6 @@ def test_nothing_is_shown_where_nothing_is_missing(server, folder, capsys):
 
 
 def test_as_a_command_it_says_where_to_go():
-    result = command("124M", script="download.py")
+    result = command("124M", script="files/download.py")
     assert result.returncode != 0
     assert re.fullmatch("download.py: .*python utils.py 124M\n", result.stderr)

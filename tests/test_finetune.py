@@ -14,8 +14,8 @@ sys.path.insert(0, str(REPO / "examples"))
 import finetune
 import training
 
-from checkpoint import save_checkpoint
 from encoder import get_encoder
+from files.checkpoint import save_checkpoint
 from gpt2 import gpt2
 from utils import load_encoder_hparams_and_params
 

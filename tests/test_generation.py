@@ -8,10 +8,10 @@ from conftest import HPARAMS, optional, prompts_of_lengths, taken_for_gpus, wild
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import arrays
-import checkpoint
 import gpt2
 import sampling
+from backends import arrays
+from files import checkpoint
 
 jax, jnp, torch = optional("jax"), optional("jax.numpy"), optional("torch")
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import arrays
 import gpt2
+from backends import arrays
 
 jax, jnp, torch = optional("jax"), optional("jax.numpy"), optional("torch")
 

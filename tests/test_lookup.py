@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from conftest import HPARAMS, prompts_of_lengths, wild_params
 
-import arrays
-import checkpoint
 import gpt2
-import lookup
+from backends import arrays, lookup
+from files import checkpoint
 
 N_HEAD, N_VOCAB, N_CTX = HPARAMS["n_head"], HPARAMS["n_vocab"], HPARAMS["n_ctx"]
 

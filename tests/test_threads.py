@@ -19,9 +19,8 @@ from conftest import (
     wild_params,
 )
 
-import arrays
 import gpt2
-import threads
+from backends import arrays, threads
 
 N_HEAD = HPARAMS["n_head"]
 LONG = HPARAMS | {"n_ctx": 400}
@@ -263,7 +262,8 @@ def test_blas_has_one_thread_while_they_read_and_then_as_many_as_before():
 
 
 LONG_PROMPT = """
-import os, sys, arrays, threads, utils, gpt2
+import os, sys, utils, gpt2
+from backends import arrays
 arrays.thread_counts = lambda params: [2]
 _, hparams, params = utils.load_encoder_hparams_and_params("long", sys.argv[1])
 def model(*args, **kwargs):

@@ -26,11 +26,10 @@ PICTURES = {"attention": "attention.png", "logit-lens": "logit-lens.png"}  # id 
 
 def execute(notebook, folder):
     """Runs every cell in a new kernel that has nothing but what a clone has. Raises at the first error."""
-    for path in REPO.glob("*.py"):
-        shutil.copy(path, folder)
-    (folder / "examples").mkdir()
-    for path in REPO.glob("examples/*.py"):
-        shutil.copy(path, folder / "examples")
+    for room in ("", "backends", "files", "examples"):
+        (folder / room).mkdir(exist_ok=True)
+        for path in (REPO / room).glob("*.py"):
+            shutil.copy(path, folder / room)
     shutil.copytree(REPO / "models/shakespeare", folder / "models/shakespeare", copy_function=shutil.copy)
     (folder / "models/124M").mkdir()
     for name in ("encoder.json", "vocab.bpe"):
@@ -126,7 +125,9 @@ def test_no_committed_output_holds_an_error_or_a_path_of_the_machine_it_ran_on(c
 
 
 def test_each_of_eight_sections_names_what_it_shows_of_the_code(committed):
-    source = "".join((REPO / f"{name}.py").read_text("utf-8") for name in ("gpt2", "arrays", "sampling", "encoder"))
+    source = "".join(
+        (REPO / f"{name}.py").read_text("utf-8") for name in ("gpt2", "backends/arrays", "sampling", "encoder")
+    )
     sections = [cell.source for cell in committed.cells if cell.source.startswith("## ")]
     assert [section[:5] for section in sections] == [f"## {i}." for i in range(1, 9)]
     for section in sections:

@@ -24,8 +24,8 @@ sys.path.insert(0, str(REPO / "examples"))
 import train
 import training
 
-from checkpoint import random_params
 from encoder import get_encoder
+from files.checkpoint import random_params
 from gpt2 import generate, gpt2
 from utils import load_encoder_hparams_and_params
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import assert_one_line_error, command
 
-import checkpoint
 import utils
 from encoder import bytes_to_unicode, get_encoder
+from files import checkpoint
 
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("é", "in")]
 TOKENS = [*bytes_to_unicode().values(), *map("".join, MERGES), "<|endoftext|>"]

@@ -12,9 +12,9 @@ import pytest
 from conftest import GENUINE, HPARAMS, REPO, assert_one_line_error, command, leaves, wild_params, write_model
 from flaky_server import serving
 
-import checkpoint
 import utils
-from checkpoint import DATA, INDEX
+from files import checkpoint
+from files.checkpoint import DATA, INDEX
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_a_verified_checkpoint_is_loaded_without_tensorflow_or_requests(models_d
     code = """if True:
         import sys, utils
         utils.load_encoder_hparams_and_params("tiny", sys.argv[1])
-        print({"tensorflow", "requests", "download", "tqdm"} & {*sys.modules})"""
+        print({"tensorflow", "requests", "files.download", "tqdm"} & {*sys.modules})"""
     assert command(models_dir, code=code, cwd=REPO).stdout == "set()\n"
 
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from checkpoint import DATA, ENCODER, HPARAMS, INDEX, VOCAB
+from files.checkpoint import DATA, ENCODER, HPARAMS, INDEX, VOCAB
 from gpt2 import generate, gpt2
 from utils import MODELS_DIR, load_encoder_hparams_and_params
 

@@ -19,8 +19,8 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from checkpoint import CheckpointError, import_tensorflow
 from cli import fail, line_text, mistakes, open_lines, run
+from files.checkpoint import CheckpointError, import_tensorflow
 from gpt2 import check_room, generate, gpt2
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 

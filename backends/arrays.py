@@ -13,8 +13,8 @@ import operator
 import os
 import sys
 
-from devices import cache_sharding, spread
-from threads import PART, Watched, each, in_parts, n_weights, paced, thread_counts
+from backends.devices import cache_sharding, spread
+from backends.threads import PART, Watched, each, in_parts, n_weights, paced, thread_counts
 
 QUERY_BLOCK = 64  # queries that attend together: their scores fit the processor's cache
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
