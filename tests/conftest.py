@@ -51,7 +51,9 @@ class Absent:
     def __init__(self, name):
         self.name = name
 
-    def __getattr__(self, _):
+    def __getattr__(self, attribute):
+        if attribute.startswith("_"):  # asked by pytest of all that a file has, while it looks for tests
+            raise AttributeError(attribute)
         pytest.skip(f"{self.name} is not installed")
 
 

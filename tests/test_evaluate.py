@@ -147,7 +147,8 @@ def test_jax_scores_rows_of_all_lengths_as_numpy_does(params, jax_params):
 def test_batches_side_by_side_give_the_same_in_the_same_order(params):
     rows = random_rows(*range(2, 66), *range(2, 66))
     one, four = ([nats for nats, _ in evaluate.scores(params, rows, N_HEAD, n)] for n in (1, 4))
-    np.testing.assert_array_equal(np.concatenate(one), np.concatenate(four))
+    assert [len(nats) for nats in one] == [len(nats) for nats in four] == [n_scored for _, n_scored in rows]
+    np.testing.assert_allclose(np.concatenate(one), np.concatenate(four), rtol=1e-3, atol=1e-4)  # rows in their order
 
 
 def test_a_batch_holds_no_more_tokens_than_told_unless_one_row_does():
