@@ -7,6 +7,7 @@ import ast
 import codecs
 import contextlib
 import errno
+import functools
 import inspect
 import itertools
 import json
@@ -14,6 +15,9 @@ import os
 import re
 import signal
 import sys
+import threading
+
+from backends.checks import check_room
 
 ANSWERED = ("text", "n_tokens", "finish_reason", "samples", "error")  # what an answer to a line of prompts adds
 BASIC = ("numpy", "regex", "requests", "tqdm", "fire", "tensorflow")  # the packages in requirements.txt
@@ -50,6 +54,30 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(said))
 
 
+# signals
+
+
+@contextlib.contextmanager
+def on_ctrl_c(handler):
+    """Has handler answer Ctrl-C for a while. Not where it is ignored, nor in threads, which Python lets catch none."""
+    before = signal.getsignal(signal.SIGINT)
+    mine = threading.current_thread() is threading.main_thread() and before not in (signal.SIG_IGN, None)
+    if mine:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, before)
+
+
+def end(said, *_):
+    """Ends the program at once, wherever it is, without a traceback; said: what the terminal shows."""
+    if said and sys.stderr:
+        os.write(sys.stderr.fileno(), f"\n{said}\n".encode())
+    os._exit(130)
+
+
 # flags
 
 
@@ -58,16 +86,11 @@ def run(function, stopped=""):
 
     stopped: what Ctrl-C says before it ends the program.
     """
-
-    def stop(*_):  # at once, wherever we are, without a traceback
-        os.write(sys.stderr.fileno() if sys.stderr else 2, f"\n{stopped}\n".encode() if stopped else b"")
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, stop)
     if sys.version_info < (3, 10):  # noqa: UP036  (which knows what pyproject.toml asks for, not what runs)
         fail(f"needs Python 3.10 or newer, and this is {sys.version.split()[0]}")
     try:
-        run_with_fire(function)
+        with on_ctrl_c(functools.partial(end, stopped)):
+            run_with_fire(function)
     except ModuleNotFoundError as error:
         file = "requirements.txt" if error.name in BASIC else "requirements-dev.txt"
         fail(f"{error.name} is not installed here: activate its environment, or pip install -r {file}")
@@ -86,7 +109,8 @@ def run_with_fire(function):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     try:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
+        if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
         name, command = os.path.basename(sys.argv[0]), arguments(sys.argv[1:], function)
         if command is None:
             print(fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, name)))
@@ -232,22 +256,6 @@ def stop_texts(stop):
     return texts
 
 
-def stop_rule(stop, encoder):
-    """stop(ids) for generate_ids, which tells after each id whether a stop text has appeared."""
-    if not stop:
-        return lambda ids: False
-    n_ids = max(len(text.encode()) for text in stop) + 3  # what holds it, and the rest of a character
-
-    def rule(ids):
-        data = encoder.decode_bytes(ids[-n_ids:])
-        if len(ids) > n_ids:
-            data = data.lstrip(CONTINUATION)  # of a character that began before
-        text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)  # without a character that is not whole
-        return any(stop_text in text for stop_text in stop)
-
-    return rule
-
-
 # text
 
 
@@ -287,74 +295,132 @@ def show_samples(texts):
         print(text if len(texts) == 1 else f"{'=' * 40} SAMPLE {i} {'=' * 40}\n{text}")
 
 
-@contextlib.contextmanager
-def stopping_on_ctrl_c(stop):
-    """Yields stop(ids) which Ctrl-C makes true as well, so that what there is can be shown; then ends with status 130.
+class Writer:
+    """Text in, text out: encodes prompts and continues them, up to a stop text.
 
-    Before the first id, or pressed again, Ctrl-C still ends the program at once.
+    generate, generate_ids: those of gpt2.py. stop: texts to end before. options: what generate takes, with params.
     """
-    presses = []
 
-    def press(*_):
-        if presses:
-            os._exit(130)
-        presses.append(True)
+    def __init__(self, encoder, generate, generate_ids, stop=(), **options):
+        self.encoder, self.generate, self.generate_ids, self.stop = encoder, generate, generate_ids, stop
+        self.options = {**options, "stop": self.ends}
+        self.n_tail = max((len(text.encode()) for text in stop), default=0) + 3  # ids: 3 for the rest of a character
+        self.has_begun, self.interrupted = False, False  # interrupted: by Ctrl-C, so that a text ends where it is
 
-    def rule(ids):
-        if signal.getsignal(signal.SIGINT) is not press:
-            signal.signal(signal.SIGINT, press)
-        return bool(presses) or stop(ids)
+    def encode(self, prompt):
+        """The ids of a prompt. Raises ValueError if it is no text, or the context has no room for what is to follow."""
+        ids = self.encoder.encode(prompt) or [self.encoder.encoder["<|endoftext|>"]]
+        n_ctx, n_tokens = len(self.options["params"]["wpe"]), self.options["n_tokens_to_generate"]
+        check_room(len(ids), n_tokens, n_ctx, self.options["sliding_window"])
+        return ids
 
-    yield rule
-    if presses:
+    def ends(self, ids):
+        """Whether a text is to end behind ids: a stop text has appeared, or Ctrl-C was pressed. Asked after each id."""
+        self.has_begun = True
+        return self.interrupted or self.has_stop(ids)
+
+    def has_stop(self, ids):
+        if not self.stop:
+            return False
+        data = self.encoder.decode_bytes(ids[-self.n_tail :])
+        if len(ids) > self.n_tail:
+            data = data.lstrip(CONTINUATION)  # of a character that began before
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)  # without a character that is not whole
+        return any(stop_text in text for stop_text in self.stop)
+
+    def decode(self, ids):
+        return "".join(text_pieces(ids, self.encoder, self.stop))
+
+    def pieces(self, ids):
+        """Yields what continues a prompt, as it is made."""
+        return text_pieces(self.generate_ids(ids, **self.options), self.encoder, self.stop)
+
+    def answers(self, prompts, seeds):
+        """What an answer says of the continuation of each of several prompts, ids, which are made in one batch."""
+        outputs = self.generate(prompts, bar=False, **{**self.options, "seed": seeds})
+        return [self.answer(ids) for ids in outputs]
+
+    def answer(self, ids):
+        reason = "stop" if self.has_stop(ids) else "length"
+        return {"text": self.decode(ids), "n_tokens": len(ids), "finish_reason": reason}
+
+
+@contextlib.contextmanager
+def ctrl_c_stops(writer):
+    """Has Ctrl-C end what writer makes, so that what there is can be shown; then this ends with status 130.
+
+    Before the first id, or pressed again, Ctrl-C ends the program at once.
+    """
+    with on_ctrl_c(functools.partial(interrupt, writer)):
+        yield
+    if writer.interrupted:
         sys.exit(130)
 
 
-def converse(answer):
-    """Shows the pieces of text that answer(prompt) gives to prompt after prompt, until Ctrl-D; Ctrl-C stops a text.
+def interrupt(writer, *_):
+    if writer.interrupted or not writer.has_begun:
+        os._exit(130)
+    writer.interrupted = True
 
-    Nothing carries over from one prompt to the next.
-    """
+
+def converse(writer):
+    """Continues prompt after prompt, until Ctrl-D; Ctrl-C stops a text. Nothing carries over from one to the next."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input its line editing)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdin.reconfigure(errors="surrogateescape")  # what is no text, answer says
+    lines = None if sys.stdin.isatty() else open_lines("-")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
         print("Each prompt is continued on its own. Ctrl-C stops a text, Ctrl-D leaves.", file=sys.stderr)
-    while True:
-        try:
-            prompt = input("Model prompt >>> " if on_terminal else "")
-            if prompt:
-                with mistakes(ValueError):
-                    pieces = answer(prompt)
-                show(pieces)
-        except KeyboardInterrupt:
-            print()
-        except SystemExit as mistake:  # in this prompt: the next may be better
-            print(mistake, file=sys.stderr)
-        except EOFError:
-            return print() if sys.stdin.isatty() else None
+    with on_ctrl_c(signal.default_int_handler):
+        while True:
+            try:
+                prompt = ask(lines, "Model prompt >>> " if on_terminal else "")
+                if prompt is None:
+                    return
+                continue_one(writer, prompt)
+            except KeyboardInterrupt:
+                print()
 
 
-def answer_file(lines, path, out, encode, answer, batch_size, n_samples):
+def ask(lines, sign):
+    """The next prompt, from lines of bytes or, where they are None, as it is typed behind a sign; None at the end."""
+    if lines is not None:
+        line = lines.readline()
+        return line_text(line, "surrogateescape") if line else None
+    try:
+        return input(sign)
+    except EOFError:
+        print()
+        return None
+
+
+def continue_one(writer, prompt):
+    """Shows what continues a prompt, or one line that says what is wrong with it: the next may be better."""
+    try:
+        ids = writer.encode(prompt) if prompt else []
+    except ValueError as error:
+        return note(one_line(error))
+    if ids:
+        show(writer.pieces(ids))
+
+
+def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
     """Prints a JSON object for each of lines, which are bytes, in their order; at the end, fails if any has an "error".
 
     path: whose lines they are; those of a .jsonl are objects with a "prompt". out: the path of a file to append to
-    instead; the lines that it answers already are passed over. encode: text -> ids, or a ValueError. answer: a batch of
-    ids -> n_samples of (text, number of tokens, whether stopped) for each.
+    instead; the lines that it answers already are passed over. Each prompt is continued as it would be alone.
     """
     from tqdm import tqdm
 
     objects = (prompt_object(line, path.lower().endswith(".jsonl")) for line in lines)
     file, done = open_out(out, path, objects) if out else (sys.stdout, [])
     n_done, n_errors, n_at_once = len(done), sum(done), max(1, batch_size // n_samples)
+    seeds = [seed if seed is None else seed + i for i in range(n_samples)]
     with tqdm(desc="prompts", disable=None, initial=n_done) as bar:
         while window := list(itertools.islice(objects, 4 * n_at_once)):
-            for batch in batches_by_length(window, encode, n_at_once):
-                texts = iter(answer([ids for _, ids in batch]))
-                for i, _ in batch:
-                    window[i] |= answer_fields([*itertools.islice(texts, n_samples)])
+            for batch in batches_by_length(window, writer.encode, n_at_once):
+                rows = [ids for _, ids in batch for _ in range(n_samples)]
+                add_answers(window, batch, writer.answers(rows, seeds * len(batch)))
                 bar.update(len(batch))
             for line in window:
                 tqdm.write(json.dumps(line, ensure_ascii=False), file=file)  # clear of the bar
@@ -390,12 +456,12 @@ def batches_by_length(objects, encode, n_at_once):
         yield waiting[start : start + n_at_once]
 
 
-def answer_fields(samples):
-    """[(text, number of tokens, whether stopped)] -> what an answer says of one, or of several "samples"."""
-    fields = [
-        {"text": text, "n_tokens": n, "finish_reason": "stop" if stopped else "length"} for text, n, stopped in samples
-    ]
-    return fields[0] if len(fields) == 1 else {"samples": fields}
+def add_answers(objects, batch, answers):
+    """Adds to those of objects that a batch has, [(place in objects, ids)], its answers, as many for each: samples."""
+    n_samples = len(answers) // len(batch)
+    for k, (i, _) in enumerate(batch):
+        samples = answers[k * n_samples : (k + 1) * n_samples]
+        objects[i] |= samples[0] if n_samples == 1 else {"samples": samples}
 
 
 def open_out(out, path, objects):

@@ -5,28 +5,14 @@ Each array brings its own library, so the same lines run on NumPy, on CuPy and o
 is why none is imported here. Read xp as np.
 """
 
-import itertools
 import math
 import os
-import signal
 import sys
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
-
-from backends import lookup
-from backends.arrays import (
-    as_batch,
-    cached,
-    check_bounds,
-    check_room,
-    in_float32,
-    namespace,
-    on_processor,
-    query_block,
-    write,
-)
-from sampling import check_options, sampler
+from backends import with_cache
+from backends.arrays import matmul, namespace, query_block
+from backends.checks import as_batch, check_bounds, check_room
+from sampling import Sampler, check_options
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
 
@@ -50,7 +36,7 @@ def layer_norm(x, g, b, eps: float = 1e-5):
     """Normalizes the last axis to mean 0 and variance 1, then scales by g and shifts by b (https://arxiv.org/abs/1607.06450)."""
     xp, n = namespace(x), x.shape[-1]
     x = x - x.sum(axis=-1, keepdims=True) / n  # the mean; NumPy's own takes twice the time for a token
-    variance = (x[..., None, :] @ x[..., None])[..., 0] / n  # x · x / n: the mean of x * x, but faster
+    variance = (x[..., None, :] @ x[..., None])[..., 0] / n  # [1, n] @ [n, 1]: the mean of x * x, but faster
     x /= xp.sqrt(variance + eps)
     x *= g
     x += b
@@ -62,11 +48,6 @@ def linear(x, w, b):  # [m, in], [in, out], [out] -> [m, out]
     x = matmul(x, w)
     x += b
     return x
-
-
-def matmul(x, w, product=lambda x, w: x @ w):  # [m, in], [in, out] -> [m, out]
-    # one product for all rows of a batch: x @ w would read w again for every sequence in it
-    return product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def ffn(x, c_fc, c_proj):  # [n_seq, n_embd] -> [n_seq, n_embd]
@@ -82,28 +63,35 @@ def attention(q, k, v, mask):  # [n_q, d_k], [n_k, d_k], [n_k, d_v], [n_q, n_k] 
     """Scaled dot-product attention (https://arxiv.org/abs/1706.03762, equation 1); mask is added to the scores."""
     scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # transposed; q is scaled, since it is smaller than the scores
     scores += mask
-    return softmax(scores) @ v
+    weights = softmax(scores)  # [n_q, n_k]
+    return weights @ v
 
 
 def causal_attention(q, k, v, slots):  # [n_head, n_q, d], 2 of [n_head, n_k, d], [n_q] -> [n_head, n_q, d]
-    """Attention by the one rule: a key in slot j is hidden from a query in slot s if and only if j > s."""
+    """Attention by the one rule: a key in slot j is hidden from a query in slot s if and only if j > s.
+
+    Two new tokens behind two that the cache has, slots = [2, 3]:        key in slot    0  1  2  3
+                                                                         query in 2     .  .  .  hidden
+                                                                         query in 3     .  .  .  .
+    """
     xp, n_q, n_k, out = namespace(q), q.shape[-2], k.shape[-2], []
     n_block = query_block(q)  # queries at a time: of few, the scores fit the processor's cache
-    for start in range(0, n_q, n_block):
+    for start in range(0, max(n_q, 1), n_block):  # of no queries, too
         stop = min(start + n_block, n_q)
         end = n_k - (n_q - stop)  # no query of the block has a slot from here on: those keys are left out
-        hidden = xp.arange(end) > slots[..., None, start:stop, None]  # [1, stop-start, end]
+        block_slots = slots[..., None, start:stop, None]  # [1, stop-start, 1]: the same for all heads, beside all keys
+        hidden = xp.arange(end) > block_slots  # [1, stop-start, end]
         mask = xp.where(hidden, q.dtype.type(-math.inf), 0)  # [1, stop-start, end]
         out.append(attention(q[..., start:stop, :], k[..., :end, :], v[..., :end, :], mask))  # [n_head, stop-start, d]
     return xp.concat(out, axis=-2)
 
 
-def mha(x, c_attn, c_proj, n_head, kv_cache=None, slots=None, n_last=0):  # [n_seq, n_embd] -> [n_seq, n_embd]
+def mha(x, c_attn, c_proj, n_head, kv_cache=None, slots=None, n_skip=0):  # [n_seq, n_embd] -> [n_seq, n_embd]
     """Multi-head causal self-attention, all heads in one product.
 
-    kv_cache, slots: {"k": [n_head, n_slots, n_embd/n_head], "v": the same} with the keys and values of earlier tokens,
-    and where to write those of x: [n_seq], or [n_rows, n_seq] for a batch. Without, x is all there is.
-    n_last: the output of the last n_last positions alone, 0 for all.
+    kv_cache: a Cache with the keys and values of earlier tokens; without, x is all there is. See backends/cache.py.
+    slots: the position of each token of x, and its place in the cache: [n_seq], or [n_rows, n_seq] for a batch.
+    n_skip: leave out the output at so many of the first positions.
     """
     slots = namespace(x).arange(x.shape[-2]) if slots is None else slots
 
@@ -116,37 +104,34 @@ def mha(x, c_attn, c_proj, n_head, kv_cache=None, slots=None, n_last=0):  # [n_s
 
     # keys and values of earlier tokens come from the cache
     if kv_cache is not None:
-        k = kv_cache["k"] = write(kv_cache["k"], slots, k)  # [n_head, n_slots, n_embd/n_head]
-        v = kv_cache["v"] = write(kv_cache["v"], slots, v)  # [n_head, n_slots, n_embd/n_head]
+        k, v = kv_cache.update(k, v, slots)  # 2 of [n_head, n_slots, n_embd/n_head]
 
-    # perform causal attention over all heads; [-0:] is everything
-    x = causal_attention(q[..., -n_last:, :], k, v, slots[..., -n_last:])  # -> [n_head, n_seq, n_embd/n_head]
+    # perform causal attention over all heads
+    x = causal_attention(q[..., n_skip:, :], k, v, slots[..., n_skip:])  # -> [n_head, n_seq, n_embd/n_head]
 
     # merge heads
     x = x.swapaxes(-3, -2)  # [n_head, n_seq, n_embd/n_head] -> [n_seq, n_head, n_embd/n_head]
-    x = x.reshape(*x.shape[:-2], -1)  # [n_seq, n_head, n_embd/n_head] -> [n_seq, n_embd]
+    x = x.reshape(*x.shape[:-2], n_head * x.shape[-1])  # [n_seq, n_head, n_embd/n_head] -> [n_seq, n_embd]
 
     # out projection
     return linear(x, **c_proj)  # [n_seq, n_embd] -> [n_seq, n_embd]
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, n_last=0, **cache):  # [n_seq, n_embd] -> [n_seq, n_embd]
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, n_skip=0, **cache):  # [n_seq, n_embd] -> [n_seq, n_embd]
     """One pre-norm decoder block; each sublayer is added to its own input (a residual connection). Options: see mha."""
     # multi-head causal self attention
-    a = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, n_last=n_last, **cache)
-    x = x[..., -n_last:, :] + a  # [n_seq, n_embd] -> [n_seq, n_embd]
+    a = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, n_skip=n_skip, **cache)  # [n_seq, n_embd] -> [n_seq, n_embd]
+    x = x[..., n_skip:, :] + a
 
     # position-wise feed forward network
     return x + ffn(layer_norm(x, **ln_2), **mlp)  # [n_seq, n_embd] -> [n_seq, n_embd]
 
 
-def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_last=0):  # [n_seq] -> [n_seq, n_vocab]
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_last=None):  # [n_seq] -> [n_seq, n_vocab]
     """The logits of the next token at every position.
 
     inputs: token ids, a list or an array of the same library as the weights.
-    kv_cache: for every block {"k": [..., n_head, n_slots, n_embd/n_head], "v": the same}, of which n_past slots are
-        filled. The keys and values of inputs go into the slots behind those: in place, or under JAX into new arrays,
-        which take the places of the old ones in the dicts.
+    kv_cache: a Cache for every block, of which n_past slots are filled; the keys and values of inputs go behind those.
     n_past: a number, or an array [n_rows] for the rows of a batch.
     n_last: for the last n_last positions alone, which skips most of the last block: [n_seq] -> [n_last, n_vocab].
     Raises ValueError for ids that are not in the vocabulary, and for more tokens than wpe or the cache has room for.
@@ -154,38 +139,42 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_last
     xp = namespace(wte)
     inputs = xp.asarray(inputs)
     check_bounds(inputs, n_past, wte, wpe, kv_cache)
+    n_seq = inputs.shape[-1]
+    n_last = n_seq if n_last is None else min(n_last, n_seq)
 
     # token + positional embeddings
-    slots = xp.asarray(n_past)[..., None] + xp.arange(inputs.shape[-1])  # [n_seq], or [n_rows, n_seq]
+    slots = xp.asarray(n_past)[..., None] + xp.arange(n_seq)  # [n_seq], or [n_rows, n_seq]
     x = wte[inputs] + wpe[slots]  # [n_seq] -> [n_seq, n_embd]
 
-    # forward pass through n_layer transformer blocks
-    for i, (block, cache) in enumerate(zip(blocks, kv_cache or [None] * len(blocks), strict=True)):
-        only = n_last if i == len(blocks) - 1 else 0  # the blocks before the last need every position
-        x = transformer_block(x, **block, n_head=n_head, kv_cache=cache, slots=slots, n_last=only)
+    # forward pass through n_layer transformer blocks, of which all but the last need every position
+    caches = kv_cache or [None] * len(blocks)
+    for i, (block, cache) in enumerate(zip(blocks, caches, strict=True), 1):
+        n_skip = n_seq - n_last if i == len(caches) else 0
+        x = transformer_block(x, **block, n_head=n_head, kv_cache=cache, slots=slots, n_skip=n_skip)
 
     # projection to vocab
-    x = layer_norm(x[..., -n_last:, :], **ln_f)  # [n_seq, n_embd] -> [n_seq, n_embd]
-    return matmul(x, wte.T, in_float32)  # [n_seq, n_embd] -> [n_seq, n_vocab]
+    x = layer_norm(x[..., x.shape[-2] - n_last :, :], **ln_f)  # [n_seq, n_embd] -> [n_last, n_embd]
+    return matmul(x, wte.T, dtype="float32")  # [n_last, n_embd] -> [n_last, n_vocab]
 
 
-def decode(prompts, next_ids, n_ctx, n_tokens):
+def decode(prompts, model, sampler, n_ctx, n_tokens):
     """Yields the next ids of all prompts, [n_rows], n_tokens times. Where a context is full, its newest half goes on.
 
-    next_ids: see sampling.sampler.
+    model: next_ids() asks gpt2() for the ids that follow, one step or several: see backends.
     """
     windows, n_past = [[*prompt] for prompt in prompts], [0] * len(prompts)
     while n_tokens > 0:  # auto-regressive
         for row, window in enumerate(windows):
             if len(window) > n_ctx:
                 windows[row], n_past[row] = window[-max(n_ctx // 2, 1) :], 0
-        rows = [window[n:] for window, n in zip(windows, n_past, strict=True)]
-        for ids in next_ids(rows, n_past, min(n_tokens, n_ctx + 1 - max(map(len, windows)))):
+        rows = [window[n:] for window, n in zip(windows, n_past, strict=True)]  # what the cache does not have yet
+        n_steps = n_ctx + 1 - max(map(len, windows))  # + 1: the newest ids need no slot until they are fed
+        for ids in model.next_ids(rows, n_past, min(n_tokens, n_steps), sampler):
             for window, next_id in zip(windows, ids, strict=True):
                 window.append(next_id)
             n_tokens -= 1
             yield ids
-        n_past = [len(window) - 1 for window in windows]  # the newest ids are not in the cache yet
+        n_past = [len(window) - 1 for window in windows]
 
 
 def until(stop, steps, n_rows):
@@ -213,14 +202,12 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
     """
     prompts, is_batch = as_batch(inputs, len(params["wte"]))
     n_rows, longest, n_ctx = len(prompts), max(map(len, prompts)), len(params["wpe"])
-    check_options(n_tokens_to_generate, stop=stop, **sampling)
+    check_options(n_tokens_to_generate, stop=stop)
     check_room(longest, n_tokens_to_generate, n_ctx, sliding_window)
 
-    n_slots = min(longest + n_tokens_to_generate, n_ctx)
-    forward = cached(gpt2, params, n_head, n_rows, n_slots)
-    steps = decode(prompts, sampler(forward, params, n_rows, **sampling), n_ctx, n_tokens_to_generate)
-    if n_rows == 1 and sampling.get("temperature", 0) == 0 and on_processor(params["wte"]) and lookup.is_exact(params):
-        steps = itertools.islice(lookup.decode(prompts[0], forward, n_slots, n_ctx), n_tokens_to_generate)
+    sampler, n_slots = Sampler(n_rows, **sampling), min(longest + n_tokens_to_generate, n_ctx)
+    model = with_cache(gpt2, params, n_head, n_rows, n_slots, greedy=sampler.is_greedy)
+    steps = decode(prompts, model, sampler, n_ctx, n_tokens_to_generate)
     steps = until(stop, steps, n_rows) if stop else steps
     return steps if is_batch else (next_id for (next_id,) in steps)  # one prompt: ids, not lists of one
 
@@ -287,8 +274,10 @@ def main(
         tensor_parallel: with jax, over how many devices to divide the weights of each block
         n_threads: with numpy, how many of the processor's cores to use, instead of those that are free
     """
+    from backends import devices, threads
+
+    threads.tune_openblas()  # before NumPy is imported
     import cli
-    from backends import devices
     from utils import ModelError, load_encoder_hparams_and_params
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
@@ -303,35 +292,25 @@ def main(
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
         params = devices.place(params, backend, dtype, tensor_parallel, n_threads)
     cli.note(devices.described(params))
-    options = {"params": params, "n_head": hparams["n_head"], "n_tokens_to_generate": n_tokens_to_generate, **sampling}
-    options |= {"sliding_window": sliding_window, "stop": cli.stop_rule(stop_texts, encoder)}
 
-    def encode(prompt):
-        # encode the input string using the BPE tokenizer
-        ids = encoder.encode(prompt) if prompt else [encoder.encoder["<|endoftext|>"]]
-        # make sure we are not surpassing the max sequence length of our model
-        check_room(len(ids), n_tokens_to_generate, hparams["n_ctx"], sliding_window)
-        return ids
-
-    def pieces(ids):
-        # decode the ids back into a string
-        return cli.text_pieces(ids, encoder, stop_texts)
-
-    def answer(batch):  # the same seeds for each prompt, so that it is continued as it would be alone
-        seeds = [seed if seed is None else seed + i for i in range(n_samples)] * len(batch)
-        outputs = generate([ids for ids in batch for _ in range(n_samples)], bar=False, **options | {"seed": seeds})
-        return [("".join(pieces(ids)), len(ids), options["stop"](ids)) for ids in outputs]
-
+    options = {"n_tokens_to_generate": n_tokens_to_generate, "sliding_window": sliding_window, **sampling}
+    options |= {"params": params, "n_head": hparams["n_head"]}
+    writer = cli.Writer(encoder, generate, generate_ids, stop_texts, **options)
     if interactive:
-        return cli.converse(lambda prompt: pieces(generate_ids(encode(prompt), **options)))
+        return cli.converse(writer)
     if prompts_file:
-        return cli.answer_file(source, prompts_file, out, encode, answer, batch_size, n_samples)
+        return cli.answer_file(writer, source, prompts_file, out, batch_size, n_samples, seed)
+
+    # encode the input string using the BPE tokenizer
     with cli.mistakes(ValueError):
-        ids = encode(source)
+        ids = writer.encode(source)
+
+    # generate output ids, and decode them back into a string
     if stream:
-        return cli.show(pieces(generate_ids(ids, **options)))
-    with cli.stopping_on_ctrl_c(options["stop"]) as options["stop"]:
-        cli.show_samples(["".join(pieces(output)) for output in generate([ids] * n_samples, **options)])
+        return cli.show(writer.pieces(ids))
+    with cli.ctrl_c_stops(writer):
+        outputs = generate([ids] * n_samples, **writer.options)
+        cli.show_samples([writer.decode(output) for output in outputs])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import numbers
 
-from backends.arrays import is_jax, namespace, on_processor, steps_ahead
+from backends.arrays import is_jax, namespace, on_processor
 
 
 def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab] -> [...]
@@ -16,7 +16,7 @@ def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab]
     return draw(logits, point, temperature, top_k, top_p)
 
 
-def draw(logits, point, temperature, top_k=0, top_p=1):  # [..., n_vocab], [..., 1] -> [...]
+def draw(logits, point, temperature=0, top_k=0, top_p=1):  # [..., n_vocab], [..., 1] -> [...]
     """The token on which a point from 0 to 1 falls, or without one the likeliest: see sample."""
     xp = namespace(logits)
     if point is None:
@@ -43,40 +43,48 @@ def draw(logits, point, temperature, top_k=0, top_p=1):  # [..., n_vocab], [...,
     return xp.argmax(ends > point * xp.max(ends, axis=-1, keepdims=True), axis=-1)
 
 
-def sampler(forward, params, n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
-    """next_ids(rows, n_past, room): the ids that follow, [n_steps, n_rows], of one step, or several that fit in room.
+class Sampler:
+    """The options of sample(), and for each row of a batch random numbers of its own.
 
-    forward, rows, n_past: see arrays.cached, which params were given to. room: at least one step.
-    seed: row i draws with seed + i, or with seed[i] of a list; None: with no two runs alike. Options: see sample.
+    seed: row i draws with seed + i, or with seed[i] of a list; None: with no two runs alike.
     """
-    if n_samples is not None:
-        raise TypeError("n_samples is a flag: for several samples of a prompt, give a batch, [ids] * 3")
-    seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(n_rows)]
-    if len(seeds) != n_rows:
-        raise ValueError(f"seed has {len(seeds)} numbers for {n_rows} prompts")
-    options, rngs = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}, []
-    n_ahead = steps_ahead(params)
-    if temperature:
+
+    draw = staticmethod(draw)
+
+    def __init__(self, n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
+        if n_samples is not None:
+            raise TypeError("n_samples is a flag: for several samples of a prompt, give a batch, [ids] * 3")
+        check_options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(n_rows)]
+        if len(seeds) != n_rows:
+            raise ValueError(f"seed has {len(seeds)} numbers for {n_rows} prompts")
+        self.options = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
+        self.is_greedy, self.rngs = temperature == 0, []
+        if not self.is_greedy:
+            from numpy.random import default_rng  # only here: its import takes as long as a token
+
+            self.rngs = [default_rng(seed) for seed in seeds]
+
+    def points(self, n_steps):
+        """A number from 0 to 1 for every step and row, [n_steps, n_rows]; None for the likeliest ids."""
+        if self.is_greedy:
+            return None
         import numpy as np
-        from numpy.random import default_rng  # only here: its import takes as long as a token
 
-        rngs = [default_rng(seed) for seed in seeds]
+        return np.array([[rng.random() for rng in self.rngs] for _ in range(n_steps)])
 
-    def next_ids(rows, n_past, room):
-        steps, points = range(min(n_ahead, room)), None
-        if rngs:
-            points = np.array([[rng.random() for rng in rngs] for _ in steps])  # [n_steps, n_rows]
-        if n_ahead > 1:
-            return forward(rows, n_past, draw=draw, n_steps=len(steps), points=points, **options).T.tolist()
-        logits = forward(rows, n_past)  # [n_rows, 1, n_vocab]
-        if rngs and on_processor(logits):  # row by row, in little memory, by NumPy, which sorts faster than JAX
-            pairs = zip(np.asarray(logits), points[0], strict=True)
-            return [[draw(row, point, **options).item() for row, point in pairs]]
-        if rngs:
-            points = points[0, :, None, None]  # [n_rows, 1, 1]
-        return [draw(logits, points, **options)[:, 0].tolist()]
+    def pick(self, logits):  # [n_rows, 1, n_vocab] -> [n_rows]
+        """The next id of each row, in a list."""
+        points = self.points(1)  # [1, n_rows]
+        if points is None:
+            return draw(logits, None)[:, 0].tolist()
+        if not on_processor(logits):
+            return draw(logits, points.T[..., None], **self.options)[:, 0].tolist()  # [n_rows, 1, 1]
+        import numpy as np  # which sorts faster than JAX: row by row, in little memory
 
-    return next_ids
+        return [
+            draw(row, point, **self.options).item() for row, point in zip(np.asarray(logits), points[0], strict=True)
+        ]
 
 
 def check_options(

@@ -12,57 +12,58 @@ N_MATCH, N_DRAFT = 8, 15  # ids that must have stood before, and ids in a draft
 MARGIN = 5e-5
 
 
-def decode(prompt, forward, n_slots, n_ctx):
-    """Yields what gpt2.decode yields for a batch of this one prompt and the likeliest ids: [id] after [id].
+class Lookup:
+    """A Model for one text and the likeliest ids: its next_ids() are those of model, often several at once.
 
-    forward: see arrays.cached. n_slots: how many ids its cache holds. n_ctx: how many the model's context holds.
+    model: see backends.
     """
-    ids, n_past = list(prompt), 0
-    while True:
-        if len(ids) > n_ctx:
-            ids, n_past = ids[-max(n_ctx // 2, 1) :], 0
-        if n_past == 0:  # a prompt, which is about to be read
-            seen = {tuple(ids[i - N_MATCH : i]): i for i in range(N_MATCH, len(ids))}
-            n_match, first_drafted = N_MATCH, n_slots  # the first slot that a draft wrote: none so far
 
-        # check a draft, all of it in one pass
-        room = n_slots - n_past - 1
-        draft = guess(ids, seen, n_match)[:room] if n_past and room > 3 else []  # to check fewer would not pay
-        next_ids = []
-        if draft:
-            next_ids = confirm(forward([ids[-1:] + draft], [n_past], n_last=1 + len(draft))[0], draft)
-            n_match = N_MATCH if len(next_ids) > len(draft) // 2 else 2 * n_match  # a bad guess makes harder to please
-        if next_ids:
-            first_drafted = min(first_drafted, n_past)
+    def __init__(self, model):
+        self.model = model
 
-        # or feed the newest id alone
-        else:
-            logits = forward([ids[n_past:]], [n_past])[0]  # [1, n_vocab]
-            if first_drafted < n_past and not confirm(logits):
-                # too close to call from what drafts wrote into the cache: write it anew, one id at a time
-                for i in range(first_drafted, len(ids)):
-                    logits = forward([ids[i : i + 1]], [i])[0]
-                first_drafted = n_slots
-            next_ids = logits.argmax(axis=-1).tolist()
+    def next_ids(self, rows, n_past, n_steps, sampler):
+        (row,), (n_past,) = rows, n_past
+        if n_past == 0:
+            self.begin(row)
+        # to check a draft of fewer would not pay
+        draft = guess(self.ids, self.places, self.n_match)[: n_steps - 1] if n_past and n_steps > 4 else []
+        ids = self.check(draft, n_past) if draft else []
+        if not ids:
+            ids = sampler.pick(self.logits_of_one(row, n_past))
+        for next_id in ids:
+            self.places[tuple(self.ids[-N_MATCH:])] = len(self.ids)
+            self.ids.append(next_id)
+        return [[next_id] for next_id in ids]
 
-        for next_id in next_ids:
-            n_past = len(ids)  # the newest id is not in the cache yet
-            seen[tuple(ids[-N_MATCH:])] = n_past
-            ids.append(next_id)
-            yield [next_id]
+    def begin(self, prompt):
+        self.ids, self.n_match = [*prompt], N_MATCH
+        self.places = {tuple(prompt[i - N_MATCH : i]): i for i in range(N_MATCH, len(prompt))}  # behind N_MATCH ids
+        self.drafted_from = None  # the first slot of the cache that a draft wrote
+
+    def check(self, draft, n_past):
+        """What comes true of a draft, in one pass, and the id behind that; [] where the first is too close to call."""
+        ids = confirm(self.model.logits([self.ids[-1:] + draft], [n_past], n_last=1 + len(draft))[0], draft)
+        self.n_match = N_MATCH if len(ids) > len(draft) // 2 else 2 * self.n_match  # a bad guess: harder to please
+        if ids and self.drafted_from is None:
+            self.drafted_from = n_past
+        return ids
+
+    def logits_of_one(self, row, n_past):  # -> [1, 1, n_vocab]
+        logits = self.model.logits([row], [n_past])
+        if self.drafted_from is not None and not confirm(logits[0]):
+            # too close to call from what drafts wrote into the cache: write it anew, one id at a time
+            for i in range(self.drafted_from, len(self.ids)):
+                logits = self.model.logits([self.ids[i : i + 1]], [i])
+            self.drafted_from = None
+        return logits
 
 
-def is_exact(params):
-    """Whether passes over several ids and over one agree within MARGIN: not in half precision."""
-    return params["wte"].dtype.itemsize >= 4
-
-
-def guess(ids, seen, n_match):
-    """The N_DRAFT ids behind the last place where the newest N_MATCH of ids stood before, {N_MATCH ids: place} = seen.
+def guess(ids, places, n_match):
+    """The N_DRAFT ids behind the last place where the newest N_MATCH of ids stood before: {N_MATCH ids: place}.
 
     Returns [] unless the newest n_match of ids agree there.
     """
-    i = seen.get(tuple(ids[-N_MATCH:]))
+    i = places.get(tuple(ids[-N_MATCH:]))
     if i is None or ids[max(i - n_match, 0) : i] != ids[-n_match:]:
         return []
     return (ids[i : i + N_DRAFT] * N_DRAFT)[:N_DRAFT]  # where fewer followed: those, over and over

@@ -1,20 +1,18 @@
-"""The cores: how many this process has, how many of them NumPy's BLAS uses, and prompts that several read at once.
+"""The cores: how many this process has, and how many of them NumPy's BLAS uses from block to block.
 
 OpenBLAS's threads wait for each other in every product. While another process has one of the cores all of them wait,
-which costs far more than that core. So how many there are follows from how long the blocks of the model take, and a
-long prompt is read by threads of our own, which wait for each other once in a block.
+which costs far more than that core. So how many there are follows from how long the blocks of the model take.
 """
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 import sys
-import threading
 import time
 
-PART = 64, 256  # ids of a prompt that a thread reads at a time: at least, so that products are fast, and at most
+from backends.arrays import is_numpy, n_weights
+
 SMALL = 2**24  # bytes of weights: those of smaller models stay in one core's cache
 LATELY = 32  # blocks whose times count most
 TRIAL = 512  # blocks after which other numbers of threads are tried again
@@ -24,35 +22,33 @@ wanted = None  # a number of threads; None: what is best
 
 
 def tune_openblas():
-    """Sets what OpenBLAS reads from the environment while NumPy is imported, unless the user has.
+    """Sets what OpenBLAS reads from the environment while NumPy is imported: to be called before, unless it has been.
 
     On processors that it does not know it takes its AVX2 kernels, half the speed for prompts: it shall use AVX-512
-    where Linux says that the processor has it.
+    where Linux says that the processor has it. What the user has set stays.
     """
+    if "numpy" in sys.modules:
+        return
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
         if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(f.read(8192).split()):  # the first core's lines
             os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
 
 
-if "numpy" not in sys.modules:
-    tune_openblas()
-
-
 def n_cores(root="/"):
     """How many cores this process may use: those that it may run on, or the share of time of its container, if less."""
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-    def read(*path):
-        with open(os.path.join(root, *path), encoding="utf-8") as f:
-            return f.read()
-
     with contextlib.suppress(OSError):  # Linux's control groups: a limit counts for the groups within, too
-        groups = read("proc", "self", "cgroup").rpartition("0::")[2].strip().split("/")
+        groups = read_text(root, "proc", "self", "cgroup").rpartition("0::")[2].strip().split("/")
         for i in range(len(groups)):
             with contextlib.suppress(OSError, ValueError):  # no limit: no file, or "max"
-                quota, period = map(int, read("sys", "fs", "cgroup", *groups[: i + 1], "cpu.max").split())
+                quota, period = map(int, read_text(root, "sys", "fs", "cgroup", *groups[: i + 1], "cpu.max").split())
                 n = min(n, max(quota // period, 1))
     return n
+
+
+def read_text(*path):
+    with open(os.path.join(*path), encoding="utf-8") as f:
+        return f.read()
 
 
 @functools.cache
@@ -76,6 +72,11 @@ def at_first():
     return blas()[0]()
 
 
+def n_available():
+    """How many threads may compute at once: as many as there are cores, unless the environment has BLAS use fewer."""
+    return min(n_cores(), at_first()) if blas() else 1
+
+
 def use_threads(n):
     """From now on, have n threads compute, with NumPy; None: what is best. Raises ValueError for what cannot be."""
     global wanted
@@ -92,117 +93,77 @@ def check_threads(n):
         raise ValueError("n_threads needs a NumPy with OpenBLAS: other BLAS libraries do as they are built")
 
 
-def n_weights(params):
-    """The number of weights in the matrices that every token meets: all but wpe."""
-    return params["wte"].size + 12 * len(params["blocks"]) * params["wte"].shape[-1] ** 2
-
-
 def thread_counts(params):
     """The numbers of threads to choose from for passes through a model, the largest first: 6, 3, 1."""
     wte = params["wte"]
-    if type(wte).__module__ != "numpy" or not blas():
+    if not is_numpy(wte) or not blas():
         return [1]
-    n = wanted or (1 if n_weights(params) * wte.itemsize < SMALL else min(n_cores(), at_first()))
+    n = wanted or (1 if n_weights(params) * wte.itemsize < SMALL else n_available())
     return [n] if wanted else [n >> i for i in range(n.bit_length())]
 
 
+def set_blas_threads(n):
+    if blas():  # which lets itself be told
+        blas()[1](n)
+
+
 @contextlib.contextmanager
-def blas_threads(n):
-    """Has BLAS use n threads for a while, where it lets itself be told; yields a function that sets another number."""
-    set_to = blas()[1] if blas() else lambda n: None
+def blas_threads(n=None):
+    """Has BLAS use n threads for a while, where it lets itself be told; then as many as at first."""
     before = at_first() if blas() else 1
-    set_to(n)
+    set_blas_threads(n or before)
     try:
-        yield set_to
+        yield
     finally:
-        set_to(before)
+        set_blas_threads(before)
 
 
-class Watched(dict):
-    """A block's cache, which calls written() when a pass has put its keys and values there."""
+class Pace:
+    """Gives each block of the model all of BLAS's threads, or fewer where those were clearly faster.
 
-    def __init__(self, cache, written):
-        super().__init__(cache)
-        self.written = written
-
-    def __setitem__(self, name, array):
-        super().__setitem__(name, array)
-        if name == "v":
-            self.written()
-
-
-def paced(read, counts, seen):
-    """read(written), a pass with Watched caches, with all of BLAS's threads, or fewer where those were clearly faster.
-
-    counts: the numbers to choose from, all first. seen: {count: (blocks, mean seconds of a block)}, kept from pass to
-    pass. A count that is untried gets two blocks, and what is known of the others is forgotten in a while, so that
-    each is tried again: the neighbours may have gone. A single mishap says little: of the first two blocks the faster
-    counts, later ones as four times the mean at most.
+    counts: the numbers to choose from, all first. Each count keeps the mean time of the blocks that it was given: one
+    that is untried gets two blocks, and what is known of the others is forgotten in a while, so that each is tried
+    again: the neighbours may have gone. A single mishap says little: of the first two blocks the faster counts, later
+    ones as four times the mean at most.
     """
 
-    def seconds(n):
-        n_blocks, mean = seen.get(n, (0, 0))
+    def __init__(self, counts):
+        self.counts, self.taken = counts, {}  # {count: (blocks, mean seconds of a block)}
+
+    def of(self, blocks):
+        """Yields the blocks, as tqdm would, and times what is done with each. Within blas_threads()."""
+        for block in blocks:
+            n = self.fastest()
+            set_blas_threads(n)
+            start = time.perf_counter()
+            yield block
+            self.note(n, time.perf_counter() - start)
+        set_blas_threads(self.fastest())  # for what follows the blocks
+
+    def fastest(self):
+        return min(self.counts, key=self.seconds)
+
+    def seconds(self, n):
+        n_blocks, mean = self.taken.get(n, (0, 0))
         if n_blocks < 2:
             return 0  # untried: it comes first
-        return mean if n == counts[0] else mean / CLEARLY
+        return mean if n == self.counts[0] else mean / CLEARLY
 
-    n, start = min(counts, key=seconds), None
-
-    def written():
-        nonlocal n, start
-        now = time.perf_counter()
-        if start is not None:
-            n_blocks, mean = seen.get(n, (0, math.inf))
-            n_blocks, taken = n_blocks + 1, min(now - start, 4 * mean)
-            seen[n] = n_blocks, min(mean, taken) if n_blocks <= 2 else mean + (taken - mean) / min(n_blocks, LATELY)
-            if n_blocks % TRIAL == 0:
-                for other in {*seen} - {n}:
-                    del seen[other]
-        n, start = min(counts, key=seconds), now
-        set_to(n)
-
-    with blas_threads(n) as set_to:
-        return read(written)
+    def note(self, n, seconds):
+        n_blocks, mean = self.taken.get(n, (0, math.inf))
+        n_blocks, seconds = n_blocks + 1, min(seconds, 4 * mean)
+        mean = min(mean, seconds) if n_blocks <= 2 else mean + (seconds - mean) / min(n_blocks, LATELY)
+        self.taken[n] = n_blocks, mean
+        if n_blocks % TRIAL == 0:
+            self.taken = {n: self.taken[n]}
 
 
-def each(function, items, n_threads):
-    """[function(item), ...], by n_threads threads, which take one item after another."""
+def each(function, items, n_threads, n_blas=1):
+    """[function(item), ...], by n_threads threads, which take one item after another; n_blas: of BLAS's in each."""
     if len(items) == 1:
         return [function(items[0])]
 
     from concurrent.futures import ThreadPoolExecutor  # only here: its import takes milliseconds
 
-    with blas_threads(1), ThreadPoolExecutor(n_threads) as pool:
+    with blas_threads(n_blas), ThreadPoolExecutor(n_threads) as pool:
         return list(pool.map(function, items))
-
-
-class Read(Exception):  # noqa: N818
-    """All has been read of a part of a prompt that other parts need."""
-
-
-def in_parts(read, n_ids, n_blocks, n_threads):
-    """read(start, stop, written), passes with Watched caches, of the parts of n_ids ids; returns that of the last.
-
-    In every block a part needs the keys and values of all before it, and waits for them.
-    """
-    n_parts = max(1, min(n_threads * -(-n_ids // (n_threads * PART[1])), n_ids // PART[0]))
-    bounds = [n_ids * i // n_parts for i in range(n_parts + 1)]
-    ready = [threading.Semaphore(0) for _ in bounds]  # for blocks that hold all keys and values before bounds[i]
-    ready[0].release(n_blocks)
-
-    def read_part(i):
-        n_written = itertools.count(1)
-
-        def written():
-            ready[i].acquire()
-            ready[i + 1].release()
-            if i + 1 < n_parts and next(n_written) == n_blocks:
-                raise Read
-
-        with contextlib.suppress(Read):
-            try:
-                return read(bounds[i], bounds[i + 1], written)
-            finally:
-                ready[i + 1].release(n_blocks)  # if it failed: so that none waits for it
-
-    return each(read_part, range(n_parts), n_threads)[-1]

@@ -82,13 +82,13 @@ def gpt2_py(folder):
 
 def greedy(params, n_head):
     """A contestant's function: generate_ids() without prompt lookup, whose gain depends on the text."""
-    from backends.arrays import cached
+    from backends import with_cache
     from gpt2 import decode, gpt2
-    from sampling import sampler
+    from sampling import Sampler
 
     def generate(prompts, n_tokens):
-        forward = cached(gpt2, params, n_head, len(prompts), len(prompts[0]) + n_tokens)
-        return decode(prompts, sampler(forward, params, len(prompts)), len(params["wpe"]), n_tokens)
+        model = with_cache(gpt2, params, n_head, len(prompts), len(prompts[0]) + n_tokens)
+        return decode(prompts, model, Sampler(len(prompts)), len(params["wpe"]), n_tokens)
 
     return generate
 

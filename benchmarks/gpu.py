@@ -27,8 +27,7 @@ from convert import flat, transformers_name
 
 import cli
 from backends import devices
-from backends.arrays import STEPS_AHEAD
-from backends.threads import n_weights
+from backends.arrays import n_weights
 from files.checkpoint import random_params
 from sampling import is_whole
 
@@ -183,6 +182,8 @@ def main(
     notes = [f"processor: {processor()}, {os.cpu_count()} cores; memory of the device: {bandwidth / 1e9:.0f} GB/s"]
     notes += [f"{n_prompt} tokens in, {n_tokens_to_generate} out, the whole call; medians of {runs} turns"]
     if jax.default_backend() != "cpu":
+        from backends.on_jax import STEPS_AHEAD
+
         notes += [f"JAX makes up to {STEPS_AHEAD} tokens a call"]
     n_slots = n_prompt + n_tokens_to_generate // 2
     limits = {

@@ -20,26 +20,24 @@ import sys
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
 
-from concurrent.futures import ThreadPoolExecutor
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
 from backends import devices
 from backends.arrays import is_jax, is_numpy, namespace, round_up
-from backends.threads import at_first, blas, blas_threads, n_cores
+from backends.threads import each, n_available
 from gpt2 import MODELS_DIR, gpt2
 
 # the model's part
 
 
-def losses(params, windows, n_head, n_last=0):  # [..., n_seq+1] -> 2 of [..., n_last]
-    """Of each of the last n_last tokens of windows (0: of all but the first), given those before it: the cross-entropy
+def losses(params, windows, n_head, n_last=None):  # [..., n_seq+1] -> 2 of [..., n_last]
+    """Of each of the last n_last tokens of windows (None: of all but the first), given those before it: the cross-entropy
     in nats, -log of the probability that the model gives it; and whether the model finds it the likeliest.
 
     windows: ids, an array of the same library as the weights. Works under JAX's jit, grad and vmap.
     """
     logits = gpt2(windows[..., :-1], **params, n_head=n_head, n_last=n_last)  # [..., n_last, n_vocab]
-    xp, ids = namespace(logits), windows[..., 1:][..., -n_last:, None]  # [..., n_last, 1]
+    xp, ids = namespace(logits), windows[..., windows.shape[-1] - logits.shape[-2] :, None]  # [..., n_last, 1]
     logits = xp.astype(logits, xp.float32, copy=False)  # half precision would do for products, but not for sums
     logits -= xp.max(logits, axis=-1, keepdims=True)
     likeliest = xp.argmax(logits, axis=-1)  # [..., n_last]
@@ -83,11 +81,12 @@ def scores(params, rows, n_head, n_threads=1):
         return [(np.array(nats[row][part]), np.array(likeliest[row][part])) for row, part in enumerate(parts)]
 
     work = batches(rows, lambda row: round_to_few(len(row[0]) - 1, n_ctx), n_tokens)
-    if n_threads == 1 or not is_numpy(params["wte"]):
-        yield from itertools.chain.from_iterable(map(scored, work))
+    if n_threads > 1 and is_numpy(params["wte"]):
+        work = [*work]
+        parts = each(scored, work, n_threads, n_blas=max(1, n_available() // n_threads)) if work else []
     else:
-        with blas_threads(max(1, n_cores() // n_threads)), ThreadPoolExecutor(n_threads) as pool:
-            yield from itertools.chain.from_iterable(pool.map(scored, work))
+        parts = map(scored, work)
+    yield from itertools.chain.from_iterable(parts)
 
 
 def batches(rows, length, n_tokens):
@@ -345,7 +344,7 @@ def main(
         params = devices.place(params, backend, dtype, tensor_parallel)
     cli.note(devices.described(params))
     n_ctx, n_head = hparams["n_ctx"], hparams["n_head"]
-    n_threads = min(n_cores(), at_first(), 8) if blas() else 1  # each batch takes some hundred MB
+    n_threads = min(n_available(), 8)  # each batch takes some hundred MB
     if stride is not None and (type(stride) is not int or not 0 < stride <= n_ctx):
         cli.fail(f"--stride must be a whole number from 1 to the model's context of {n_ctx}, not {stride!r}")
 

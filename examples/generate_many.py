@@ -30,8 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
 from backends import devices
-from backends.arrays import check_room
-from gpt2 import MODELS_DIR, generate
+from gpt2 import MODELS_DIR, generate, generate_ids
 from sampling import check_options, is_number, is_whole
 from utils import ModelError, load_encoder_hparams_and_params
 
@@ -79,16 +78,15 @@ class Worker:
     """
 
     def __init__(self, model, arrays, stop_texts, batch_size, n_samples, seed, **options):
-        self.stop_texts, self.batch_size, self.n_samples, self.seed = stop_texts, batch_size, n_samples, seed
-        self.mistake = ""
+        self.batch_size, self.n_samples, self.seed, self.mistake = batch_size, n_samples, seed, ""
         try:
-            self.encoder, hparams, params = load_encoder_hparams_and_params(*model)
+            encoder, hparams, params = load_encoder_hparams_and_params(*model)
             params = devices.place(params, *arrays)
         except (ModelError, devices.DeviceError) as error:
             self.mistake = cli.one_line(error)
         else:
-            self.n_ctx, self.stop = hparams["n_ctx"], cli.stop_rule(stop_texts, self.encoder)
-            self.options = {"params": params, "n_head": hparams["n_head"], "stop": self.stop, **options}
+            options |= {"params": params, "n_head": hparams["n_head"]}
+            self.writer = cli.Writer(encoder, generate, generate_ids, stop_texts, **options)
 
     def __call__(self, part):
         try:
@@ -102,28 +100,18 @@ class Worker:
         return {"name": part["name"], "answers": text.encode("utf-8", "backslashreplace"), "mistake": self.mistake}
 
     def answers(self, name, first, data, is_json):
-        """An object for each line of a part, in their order: see cli.prompt_object and cli.answer_fields."""
+        """An object for each line of a part, in their order: see cli.prompt_object and cli.Writer."""
         data = data if first else data.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
         objects = [cli.prompt_object(line, is_json) for line in io.BytesIO(data)]
-        for batch in cli.batches_by_length(objects, self.encode, max(1, self.batch_size // self.n_samples)):
-            rows = [(i, j, ids) for i, ids in batch for j in range(self.n_samples)]
-            seeds = [self.seed if self.seed is None else self.row_seed(first + i, j) for i, j, _ in rows]
-            outputs = generate([ids for _, _, ids in rows], bar=False, seed=seeds, **self.options)
-            for k in range(0, len(rows), self.n_samples):
-                objects[rows[k][0]] |= cli.answer_fields([*map(self.text, outputs[k : k + self.n_samples])])
+        for batch in cli.batches_by_length(objects, self.writer.encode, max(1, self.batch_size // self.n_samples)):
+            prompts = [ids for _, ids in batch for _ in range(self.n_samples)]
+            seeds = [self.row_seed(first + i, sample) for i, _ in batch for sample in range(self.n_samples)]
+            cli.add_answers(objects, batch, self.writer.answers(prompts, seeds))
         return objects
 
     def row_seed(self, line, sample):
         """Follows from a prompt's place in its file alone, so that neither worker nor batch matters."""
-        return (self.seed + line * self.n_samples + sample) % 2**63
-
-    def text(self, ids):
-        return "".join(cli.text_pieces(ids, self.encoder, self.stop_texts)), len(ids), self.stop(ids)
-
-    def encode(self, prompt):
-        ids = self.encoder.encode(prompt) or [self.encoder.encoder["<|endoftext|>"]]
-        check_room(len(ids), self.options["n_tokens_to_generate"], self.n_ctx, self.options["sliding_window"])
-        return ids
+        return self.seed if self.seed is None else (self.seed + line * self.n_samples + sample) % 2**63
 
 
 def write(filesystem, path, data):

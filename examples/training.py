@@ -28,11 +28,11 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from evaluate import scores, text_nats
 
-from backends.arrays import in_float32
+from backends.arrays import matmul
 from backends.devices import keep_compiled
 from cli import asks_for_help, fail, mistakes
 from files.checkpoint import ENCODER, VOCAB
-from gpt2 import generate, layer_norm, matmul, transformer_block
+from gpt2 import generate, layer_norm, transformer_block
 from utils import MODEL_SIZES, NEW_NAME
 
 
@@ -318,7 +318,7 @@ def hidden_states(ids, wte, wpe, blocks, ln_f, n_head, recompute=False):  # [n_s
 def token_losses(params, windows, n_head, recompute=False):  # [..., n_seq+1] -> [..., n_seq]
     """Cross-entropy in nats: -log of the probability that the model gives each token of windows but the first."""
     x = hidden_states(windows[..., :-1], **params, n_head=n_head, recompute=recompute)
-    logits = matmul(x, params["wte"].T, in_float32)  # [..., n_seq, n_vocab]
+    logits = matmul(x, params["wte"].T, dtype="float32")  # [..., n_seq, n_vocab]
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, windows[..., 1:, None], axis=-1)[..., 0]
 
 

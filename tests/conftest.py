@@ -25,10 +25,12 @@ import numpy as np
 import pytest
 from pexpect.fdpexpect import fdspawn
 
+import backends
 import gpt2
 import sampling
 import utils
-from backends import arrays
+from backends import arrays, devices
+from backends.cache import Cache
 from files import checkpoint
 
 REPO = pathlib.Path(__file__).parent.parent
@@ -57,9 +59,10 @@ class Absent:
         pytest.skip(f"{self.name} is not installed")
 
 
-def optional(name):
-    """An oracle, which the tests on other Pythons go without: see .ci/run."""
-    return importlib.import_module(name) if importlib.util.find_spec(name.partition(".")[0]) else Absent(name)
+def optional(name, needs=None):
+    """An oracle, or what needs one, which the tests on other Pythons go without: see .ci/run."""
+    package = needs or name.partition(".")[0]
+    return importlib.import_module(name) if importlib.util.find_spec(package) else Absent(package)
 
 
 def wild_params(hparams, seed=0):
@@ -78,10 +81,12 @@ def wild_params(hparams, seed=0):
 @contextlib.contextmanager
 def taken_for_gpus():
     """What JAX's arrays lie on is taken for GPUs, whatever it is, that have memory."""
+    from backends import on_jax
+
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for module in (arrays, gpt2, sampling):
+        for module in (arrays, backends, devices, on_jax, sampling):
             monkeypatch.setattr(module, "on_processor", arrays.is_numpy)
-        monkeypatch.setattr(arrays, "free_memory", lambda x: math.inf)
+        monkeypatch.setattr(on_jax, "free_memory", lambda x: math.inf)
         yield
 
 
@@ -92,9 +97,9 @@ def prompts_of_lengths(*lengths, seed=0):
 
 
 def new_cache(params, n_head, n_slots, rows=(), fill=0.0, xp=np):
-    """For every block {"k": [*rows, n_head, n_slots, n_embd/n_head], "v": the same}, as gpt2() takes it."""
+    """A Cache for every block, of [*rows, n_head, n_slots, n_embd/n_head], as gpt2() takes it."""
     shape = (*rows, n_head, n_slots, params["wte"].shape[-1] // n_head)
-    return [{name: xp.full(shape, fill, params["wte"].dtype) for name in ("k", "v")} for _ in params["blocks"]]
+    return [Cache(*(xp.full(shape, fill, params["wte"].dtype) for _ in range(2))) for _ in params["blocks"]]
 
 
 def copy_code(folder):

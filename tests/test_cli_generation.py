@@ -100,7 +100,7 @@ def test_endoftext_stops_at_its_token(encoder):
     assert "".join(cli.text_pieces(ids, encoder, ["<|endoftext|>"])) == "the end"
 
 
-# Both look for stop texts: stop_rule in the last tokens, to end generation, and text_pieces in all, to cut the text.
+# Both look for stop texts: Writer.ends in the last tokens, to end generation, and text_pieces in all, to cut the text.
 texts = st.text("Usr:e é😀\n", max_size=30)
 
 
@@ -108,8 +108,8 @@ texts = st.text("Usr:e é😀\n", max_size=30)
 def test_stop_texts_are_found_whatever_the_boundaries_of_tokens(encoder, text, stops, random):
     ids = in_random_tokens(text, encoder, random)
     assert "".join(cli.text_pieces(ids, encoder, stops)) == cut(text, stops)
-    stop = cli.stop_rule(stops, encoder)
-    stopped = next((n for n in range(1, len(ids) + 1) if stop(ids[:n])), None)
+    writer = cli.Writer(encoder, generate=None, generate_ids=None, stop=stops)
+    stopped = next((n for n in range(1, len(ids) + 1) if writer.ends(ids[:n])), None)
     assert (stopped is not None) == (cut(text, stops) != text)
     if stopped:
         assert any(stop in encoder.decode(ids[:stopped]) for stop in stops)

@@ -76,11 +76,11 @@ GIB = {"bytes_limit": 2**30}
     ids=str,
 )
 def test_the_memory_of_a_device_is_what_it_says_and_else_without_bounds(stats, expected):
-    assert arrays.memory(on_devices(*stats)) == expected
+    assert devices.memory(on_devices(*stats)) == expected
 
 
 def test_the_memory_of_cupys_device_is_what_it_says():
-    assert arrays.memory(types.SimpleNamespace(device=types.SimpleNamespace(mem_info=(0, 2**30)))) == 1
+    assert devices.memory(types.SimpleNamespace(device=types.SimpleNamespace(mem_info=(0, 2**30)))) == 1
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_memory_of_cupys_device_is_what_it_says():
     ids=str,
 )
 def test_free_memory_is_that_of_the_fullest_device_and_none_where_it_is_not_known(stats, expected):
-    assert max(arrays.free_memory(on_devices(*stats)), 0) == expected
+    assert max(devices.free_memory(on_devices(*stats)), 0) == expected
 
 
 def test_a_gpu_takes_more_queries_at_once_than_a_processor(params):
@@ -149,7 +149,7 @@ CODE = """
 import json, sys
 import jax, numpy as np
 import gpt2
-from backends import arrays, devices
+from backends import devices, with_cache
 sys.path.insert(0, "tests")
 from conftest import HPARAMS, prompts_of_lengths, taken_for_gpus, wild_params
 
@@ -171,8 +171,8 @@ for tensor_parallel in (1, 2, 4):
         assert len(whole.addressable_shards) == 8
         assert [*parts.values()] == [whole.shape[axis] // tensor_parallel] * tensor_parallel
     lie = devices.cache_sharding(placed, HPARAMS["n_head"], 8)
-    cache = arrays.empty_cache(placed, HPARAMS["n_head"], 8, 5, lie)
-    assert all(array.sharding == lie for pair in cache for array in pair.values())
+    model = with_cache(gpt2.gpt2, placed, HPARAMS["n_head"], 8, 5)
+    assert all(array.sharding == lie for cache in model.kv_cache for array in (cache.k, cache.v))
 x = devices.spread(np.zeros((16, 3)), devices.place(params, "jax"))
 assert [shard.data.shape for shard in x.addressable_shards] == [(2, 3)] * 8
 print("all as it should be")

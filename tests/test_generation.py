@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 
 import gpt2
 import sampling
-from backends import arrays
+from backends import devices, lookup, with_cache
+from backends.arrays import n_weights
+from backends.cache import empty_cache
 from files import checkpoint
 
 jax, jnp, torch = optional("jax"), optional("jax.numpy"), optional("torch")
+on_jax = optional("backends.on_jax", needs="jax")
 
 N_HEAD, N_VOCAB, N_CTX = HPARAMS["n_head"], HPARAMS["n_vocab"], HPARAMS["n_ctx"]
 TAME = checkpoint.random_params(HPARAMS)  # soon says the same token over and over
@@ -25,7 +28,7 @@ def generate(params):
 
 
 def test_numpys_cache_is_one_piece_of_memory_which_its_parts_share_out(params):
-    views = [view for cache in arrays.empty_cache(params, N_HEAD, 2, 5) for view in cache.values()]
+    views = [view for cache in empty_cache(params, N_HEAD, 2, 5) for view in (cache.k, cache.v)]
     assert len({id(view.base) for view in views}) == 1
     assert not any(itertools.starmap(np.shares_memory, itertools.combinations(views, 2)))
 
@@ -33,21 +36,22 @@ def test_numpys_cache_is_one_piece_of_memory_which_its_parts_share_out(params):
 # The pipeline: decode, at most n, until stop
 
 
-def counting(rows, n_past, n_last=1):
-    """A model that says the number of its row's tokens next."""
-    n_seen = [n + len(row) for row, n in zip(rows, n_past, strict=True)]
-    return np.eye(20)[n_seen][:, None]  # [n_rows, 1, 20]
+class Counting:
+    """A Model that says the number of its row's tokens next, up to n_ahead steps at once, and notes what it is fed."""
+
+    def __init__(self, n_ahead):
+        self.n_ahead, self.fed = n_ahead, []
+
+    def next_ids(self, rows, n_past, n_steps, sampler):
+        self.fed.append((rows, n_past))
+        n_seen = [n + len(row) for row, n in zip(rows, n_past, strict=True)]
+        return [[n + step for n in n_seen] for step in range(min(n_steps, self.n_ahead))]
 
 
-def decoding(n_ctx, n_steps):
+def decoding(n_ctx, n_steps, n_ahead=1):
     """(what decode yields, what it feeds) for two prompts and that model."""
-    fed = []
-
-    def next_ids(rows, n_past, room):
-        fed.append((rows, n_past))
-        return [counting(rows, n_past)[:, 0].argmax(axis=-1).tolist()]
-
-    return list(gpt2.decode([[5, 6, 7], [8]], next_ids, n_ctx, n_steps)), fed
+    model = Counting(n_ahead)
+    return list(gpt2.decode([[5, 6, 7], [8]], model, None, n_ctx, n_steps)), model.fed
 
 
 def test_decode_feeds_every_row_its_own_prompt_and_then_its_newest_id():
@@ -62,16 +66,13 @@ def test_decode_reads_the_newest_half_of_a_row_whose_context_is_full():
     assert fed[2:] == [([[3, 4], [2]], [0, 2]), ([[2], [3]], [2, 3])]
 
 
-def test_decode_takes_several_steps_at_once_and_says_how_many_fit_the_context_and_are_wanted():
-    rooms = []
-
-    def next_ids(rows, n_past, room):
-        rooms.append(room)
-        return [[10 * len(rooms) + i] for i in range(min(room, 3))]
-
-    steps = gpt2.decode([[1, 2]], next_ids, n_ctx=6, n_tokens=8)
-    assert list(steps) == [[10], [11], [12], [20], [21], [30], [31], [32]]
-    assert rooms == [5, 2, 3]  # the last after the newest half, three ids, has become the prompt: room for 4, 3 wanted
+def test_decode_takes_several_steps_at_once_as_many_as_fit_the_context_and_are_wanted():
+    yielded, fed = decoding(n_ctx=20, n_steps=7, n_ahead=3)
+    assert yielded == [[i + 3, i + 1] for i in range(7)]
+    assert [n_past for _, n_past in fed] == [[0, 0], [5, 3], [8, 6]]
+    yielded, fed = decoding(n_ctx=4, n_steps=4, n_ahead=9)
+    assert yielded == [[3, 1], [4, 2], [2, 3], [3, 4]]
+    assert fed[1:] == [([[3, 4], [2]], [0, 2])]
 
 
 def test_until_shows_none_for_rows_that_have_stopped_and_ends_with_the_last():
@@ -256,13 +257,13 @@ def test_a_device_draws_as_numpy_does_where_rows_slide_between_its_steps(options
 
 def calls_ahead(monkeypatch):
     """[], which fills with (function, arguments, options) of each call of several steps."""
-    calls, compiled_ahead = [], arrays.compiled_ahead
+    calls, compiled_ahead = [], on_jax.compiled_ahead
 
     def noting(*args):
         run = compiled_ahead(*args)
         return lambda *inputs, **options: calls.append((run, inputs, options)) or run(*inputs, **options)
 
-    monkeypatch.setattr(arrays, "compiled_ahead", noting)
+    monkeypatch.setattr(on_jax, "compiled_ahead", noting)
     return calls
 
 
@@ -274,7 +275,7 @@ def caches_of_calls(monkeypatch):
 
 def test_a_device_is_called_once_for_many_tokens(jax_params, device, monkeypatch):
     caches = caches_of_calls(monkeypatch)
-    assert len(gpt2.generate([1, 2, 3], jax_params, N_HEAD, 2 * arrays.STEPS_AHEAD)) == 2 * arrays.STEPS_AHEAD
+    assert len(gpt2.generate([1, 2, 3], jax_params, N_HEAD, 2 * on_jax.STEPS_AHEAD)) == 2 * on_jax.STEPS_AHEAD
     assert len(caches()) == 2
 
 
@@ -286,17 +287,17 @@ def test_a_device_takes_no_step_that_nobody_wants(jax_params, device, monkeypatc
         return model(*args, **kwargs)
 
     monkeypatch.setattr(gpt2, "gpt2", counting_passes)
-    assert len(gpt2.generate([1, 2, 3], jax_params, N_HEAD, arrays.STEPS_AHEAD + 5)) == arrays.STEPS_AHEAD + 5
+    assert len(gpt2.generate([1, 2, 3], jax_params, N_HEAD, on_jax.STEPS_AHEAD + 5)) == on_jax.STEPS_AHEAD + 5
     jax.effects_barrier()
-    assert len(passes) == 1 + arrays.STEPS_AHEAD + 5  # the prompt but for its last id, and the steps
+    assert len(passes) == 1 + on_jax.STEPS_AHEAD + 5  # the prompt but for its last id, and the steps
 
 
 @pytest.mark.parametrize(("there", "copies"), [(1.9, False), (2.1, True)])
 def test_a_device_turns_weights_for_one_text_where_it_has_memory_for_them(
     there, copies, params, jax_params, device, monkeypatch
 ):
-    calls, weights = calls_ahead(monkeypatch), arrays.gibibytes(arrays.n_weights(params), 4)
-    monkeypatch.setattr(arrays, "free_memory", lambda x: there * weights)
+    calls, weights = calls_ahead(monkeypatch), devices.gibibytes(n_weights(params), 4)
+    monkeypatch.setattr(on_jax, "free_memory", lambda x: there * weights)
     assert gpt2.generate([1, 2, 3], jax_params, N_HEAD, 9) == gpt2.generate([1, 2, 3], params, N_HEAD, 9)
     assert gpt2.generate([[1], [2]], jax_params, N_HEAD, 9) == gpt2.generate([[1], [2]], params, N_HEAD, 9)
     compiled = [run.lower(*inputs, **options).as_text() for run, inputs, options in calls]
@@ -304,14 +305,14 @@ def test_a_device_turns_weights_for_one_text_where_it_has_memory_for_them(
 
 
 def test_a_device_that_has_too_little_memory_says_so_beforehand(jax_params, device, monkeypatch):
-    monkeypatch.setattr(arrays, "memory", lambda x: 0.001)
+    monkeypatch.setattr(devices, "memory", lambda x: 0.001)
     with pytest.raises(MemoryError, match=r"and there are 0\.0: take fewer"):
         gpt2.generate([1, 2, 3], jax_params, N_HEAD, 9)
 
 
 def test_a_device_writes_over_its_cache(jax_params, device, monkeypatch):
     caches = caches_of_calls(monkeypatch)
-    gpt2.generate([1, 2, 3], jax_params, N_HEAD, 2 * arrays.STEPS_AHEAD)
+    gpt2.generate([1, 2, 3], jax_params, N_HEAD, 2 * on_jax.STEPS_AHEAD)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(caches()))  # given away to those that came after it
 
 
@@ -319,7 +320,7 @@ def test_the_cache_of_one_text_has_no_axis_of_rows_under_jax(jax_params, device,
     caches = caches_of_calls(monkeypatch)
     gpt2.generate([[1, 2, 3]], jax_params, N_HEAD, 1)
     gpt2.generate([[1, 2, 3], [4]], jax_params, N_HEAD, 1)
-    assert [cache[0]["k"].ndim for cache in caches()] == [3, 4]
+    assert [cache[0].k.ndim for cache in caches()] == [3, 4]
 
 
 def test_a_device_compiles_its_steps_once_for_texts_of_any_length(jax_params, device, monkeypatch):
@@ -343,7 +344,7 @@ def compiling():
     compiled, forward = [], gpt2.gpt2
 
     def model(ids, *args, kv_cache, **kwargs):
-        compiled.append((ids.shape[-1], kv_cache[0]["k"].shape[-2]))
+        compiled.append((ids.shape[-1], kv_cache[0].k.shape[-2]))
         return forward(ids, *args, kv_cache=kv_cache, **kwargs)
 
     return compiled, model
@@ -361,8 +362,7 @@ def test_jax_looks_up_what_repeats_itself_in_one_more_shape(monkeypatch):
 def test_jax_compiles_few_shapes_for_prompts_of_any_length(jax_params):
     compiled, model = compiling()
     for n in range(1, 65):
-        forward = arrays.cached(model, jax_params, N_HEAD, 1, n_slots=64)
-        forward([prompts_of_lengths(n)[0]], [0])
+        with_cache(model, jax_params, N_HEAD, 1, n_slots=64).logits([prompts_of_lengths(n)[0]], [0])
     assert sorted(compiled) == [(1, 64), (16, 64), (32, 64), (64, 64)]  # a step, and prompts
 
 
@@ -375,7 +375,7 @@ def test_jax_compiles_few_shapes_for_texts_of_any_length(long_params):
     weights = jax.tree.map(jnp.asarray, long_params)
     compiled, model = compiling()
     for n_slots in range(3, 301, 9):
-        arrays.cached(model, weights, N_HEAD, 1, n_slots)([[1]], [0])
+        with_cache(model, weights, N_HEAD, 1, n_slots).logits([[1]], [0])
     assert sorted(compiled) == [(1, 128), (1, 256), (1, 300)]
 
 
@@ -452,7 +452,7 @@ def test_a_context_of_one_token_slides():
 
 
 def test_half_precision_looks_nothing_up(jax_params, monkeypatch):
-    monkeypatch.setattr(gpt2.lookup, "decode", None)
+    monkeypatch.setattr(lookup, "Lookup", None)
     half = jax.tree.map(lambda x: x.astype("bfloat16"), jax_params)
     assert len(gpt2.generate([1, 2, 3], half, N_HEAD, 5)) == 5
 

@@ -13,8 +13,10 @@ from hypothesis.extra import numpy as hnp
 
 import gpt2
 from backends import arrays
+from backends.cache import Cache
 
 jax, jnp, torch = optional("jax"), optional("jax.numpy"), optional("torch")
+on_jax = optional("backends.on_jax", needs="jax")  # where it is imported, jit and vmap take a Cache
 
 N_HEAD = HPARAMS["n_head"]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4)  # for logits, which reach +-8 here
@@ -200,11 +202,11 @@ def test_n_last_holds_for_blocks_that_are_one_and_the_same(params):
 
 def test_n_last_fills_the_cache_for_every_position(params):
     ids, caches = random_ids(20), [new_cache(params, N_HEAD, 20, fill=np.nan) for _ in range(2)]
-    for cache, n_last in zip(caches, (0, 1), strict=True):
+    for cache, n_last in zip(caches, (None, 1), strict=True):
         gpt2.gpt2(ids, **params, n_head=N_HEAD, kv_cache=cache, n_last=n_last)
     for whole, last in zip(*caches, strict=True):
         for name in ("k", "v"):
-            np.testing.assert_allclose(last[name], whole[name], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(getattr(last, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
 
 
 # The cache: a key in slot j is hidden from a query in slot s if and only if j > s
@@ -214,9 +216,11 @@ def ragged(params, prompts, n_slots, xp=np):
     """A cache that holds prompts of different lengths, a row each, and their lengths, [n_rows]."""
     cache = new_cache(params, N_HEAD, n_slots, rows=(len(prompts),))
     for row, prompt in enumerate(prompts):
-        view = [{name: array[row] for name, array in block.items()} for block in cache]
+        view = [Cache(block.k[row], block.v[row]) for block in cache]
         gpt2.gpt2(prompt, **params, n_head=N_HEAD, kv_cache=view)
-    return jax.tree.map(xp.asarray, cache), xp.asarray([len(prompt) for prompt in prompts])
+    return [Cache(xp.asarray(block.k), xp.asarray(block.v)) for block in cache], xp.asarray(
+        [len(prompt) for prompt in prompts]
+    )
 
 
 PROMPTS = [random_ids(n, seed=n).tolist() for n in (5, 9, 1)]
@@ -299,7 +303,9 @@ def test_nothing_is_computed_in_float64(params):
     logits = gpt2.gpt2(random_ids(64), **wrapped, n_head=N_HEAD)
     assert isinstance(logits, Float32)
     assert logits.dtype == np.float32
-    cache = jax.tree.map(lambda x: x.view(Float32), new_cache(params, N_HEAD, 10, rows=(2,)))
+    cache = [
+        Cache(*(x.view(Float32) for x in (block.k, block.v))) for block in new_cache(params, N_HEAD, 10, rows=(2,))
+    ]
     gpt2.gpt2([[1, 2, 3], [4, 5, 6]], **wrapped, n_head=N_HEAD, kv_cache=cache)
     logits = gpt2.gpt2([[1], [2]], **wrapped, n_head=N_HEAD, kv_cache=cache, n_past=np.array([3, 2]))
     assert logits.dtype == np.float32

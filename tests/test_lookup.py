@@ -5,8 +5,9 @@ import pytest
 from conftest import HPARAMS, prompts_of_lengths, wild_params
 
 import gpt2
-from backends import arrays, lookup
+from backends import lookup, with_cache
 from files import checkpoint
+from sampling import Sampler
 
 N_HEAD, N_VOCAB, N_CTX = HPARAMS["n_head"], HPARAMS["n_vocab"], HPARAMS["n_ctx"]
 
@@ -17,10 +18,10 @@ CIRCLING["wpe"] = (0.05 * CIRCLING["wpe"]).astype(np.float32)  # little idea of 
 
 def plainly(prompt, n, params):
     """The greedy ids of passes over one token each."""
-    forward = arrays.cached(gpt2.gpt2, params, N_HEAD, 1, n_slots=len(params["wpe"]))
+    model = with_cache(gpt2.gpt2, params, N_HEAD, 1, n_slots=len(params["wpe"]))
     ids, fed = [], prompt
     for n_past in [0, *range(len(prompt), len(prompt) + n - 1)]:
-        fed = [int(forward([fed], [n_past])[0, -1].argmax())]
+        fed = [int(model.logits([fed], [n_past])[0, -1].argmax())]
         ids += fed
     return ids
 
@@ -55,31 +56,32 @@ def test_text_that_does_not_repeat_itself_takes_a_pass_a_token(passes, params):
     assert passes == [3] + [1] * 49
 
 
-def reciting(text, passes):
-    """A model that knows one text by heart: forward(rows, n_past, n_last), which notes what it is fed in passes."""
+class Reciting:
+    """A Model that knows one text by heart, and notes what it is fed."""
 
-    def forward(rows, n_past, n_last=1):
+    def __init__(self, text):
+        self.text, self.passes = text, []
+
+    def logits(self, rows, n_past, n_last=1):
         ((row,), (n_seen,)) = rows, n_past
-        passes.append(row)
-        return np.eye(100, dtype=np.float32)[text[n_seen + 1 : n_seen + len(row) + 1]][None, -n_last:]
-
-    return forward
+        self.passes.append(row)
+        return np.eye(100, dtype=np.float32)[self.text[n_seen + 1 : n_seen + len(row) + 1]][None, -n_last:]
 
 
-def recite(text, n_prompt, n, n_slots=1000):
+def recite(text, n_prompt, n, n_ctx=1000):
     """The passes that it takes to continue the first n_prompt ids of text by n."""
-    passes = []
-    steps = lookup.decode(text[:n_prompt], reciting(text, passes), n_slots, n_ctx=1000)
-    assert [next(steps)[0] for _ in range(n)] == text[n_prompt : n_prompt + n]
-    return passes
+    model = Reciting(text)
+    steps = gpt2.decode([text[:n_prompt]], lookup.Lookup(model), Sampler(1), n_ctx, n)
+    assert [*steps] == [[i] for i in text[n_prompt : n_prompt + n]]
+    return model.passes
 
 
 VERSE, OTHER = list(range(20)), list(range(30, 60))
 
 
 def test_the_draft_is_what_followed_the_newest_eight_ids_the_last_time():
-    passes = recite([*VERSE, *OTHER, *VERSE, *OTHER, 99], n_prompt=70, n=20)
-    assert passes == [[*VERSE, *OTHER, *VERSE], OTHER[:16], [*OTHER[16:], *VERSE[:2]]]
+    passes = recite([*VERSE, *OTHER, *VERSE, *OTHER, *range(60, 70)], n_prompt=70, n=35)
+    assert passes[:3] == [[*VERSE, *OTHER, *VERSE], OTHER[:16], [*OTHER[16:], *VERSE[:2]]]
 
 
 def test_seven_ids_that_stood_before_are_not_enough():
@@ -93,10 +95,15 @@ def test_a_draft_longer_than_what_followed_repeats_it():
     assert passes == [[1, 2, 3] * 3 + [1], ([2, 3, 1] * 6)[:16]]
 
 
-def test_no_draft_reaches_beyond_the_cache():
-    passes = recite([1, 2, 3] * 20, n_prompt=12, n=20, n_slots=32)
+def test_no_draft_is_longer_than_what_is_wanted():
+    passes = recite([1, 2, 3] * 20, n_prompt=12, n=20)
     assert [len(row) for row in passes] == [12, 16, 1, 1, 1]
-    passes = recite([1, 2, 3] * 20, n_prompt=12, n=10, n_slots=22)
+    passes = recite([1, 2, 3] * 20, n_prompt=12, n=10)
+    assert [len(row) for row in passes] == [12, 9]
+
+
+def test_no_draft_reaches_beyond_the_context():
+    passes = recite([1, 2, 3] * 20, n_prompt=12, n=11, n_ctx=22)
     assert [len(row) for row in passes] == [12, 10]
 
 
@@ -108,11 +115,13 @@ def test_a_draft_holds_up_to_its_first_wrong_id_which_the_model_puts_right():
 
 
 @pytest.mark.parametrize("scale", [0.1, 1, 1e6])
-def test_a_draft_ends_where_two_tokens_are_too_close_to_call(scale):
-    logits = np.eye(6, dtype=np.float32)[[4, 2, 5, 1]]
-    logits[1, 0] = 0.99999
+@pytest.mark.parametrize("shift", [0, -1.5, -100])  # GPT-2's logits lie near -100
+def test_a_draft_ends_where_two_tokens_are_too_close_to_call(scale, shift):
+    logits = np.eye(6, dtype=np.float32)[[4, 2, 5, 1]] + np.float32(shift)
+    assert lookup.confirm(scale * logits, [4, 2, 5]) == [4, 2, 5, 1]
+    logits[1, 0] += 0.99999
     assert lookup.confirm(scale * logits, [4, 2, 5]) == [4]
-    logits[0, 0] = 0.99999
+    logits[0, 0] += 0.99999
     assert lookup.confirm(scale * logits, [4, 2, 5]) == []
 
 

@@ -20,7 +20,7 @@ from conftest import (
 )
 
 import gpt2
-from backends import arrays, threads
+from backends import on_numpy, threads, with_cache
 
 N_HEAD = HPARAMS["n_head"]
 LONG = HPARAMS | {"n_ctx": 400}
@@ -48,11 +48,15 @@ def n_blas():
 
 # how many
 
+TUNE = "from backends import threads; threads.tune_openblas()"
+
 
 @pytest.mark.parametrize("chosen", [None, "Haswell"])
 def test_openblas_is_told_of_avx512_where_linux_says_the_processor_has_it_unless_told_otherwise(chosen, monkeypatch):
     monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
-    code = "import os, gpt2; print(os.environ.get('OPENBLAS_CORETYPE'))"
+    code = (
+        "import os; from backends import threads; threads.tune_openblas(); print(os.environ.get('OPENBLAS_CORETYPE'))"
+    )
     done = command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": chosen} if chosen else {})
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
@@ -60,13 +64,29 @@ def test_openblas_is_told_of_avx512_where_linux_says_the_processor_has_it_unless
     assert done.stdout == f"{chosen or expected}\n"
 
 
-def test_numpy_is_not_imported_before_that():
-    assert command(code="import sys, gpt2, cli; print('numpy' in sys.modules)", cwd=REPO).stdout == "False\n"
+def test_the_command_does_so_before_numpy_is_imported(run):
+    code = """
+import sys
+class Finder:  # asked for each module that is imported
+    def find_spec(name, *_):
+        if name in ("numpy", "backends.threads"):
+            print(name)
+sys.meta_path.insert(0, Finder)
+sys.argv = ["gpt2.py", "Hello", "--model_size=none", "--models_dir=."]
+import gpt2, cli
+from backends import threads
+threads.tune_openblas = lambda: print("tuned")
+cli.run(gpt2.main)
+"""
+    assert command(code=code, cwd=REPO).stdout.split() == ["backends.threads", "tuned", "numpy"]
 
 
-def test_where_numpy_has_been_imported_the_environment_stays_as_it_is(monkeypatch):
+@pytest.mark.parametrize(
+    "code", ["import gpt2, utils", "import numpy; from backends import threads; threads.tune_openblas()"]
+)
+def test_imports_leave_the_environment_as_it_is_and_so_does_what_would_come_too_late(code, monkeypatch):
     monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
-    code = "import os; before = {**os.environ}; import numpy, gpt2; print(os.environ == before)"
+    code = f"import os; before = {{**os.environ}}; {code}; print(os.environ == before)"
     assert command(code=code, cwd=REPO).stdout == "True\n"
 
 
@@ -138,17 +158,18 @@ def test_a_blas_that_cannot_be_told_is_left_to_itself(long_params, monkeypatch):
 # as they are free
 
 
-def blocks_of(times, n_blocks):
-    """A pass of n_blocks blocks, which take times[number of BLAS's threads], on a clock of its own: (pass, counts)."""
-    clock, counts = [0.0], []
+class Clock:
+    """Blocks that take times[number of BLAS's threads], by a clock of their own, and the numbers that they had."""
 
-    def read(written):
-        for _ in range(n_blocks):
-            counts.append(n_blas())
-            clock[0] += times[n_blas()]
-            written()
+    def __init__(self, monkeypatch, times):
+        self.now, self.times, self.counts = 0.0, times, []
+        monkeypatch.setattr(threads.time, "perf_counter", lambda: self.now)
 
-    return read, counts, lambda: clock[0]
+    def run(self, pace, n_blocks):
+        with threads.blas_threads():
+            for _ in pace.of(range(n_blocks)):
+                self.counts.append(n_blas())
+                self.now += self.times[n_blas()]
 
 
 @two_cores
@@ -156,120 +177,138 @@ def blocks_of(times, n_blocks):
     ("times", "best"), [({1: 3, 2: 2}, 2), ({1: 3, 2: 40}, 1), ({1: 9, 2: 10}, 2), ({1: 7, 2: 10}, 1)]
 )
 def test_most_blocks_run_with_all_threads_or_with_fewer_where_those_are_clearly_faster(times, best, monkeypatch):
-    read, counts, clock = blocks_of(times, 2000)
-    monkeypatch.setattr(threads.time, "perf_counter", clock)
-    threads.paced(read, [2, 1], {})
-    assert counts.count(best) > 0.95 * len(counts)
-    assert {*counts[len(counts) // 2 :]} == {1, 2}  # the other is tried again
+    clock = Clock(monkeypatch, times)
+    clock.run(threads.Pace([2, 1]), 2000)
+    assert clock.counts.count(best) > 0.95 * 2000
+    assert {*clock.counts[1000:]} == {1, 2}  # the other is tried again
 
 
 @two_cores
 def test_when_a_neighbour_comes_or_goes_the_number_follows(monkeypatch):
-    times = {1: 3, 2: 2}
-    read, counts, clock = blocks_of(times, 1000)
-    monkeypatch.setattr(threads.time, "perf_counter", clock)
-    seen = {}
+    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([2, 1])
     for slow, expected in ((40, 1), (2, 2)):
-        times[2] = slow
-        threads.paced(read, [2, 1], seen)
-        threads.paced(read, [2, 1], seen)
-        assert counts[-1] == counts[-10] == expected
+        clock.times[2] = slow
+        clock.run(pace, 1000)
+        clock.run(pace, 1000)
+        assert clock.counts[-1] == clock.counts[-10] == expected
 
 
 @two_cores
-@pytest.mark.parametrize("n_before", [0, 1, 2, 100])
+@pytest.mark.parametrize("n_before", [0, 1, 10, 100])
 def test_a_single_mishap_changes_nothing(n_before, monkeypatch):
-    times, seen = {1: 3, 2: 2}, {}
-    for n_blocks, slow in ((n_before + 1, 2), (1, 5000), (100, 2)):  # the machine slept
-        times[2] = slow
-        read, counts, clock = blocks_of(times, n_blocks)
-        monkeypatch.setattr(threads.time, "perf_counter", clock)
-        threads.paced(read, [2, 1], seen)
-    assert counts[10:] == [2] * 90
+    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([2, 1])
+    for n_blocks, slow in ((n_before, 2), (1, 5000), (100, 2)):  # the machine slept
+        clock.times[2] = slow
+        clock.run(pace, n_blocks)
+    assert clock.counts[n_before] == 2  # which it did
+    assert clock.counts[n_before + 11 :] == [2] * 90
+
+
+@two_cores
+def test_a_neighbour_that_stays_is_not_taken_for_a_mishap(monkeypatch):
+    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([2, 1])
+    clock.run(pace, 100)
+    clock.times[2] = 40
+    clock.run(pace, 40)
+    assert clock.counts[-10:] == [1] * 10
 
 
 # parts of a prompt
+
+
+def with_threads(n_threads, monkeypatch, params, n_rows, n_slots, model=gpt2.gpt2):
+    monkeypatch.setattr(on_numpy, "thread_counts", lambda params: [n_threads])
+    return with_cache(model, params, N_HEAD, n_rows, n_slots)
 
 
 @pytest.mark.parametrize("n_ids", [128, 130, 257, 390])
 @pytest.mark.parametrize("n_threads", [2, 3, 16])
 def test_a_prompt_in_parts_has_the_logits_and_the_cache_of_one_read_at_once(n_ids, n_threads, long_params, monkeypatch):
     ids = prompts_of_lengths(n_ids)[0]
-    monkeypatch.setattr(arrays, "thread_counts", lambda params: [n_threads])
-    forward = arrays.cached(gpt2.gpt2, long_params, N_HEAD, 1, n_ids + 1)
+    model = with_threads(n_threads, monkeypatch, long_params, 1, n_ids + 1)
     logits = gpt2.gpt2([*ids, 7], **long_params, n_head=N_HEAD)
     scale = np.abs(logits).max()
-    np.testing.assert_allclose(forward([ids], [0])[0], logits[-2:-1], rtol=0, atol=1e-5 * scale)
-    np.testing.assert_allclose(forward([[7]], [n_ids])[0], logits[-1:], rtol=0, atol=1e-5 * scale)
+    np.testing.assert_allclose(model.logits([ids], [0])[0], logits[-2:-1], rtol=0, atol=1e-5 * scale)
+    np.testing.assert_allclose(model.logits([[7]], [n_ids])[0], logits[-1:], rtol=0, atol=1e-5 * scale)
 
 
 def test_its_last_logits_are_all_there_when_more_are_asked_for(long_params, monkeypatch):
     ids = prompts_of_lengths(300)[0]
-    monkeypatch.setattr(arrays, "thread_counts", lambda params: [2])
-    logits = arrays.cached(gpt2.gpt2, long_params, N_HEAD, 1, 300)([ids], [0], n_last=200)
+    logits = with_threads(2, monkeypatch, long_params, 1, 300).logits([ids], [0], n_last=200)
     assert logits.shape == (1, 200, LONG["n_vocab"])
 
 
 @pytest.mark.parametrize("lengths", [(200, 200, 200), (3, 350, 90, 41), (2, 1)])
 def test_prompts_of_a_batch_that_threads_share_are_as_if_each_were_alone(lengths, long_params, monkeypatch):
     prompts = prompts_of_lengths(*lengths)
-    monkeypatch.setattr(arrays, "thread_counts", lambda params: [3])
-    logits = arrays.cached(gpt2.gpt2, long_params, N_HEAD, len(prompts), 400)(prompts, [0] * len(prompts))
+    logits = with_threads(3, monkeypatch, long_params, len(prompts), 400).logits(prompts, [0] * len(prompts))
     for row, prompt in zip(logits, prompts, strict=True):
         alone = gpt2.gpt2(prompt, **long_params, n_head=N_HEAD)
         np.testing.assert_allclose(row[-1], alone[-1], rtol=0, atol=1e-5 * np.abs(alone).max())
 
 
-@pytest.mark.parametrize(("n_threads", "n_parts"), [(2, 8), (5, 10)])
-def test_in_every_block_a_part_goes_on_when_all_before_it_have_written_and_only_n_threads_read(n_threads, n_parts):
-    starts, written_to, now, most = set(), set(), set(), []
+class Reading:
+    """A stand-in for gpt2() which notes when each part writes to each block of the cache, and when it goes on."""
 
-    def read(start, stop, written):
-        now.add(start)
-        most.append(len(now))
-        starts.add(start)
+    def __init__(self, n_blocks, bad=None):
+        self.n_blocks, self.bad = n_blocks, bad
+        self.written, self.early, self.now, self.most, self.n_blas = set(), [], set(), 0, set()
+
+    def __call__(self, ids, kv_cache, n_past, n_last, **_):
+        self.now.add(n_past)
+        self.most = max(self.most, len(self.now))
+        self.n_blas.add(n_blas() if threads.blas() else 1)
         time.sleep(0.01)  # in which all threads begin
-        for block in range(4):
-            written_to.add((start, block))
-            if block == 3:
-                now.discard(start)
-            written()
-            assert not [earlier for earlier in range(0, start, 2000 // n_parts) if (earlier, block) not in written_to]
+        slots = np.arange(n_past, n_past + ids.shape[-1])
+        new = np.zeros((1, *kv_cache[0].k.shape[1:2], ids.shape[-1], kv_cache[0].k.shape[-1]), np.float32)
+        for block, cache in enumerate(kv_cache):
+            if n_past == self.bad and block == 2:
+                raise ZeroDivisionError(f"at {n_past}")
+            self.written.add((n_past, block))
+            if block == self.n_blocks - 1:
+                self.now.discard(n_past)
+            cache.update(new, new, slots)
+            starts = {start for start, _ in self.written if start < n_past}
+            self.early += [(n_past, block) for start in starts if (start, block) not in self.written]
+        return np.zeros((1, n_last, 1))
 
-    threads.in_parts(read, 2000, 4, n_threads)
-    assert len(starts) == n_parts
-    assert max(most) <= n_threads
+
+@pytest.mark.parametrize(("n_threads", "n_parts"), [(2, 8), (5, 10)])
+def test_in_every_block_a_part_goes_on_when_all_before_it_have_written_and_only_n_threads_read(
+    n_threads, n_parts, monkeypatch
+):
+    params = wild_params(LONG | {"n_ctx": 2000, "n_layer": 4})
+    reading = Reading(4)
+    with_threads(n_threads, monkeypatch, params, 1, 2000, reading).logits([[1] * 2000], [0])
+    assert {start for start, _ in reading.written} == {2000 * i // n_parts for i in range(n_parts)}
+    assert reading.early == []
+    assert reading.most <= n_threads
 
 
-@pytest.mark.parametrize("bad", [0, 1, 3])
-def test_an_error_in_a_part_reaches_the_caller_and_nobody_waits_for_it(bad):
-    def read(start, stop, written):
-        for block in range(5):
-            if start == bad * 100 and block == 2:
-                raise ZeroDivisionError(f"in part {bad}")
-            written()
-
-    with pytest.raises(ZeroDivisionError, match=f"in part {bad}"):
-        threads.in_parts(read, 400, 5, n_threads=4)
+@pytest.mark.parametrize("bad", [0, 100, 300])
+def test_an_error_in_a_part_reaches_the_caller_and_nobody_waits_for_it(bad, monkeypatch, long_params):
+    model = with_threads(4, monkeypatch, long_params, 1, 400, Reading(3, bad))
+    with pytest.raises(ZeroDivisionError, match=f"at {bad}"):
+        model.logits([[1] * 400], [0])
 
 
 @two_cores
-def test_blas_has_one_thread_while_they_read_and_then_as_many_as_before():
-    before, seen = n_blas(), []
-    threads.in_parts(lambda start, stop, written: seen.append(n_blas()), 1000, 1, 2)
-    assert {*seen} == {1}
+def test_blas_has_one_thread_while_they_read_and_then_as_many_as_before(monkeypatch, long_params):
+    before, reading = n_blas(), Reading(3)
+    with_threads(2, monkeypatch, long_params, 1, 400, reading).logits([[1] * 400], [0])
+    assert reading.n_blas == {1}
     assert n_blas() == before
 
 
 LONG_PROMPT = """
 import os, sys, utils, gpt2
-from backends import arrays
-arrays.thread_counts = lambda params: [2]
+from backends import on_numpy, with_cache
+on_numpy.thread_counts = lambda params: [2]
 _, hparams, params = utils.load_encoder_hparams_and_params("long", sys.argv[1])
 def model(*args, **kwargs):
     os.write(1, b"reading\\n")  # in one piece: print() lets other threads in before the end of the line
     return gpt2.gpt2(*args, **kwargs)
-arrays.cached(model, params, hparams["n_head"], 1, 150_000)([[1] * 150_000], [0])
+with_cache(model, params, hparams["n_head"], 1, 150_000).logits([[1] * 150_000], [0])
 print("read")
 """
 

@@ -19,9 +19,10 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
+from backends.checks import check_room
 from cli import fail, line_text, mistakes, open_lines, run
 from files.checkpoint import CheckpointError, import_tensorflow
-from gpt2 import check_room, generate, gpt2
+from gpt2 import generate, gpt2
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
 COMMIT = "9b63575ef42771a015060c964af2c3da4cf7c8ab"  # of the clone: results are stated for it
