@@ -31,7 +31,7 @@ from gpt2 import MODELS_DIR, gpt2
 
 
 def losses(params, windows, n_head, n_last=None):  # [..., n_seq+1] -> 2 of [..., n_last]
-    """Of each of the last n_last tokens of windows (None: of all but the first), given those before it: the cross-entropy
+    """Of each of the last n_last tokens of windows (None: of all but the first), given those before: the cross-entropy
     in nats, -log of the probability that the model gives it; and whether the model finds it the likeliest.
 
     windows: ids, an array of the same library as the weights. Works under JAX's jit, grad and vmap.
