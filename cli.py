@@ -144,51 +144,62 @@ def arguments(argv, function):
     """
     options = inspect.signature(function).parameters
     first, *_ = options.values()  # takes the words that have no flag
-    command, words, rest = [], [], iter(argv)
+    values, words, rest = {}, [], iter(argv)  # values: {name: text}
     for word in rest:
         if not re.match("--|-[a-zA-Z]", word):
             words.append(word)
             continue
         flag, equals, value = word.partition("=")
-        name = flag.lstrip("-").replace("-", "_")
-        if name in ("help", "h"):
+        if flag in ("-h", "--help"):
             return None
-        names = [option for option in options if name in (option, option[0])]  # one letter is short for the only one
-        if len(names) != 1:
-            import difflib
-
-            near = difflib.get_close_matches(name, options, 1)
-            hint = f"did you mean --{near[0]}?" if near else f"text that begins so is given as --{first.name}={word!r}"
-            fail(f"unknown flag {word} (see --help); {hint}")
-        option = options[names[0]]
+        option = option_of(word, flag, options)
         if not equals:
             value = "True" if option.annotation is bool else next(rest, None)
-        is_flag = value is not None and not equals and value.startswith("--")
-        if (
-            value is None
-            or (value == "" and option is not first)
-            or (is_flag and (not is_text(option) or value[2:].partition("=")[0] in options))
-        ):
-            fail(f"{flag} needs a value")
-        if option.annotation is bool and value not in ("True", "False"):
-            fail(f"--{option.name} must be True or False, not {value!r}")
+        check_value(flag, value, bool(equals), option, options)
+        if option.name.endswith(("_dir", "_file", "out")):
+            value = os.path.expanduser(value)  # behind =, the shell leaves ~ as it is
         if option is first:
             words.append(value)
-        elif any(given.startswith(f"--{option.name}=") for given in command):
+        elif option.name in values:
             fail(f"--{option.name} is given twice")
         else:
-            command.append(f"--{option.name}={value}")
-    if first.kind is inspect.Parameter.VAR_POSITIONAL:
-        words = [repr(word) for word in words]
+            values[option.name] = value
+    if first.kind is first.VAR_POSITIONAL:
+        command = [repr(word) for word in words]
     elif len(words) > 1:
         fail(f"more than one {first.name}, {words[0]!r} and {words[1]!r}: put quotes around one of several words")
     else:
-        words = [f"--{first.name}={word}" for word in words]
-        needed = [f"--{option.name}=" for option in options.values() if option.default is option.empty]
-        for flag in needed:
-            if not any(given.startswith(flag) for given in words + command):
-                fail(f"{flag[:-1]} is needed (see --help)")
-    return [*words, *command, "--", "--separator=\0"]  # Fire's own is "-"
+        command = [f"--{first.name}={word}" for word in words]
+        for name, option in options.items():
+            if option.default is option.empty and name not in values and not (option is first and words):
+                fail(f"--{name} is needed (see --help)")
+    command += [f"--{name}={value}" for name, value in values.items()]
+    return [*command, "--", "--separator=\0"]  # Fire's own is "-"
+
+
+def option_of(word, flag, options):
+    """The parameter that a flag names; one letter is short for the only one that begins with it."""
+    name = flag.lstrip("-").replace("-", "_")
+    names = [option for option in options if name in (option, option[0])]
+    if len(names) != 1:
+        import difflib
+
+        near = [option for option in options if option.startswith(name)] or difflib.get_close_matches(name, options, 2)
+        first, *_ = options
+        hint = " or ".join(f"--{option}" for option in near)
+        hint = f"did you mean {hint}?" if near else f"text that begins so is given as --{first}={word!r}"
+        fail(f"unknown flag {word} (see --help); {hint}")
+    return options[names[0]]
+
+
+def check_value(flag, value, has_equals, option, options):
+    """Ends with one line for a flag without its value, or with one that is another flag."""
+    is_flag = value is not None and not has_equals and value.startswith("--")
+    is_flag &= not is_text(option) or value[2:].partition("=")[0] in options
+    if value is None or (value == "" and option is not next(iter(options.values()))) or is_flag:
+        fail(f"{flag} needs a value")
+    if option.annotation is bool and value not in ("True", "False"):
+        fail(f"--{option.name} must be True or False, not {value!r}")
 
 
 # prompts and stop texts
@@ -412,7 +423,7 @@ def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
     """
     from tqdm import tqdm
 
-    objects = (prompt_object(line, path.lower().endswith(".jsonl")) for line in lines)
+    objects = prompt_objects(lines, path.lower().endswith(".jsonl"))
     file, done = open_out(out, path, objects) if out else (sys.stdout, [])
     n_done, n_errors, n_at_once = len(done), sum(done), max(1, batch_size // n_samples)
     seeds = [seed if seed is None else seed + i for i in range(n_samples)]
@@ -428,6 +439,11 @@ def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
             n_done, n_errors = n_done + len(window), n_errors + sum("error" in line for line in window)
     if n_errors:
         fail(f'{n_errors} of {n_done} prompts could not be continued: their lines have an "error"')
+
+
+def prompt_objects(lines, is_json):
+    """Yields what prompt_object makes of each line; blank lines of JSON are passed over."""
+    return (prompt_object(line, is_json) for line in lines if line.strip() or not is_json)
 
 
 def prompt_object(line, is_json):

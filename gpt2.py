@@ -4,8 +4,8 @@ The shapes at the end of a line leave out leading batch axes, which the model's 
 Each array brings its own library, so the same lines run on NumPy, on CuPy and on JAX (under jit, grad and vmap); that
 is why none is imported here. Read xp as np.
 
-Speed enters by two lines, `kv_cache.update(k, v, slots)` and `model.next_ids(...)`. Whoever thinks of the first as a list
-that grows, and of the second as the argmax of gpt2(), loses speed and nothing else; backends/ is what makes them fast.
+Speed enters by two lines, `kv_cache.update(k, v, slots)` and `model.next_ids(...)`. Whoever takes the first for a list
+that grows, and the second for the argmax of gpt2(), loses speed and nothing else: backends/ makes them fast.
 """
 
 import math

@@ -100,9 +100,9 @@ class Worker:
         return {"name": part["name"], "answers": text.encode("utf-8", "backslashreplace"), "mistake": self.mistake}
 
     def answers(self, name, first, data, is_json):
-        """An object for each line of a part, in their order: see cli.prompt_object and cli.Writer."""
+        """An object for each line of a part, in their order: see cli.prompt_objects and cli.Writer."""
         data = data if first else data.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
-        objects = [cli.prompt_object(line, is_json) for line in io.BytesIO(data)]
+        objects = [*cli.prompt_objects(io.BytesIO(data), is_json)]
         for batch in cli.batches_by_length(objects, self.writer.encode, max(1, self.batch_size // self.n_samples)):
             prompts = [ids for _, ids in batch for _ in range(self.n_samples)]
             seeds = [self.row_seed(first + i, sample) for i, _ in batch for sample in range(self.n_samples)]

@@ -278,7 +278,7 @@ def test_what_stands_beside_a_prompt_in_jsonl_is_carried_through(run, tmp_path, 
     assert answer["text"] == continuation("one")
 
 
-@pytest.mark.parametrize("line", ["no json", '"one"', '{"text": "one"}', '{"prompt": 1}', "[" * 100_000, ""])
+@pytest.mark.parametrize("line", ["no json", '"one"', '{"text": "one"}', '{"prompt": 1}', "[" * 100_000])
 def test_a_line_of_jsonl_that_holds_no_prompt_says_so(line, run, tmp_path, continuation):
     (tmp_path / "p.jsonl").write_text(line + '\n{"prompt": "one"}\n')
     result = run("--prompts_file", tmp_path / "p.jsonl")
@@ -287,6 +287,16 @@ def test_a_line_of_jsonl_that_holds_no_prompt_says_so(line, run, tmp_path, conti
     assert "JSON" in bad["error"] or '"prompt"' in bad["error"]
     assert good["text"] == continuation("one")
     assert result.returncode == 1
+
+
+def test_blank_lines_of_jsonl_are_passed_over(run, tmp_path, continuation):
+    (tmp_path / "p.jsonl").write_text('\n{"prompt": "one"}\n \r\n{"prompt": "two"}\n\n')
+    result = run("--prompts_file", tmp_path / "p.jsonl")
+    assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == [
+        continuation("one"),
+        continuation("two"),
+    ]
+    assert result.returncode == 0
 
 
 def test_a_job_with_a_file_to_append_to_goes_on_where_it_was_killed(run, tmp_path):
@@ -462,6 +472,12 @@ def test_a_line_that_is_no_text_does_not_end_the_conversation(run, continuation)
     assert "not valid Unicode" in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == continuation("Hello") + "\n"
+
+
+@pytest.mark.parametrize("written", ["one\r\ntwo\r\n", "\ufeffone\ntwo", "one\n\ntwo\n"], ids=repr)
+def test_interactive_reads_the_lines_of_a_pipe_however_they_end_and_the_file_begins(written, run, continuation):
+    result = run("--interactive", input=written)
+    assert result.stdout == continuation("one") + "\n" + continuation("two") + "\n"
 
 
 def test_interactive_reads_a_pipe_without_showing_its_own_prompt(run, continuation):
