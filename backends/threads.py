@@ -160,8 +160,8 @@ class Pace:
 
 def each(function, items, n_threads, n_blas=1):
     """[function(item), ...], by n_threads threads, which take one item after another; n_blas: of BLAS's in each."""
-    if len(items) == 1:
-        return [function(items[0])]
+    if len(items) < 2:
+        return [*map(function, items)]
 
     from concurrent.futures import ThreadPoolExecutor  # only here: its import takes milliseconds
 

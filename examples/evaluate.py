@@ -59,34 +59,51 @@ def scores(params, rows, n_head, n_threads=1):
     n_threads: how many batches NumPy works on at a time, each with its share of the cores: one batch on all of them
     would leave all but one idle between its matrix products. Other libraries' arrays take one batch after another.
     """
-    import numpy as np
+    scorer = Scorer(params, n_head)
+    work = batches(rows, scorer.n_seq, scorer.n_tokens)
+    if n_threads > 1 and is_numpy(params["wte"]):
+        parts = each(scorer.scores, [*work], n_threads, n_blas=max(1, n_available() // n_threads))
+    else:
+        parts = map(scorer.scores, work)
+    yield from itertools.chain.from_iterable(parts)
 
-    xp, n_ctx, use_jax = namespace(params["wte"]), len(params["wpe"]), is_jax(params["wte"])
-    # JAX compiles every shape anew, so these are few; NumPy gains nothing from more than 1,024 tokens at once
-    round_to_few, n_tokens = (round_up, 8192) if use_jax else (min, 1024)
-    n_rows_before = {}
 
-    def scored(batch):
-        n_rows, n_seq = len(batch), round_to_few(max(len(ids) for ids, _ in batch) - 1, n_ctx)
-        if use_jax:
-            n_rows = n_rows_before[n_seq] = max(n_rows_before.get(n_seq, 0), 1 << (n_rows - 1).bit_length())
-        n_last = round_to_few(n_seq - min(len(ids) - 1 - n_scored for ids, n_scored in batch), n_seq)
+class Scorer:
+    """The losses of batches of rows, (ids, n_scored), in shapes that suit the library that params are of.
+
+    JAX compiles every shape anew, so these are few; NumPy gains nothing from more than 1,024 tokens at once.
+    """
+
+    def __init__(self, params, n_head):
+        self.params, self.n_head, self.n_ctx = params, n_head, len(params["wpe"])
+        self.use_jax, self.n_rows_before = is_jax(params["wte"]), {}  # {n_seq: the most rows so far}
+        self.n_tokens = 8192 if self.use_jax else 1024
+
+    def round_to_few(self, n, most):
+        return round_up(n, most) if self.use_jax else min(n, most)
+
+    def n_seq(self, row):
+        ids, _ = row
+        return self.round_to_few(len(ids) - 1, self.n_ctx)
+
+    def scores(self, batch):
+        """[(the losses of a row's last n_scored ids, which of these are likeliest), ...]"""
+        import numpy as np
+
+        n_rows, n_seq = len(batch), max(map(self.n_seq, batch))
+        if self.use_jax:
+            n_rows = max(self.n_rows_before.get(n_seq, 0), 1 << (n_rows - 1).bit_length())
+            self.n_rows_before[n_seq] = n_rows
+        n_last = self.round_to_few(n_seq - min(len(ids) - 1 - n_scored for ids, n_scored in batch), n_seq)
         windows = np.zeros((n_rows, n_seq + 1), np.int32)  # what pads a row is behind all that is scored
         for window, (ids, _) in zip(windows, batch, strict=False):
             window[: len(ids)] = ids
-        run = compiled_losses() if use_jax else losses
-        nats, likeliest = (x.tolist() for x in run(params, devices.spread(xp.asarray(windows), params), n_head, n_last))
+        windows = devices.spread(namespace(self.params["wte"]).asarray(windows), self.params)
+        run = compiled_losses() if self.use_jax else losses
+        nats, likeliest = (x.tolist() for x in run(self.params, windows, self.n_head, n_last))
         stops = [len(ids) - 1 - (n_seq - n_last) for ids, _ in batch]
         parts = [slice(stop - n_scored, stop) for stop, (_, n_scored) in zip(stops, batch, strict=True)]
         return [(np.array(nats[row][part]), np.array(likeliest[row][part])) for row, part in enumerate(parts)]
-
-    work = batches(rows, lambda row: round_to_few(len(row[0]) - 1, n_ctx), n_tokens)
-    if n_threads > 1 and is_numpy(params["wte"]):
-        work = [*work]
-        parts = each(scored, work, n_threads, n_blas=max(1, n_available() // n_threads)) if work else []
-    else:
-        parts = map(scored, work)
-    yield from itertools.chain.from_iterable(parts)
 
 
 def batches(rows, length, n_tokens):
@@ -108,16 +125,17 @@ def text_nats(params, ids, n_ctx, n_head, stride=0, n_threads=1):
     A window of n_ctx tokens begins every stride, n_ctx/2 unless told otherwise, and scores only what the one before did
     not reach: behind the first window, every token is predicted from n_ctx - stride others or more.
     """
-    stride = stride or max(1, n_ctx // 2)
+    rows = windows_of(ids, n_ctx, stride or max(1, n_ctx // 2))
+    return (nats for nats, _ in scores(params, rows, n_head, n_threads))
 
-    def windows():
-        n_scored = 0
-        for start in range(0, max(1, len(ids) - 1 - (n_ctx - stride)), stride):
-            window = ids[start : start + n_ctx + 1]
-            yield window, start + len(window) - 1 - n_scored
-            n_scored = start + len(window) - 1
 
-    return (nats for nats, _ in scores(params, windows(), n_head, n_threads))
+def windows_of(ids, n_ctx, stride):
+    """Yields (window of ids, how many of its last ids to score)."""
+    n_scored = 0
+    for start in range(0, max(1, len(ids) - 1 - (n_ctx - stride)), stride):
+        window = ids[start : start + n_ctx + 1]
+        yield window, start + len(window) - 1 - n_scored
+        n_scored = start + len(window) - 1
 
 
 # the tasks' part: each turns an object of a file into an example, (context, endings, which of them is right)
@@ -134,13 +152,14 @@ def lambada(text, **_):
 
 def hellaswag(activity_label, ctx_a, ctx_b, endings, label, **_):
     """The likeliest of four endings (https://arxiv.org/abs/1905.07830), cleaned as lm-evaluation-harness does."""
-
-    def clean(text):  # what comes from WikiHow has headings and notes in brackets
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-    context = clean(f"{activity_label}: {ctx_a} {ctx_b.capitalize()}")
+    context = without_notes(f"{activity_label}: {ctx_a} {ctx_b.capitalize()}")
     label = int(label) if isinstance(label, str) and label.isdecimal() else label
-    return context, [clean(ending) for ending in endings], label
+    return context, [*map(without_notes, endings)], label
+
+
+def without_notes(text):
+    """What comes from WikiHow has headings and notes in brackets."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def cloze(context, endings, label, **_):
@@ -273,11 +292,6 @@ def as_html(title, encoder, ids, nats):
 
     Tokens that hold parts of a character are shown together.
     """
-
-    def span(text, total):
-        text = html.escape(text).replace("\r", "␍").replace("\n", "↵\n")
-        return f'<span style="--nats:{min(total, 10):.1f}" title="{total:.2f}">{text}</span>'
-
     spans, data, total = [], b"", 0.0
     for token, n in zip(ids, nats, strict=True):
         data, total = data + encoder.decode_bytes([token]), total + n
@@ -288,6 +302,11 @@ def as_html(title, encoder, ids, nats):
         data, total = b"", 0.0
     legend = " ".join(span(str(n), n) for n in (0, 2, 4, 6, 8)) + " " + span("10 or more", 10)
     return PAGE.format(title=html.escape(title), legend=legend, text="".join(spans))
+
+
+def span(text, nats):
+    text = html.escape(text).replace("\r", "␍").replace("\n", "↵\n")
+    return f'<span style="--nats:{min(nats, 10):.1f}" title="{nats:.2f}">{text}</span>'
 
 
 def exp(x):
