@@ -271,6 +271,32 @@ def test_several_samples_of_each_prompt_are_drawn_with_seeds_in_a_row(run, conti
         assert [sample["text"] for sample in answer["samples"]] == texts
 
 
+def test_more_samples_than_a_batch_holds_are_made_all_the_same(run):
+    result = run("--prompts_file=-", "--n_samples=3", "--batch_size=2", "--temperature=1", input="one\n")
+    assert [len(json.loads(line)["samples"]) for line in result.stdout.splitlines()] == [3]
+
+
+def test_answers_of_an_earlier_run_do_not_stay_beside_new_ones(run, tmp_path):
+    earlier = {"prompt": "one", "text": "old", "n_tokens": 1, "finish_reason": "stop", "samples": [{"text": "old"}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(earlier) + "\n")
+    (answer,) = map(json.loads, run("--prompts_file", tmp_path / "p.jsonl").stdout.splitlines())
+    assert answer.keys() == {"prompt", "text", "n_tokens", "finish_reason"}
+    assert (answer["n_tokens"], answer["finish_reason"]) == (N, "length")
+
+
+@pytest.mark.parametrize("seed", ["[1,2]", "(1,2)", "1.5"])
+def test_a_seed_that_is_no_whole_number_is_an_error(seed, run):
+    result = run("Hello", "--temperature=1", f"--seed={seed}")
+    assert_one_line_error(result, "seed must be a whole number, 0 or more, not")
+
+
+def test_a_stop_text_that_falls_on_the_last_token_is_why_the_text_ended(run, continuation):
+    stop = continuation("Hello")[-1]
+    n = next(n for n in range(1, N + 1) if stop in continuation("Hello", n))
+    (answer,) = map(json.loads, run("--prompts_file=-", "--stop", stop, input="Hello\n", n=n).stdout.splitlines())
+    assert (answer["n_tokens"], answer["finish_reason"]) == (n, "stop")
+
+
 def test_what_stands_beside_a_prompt_in_jsonl_is_carried_through(run, tmp_path, continuation):
     (tmp_path / "p.jsonl").write_text('{"id": 7, "prompt": "one", "of": [1, {"a": null}]}\n')
     (answer,) = map(json.loads, run("--prompts_file", tmp_path / "p.jsonl").stdout.splitlines())

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import math
+import os
 import pathlib
 import types
 
@@ -77,6 +78,14 @@ GIB = {"bytes_limit": 2**30}
 )
 def test_the_memory_of_a_device_is_what_it_says_and_else_without_bounds(stats, expected):
     assert devices.memory(on_devices(*stats)) == expected
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(f"{2**29}\n", 0.5), ("max\n", None), (f"{2**60}\n", None)])
+def test_the_memory_of_a_container_is_its_limit_if_that_is_less_than_the_machines(limit, expected, tmp_path):
+    (tmp_path / "memory.max").write_text(limit)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert devices.memory_of_machine(tmp_path / "memory.max") == (expected or machine)
+    assert devices.memory_of_machine(tmp_path / "nothing") == machine
 
 
 def test_the_memory_of_cupys_device_is_what_it_says():

@@ -34,6 +34,7 @@ def exact(temperature, kept):
         ({"temperature": 1, "top_p": 0.7}, exact(1, [0, 1])),  # 0.45 + 0.28 reach 0.7
         ({"temperature": 1, "top_p": 0.75}, exact(1, [0, 1, 2])),  # and do not reach 0.75: the third crosses it
         ({"temperature": 1, "top_p": 1e-9}, exact(1, [0])),
+        ({"temperature": 1, "top_p": 1 - 1e-9}, exact(1, range(6))),
         ({"temperature": 2, "top_k": 4, "top_p": 0.6}, exact(2, [0, 1])),  # of four: 0.36 + 0.28 = 0.64
         ({"temperature": 2, "top_p": 0.6}, exact(2, [0, 1, 2])),  # of all six: 0.32 + 0.25 = 0.57
     ],
@@ -48,6 +49,14 @@ def test_frequencies_of_draws_are_the_exact_probabilities(options, probabilities
     expected = n * probabilities[possible]
     chi_square = ((observed[possible] - expected) ** 2 / expected).sum()
     assert chi_square < 20.5  # 99.9 % of the chi-square distribution with 5 degrees of freedom, and more for fewer
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.5, {0}), (0.75, {0, 1}), (0.76, {0, 1, 2}), (0.25, {0})])
+def test_top_p_keeps_no_token_beyond_those_that_reach_p_exactly(top_p, kept):
+    logits = np.log([0.5, 0.25, 0.125, 0.125])  # in binary, all of these and their sums are exact
+    points = np.linspace(0, 1, 97)[:, None]
+    drawn = {int(i) for i in draw(np.tile(logits, (97, 1)), points, 1.0, 0, top_p)}
+    assert drawn - {3} == kept  # the last two are alike: where one stays, so does the other
 
 
 def kept_by(logits, **options):

@@ -126,11 +126,24 @@ def test_a_model_that_fits_the_cache_takes_one_thread(long_params):
     assert threads.thread_counts(long_params) == [1]
 
 
-@two_cores
-def test_a_larger_one_may_take_all_cores_or_fewer(long_params, monkeypatch):
+@pytest.mark.parametrize(
+    ("n_cores", "n_blas", "expected"), [(8, 8, [8, 4, 2, 1]), (6, 8, [6, 3, 1]), (8, 2, [2, 1]), (1, 8, [1])]
+)
+def test_a_larger_one_may_take_all_cores_that_blas_may_use_or_fewer(
+    n_cores, n_blas, expected, long_params, monkeypatch
+):
     monkeypatch.setattr(threads, "SMALL", 0)
-    assert threads.thread_counts(long_params)[0] == min(threads.n_cores(), n_blas())
-    assert threads.thread_counts(long_params)[-1] == 1
+    monkeypatch.setattr(threads, "blas", lambda: (None, None))
+    monkeypatch.setattr(threads, "n_cores", lambda: n_cores)
+    monkeypatch.setattr(threads, "at_first", lambda: n_blas)
+    assert threads.thread_counts(long_params) == expected
+
+
+@two_cores
+def test_threads_that_the_user_denies_blas_are_not_used():
+    code = "from backends import threads; print(threads.n_available())"
+    assert command(code=code, cwd=REPO, env={"OPENBLAS_NUM_THREADS": "1"}).stdout == "1\n"
+    assert command(code=code, cwd=REPO, env={"OPENBLAS_NUM_THREADS": "2"}).stdout == "2\n"
 
 
 @two_cores

@@ -4,6 +4,7 @@ tour.zh-CN.ipynb is the same with its words in Chinese. `python tests/test_tour.
 with its outputs, and two of its pictures for the README.
 """
 
+import ast
 import base64
 import copy
 import importlib.util
@@ -125,16 +126,17 @@ def test_no_committed_output_holds_an_error_or_a_path_of_the_machine_it_ran_on(c
 
 
 def test_each_of_eight_sections_names_what_it_shows_of_the_code(committed):
-    source = "".join(
-        (REPO / f"{name}.py").read_text("utf-8") for name in ("gpt2", "backends/arrays", "sampling", "encoder")
-    )
+    source = "".join((REPO / f"{name}.py").read_text("utf-8") for name in ("gpt2", "sampling", "encoder"))
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    parameters = {argument.arg for function in functions for argument in function.args.args}
+    known = parameters | {function.name for function in functions} | {"encoder.py", "wte.T"}
     sections = [cell.source for cell in committed.cells if cell.source.startswith("## ")]
     assert [section[:5] for section in sections] == [f"## {i}." for i in range(1, 9)]
     for section in sections:
         (shows,) = re.findall(r"^\*Shows (.*)\*$", section, re.MULTILINE)
         names = re.findall("`(.+?)`", shows)
         assert names
-        assert [name for name in names if name not in source] == []
+        assert [name for name in names if name not in known and f"    {name}  #" not in source] == []
 
 
 def test_the_chinese_notebook_has_the_same_cells_and_outputs_and_other_words(committed):
