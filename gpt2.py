@@ -200,7 +200,8 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
         prompt, and None for those that have stopped.
     stop: called with the ids generated so far for a prompt; a true result ends it.
     sliding_window: where the context is full, go on with the newest half of it as the prompt.
-    sampling: temperature (0, the default, is greedy), top_k, top_p, seed: see sampling.py.
+    sampling: temperature (0, the default, is greedy), top_k, top_p, seed, repetition_penalty, no_repeat_ngram: see
+        sampling.py.
     Raises, before any work, TypeError for no ids, ValueError for what is out of range, MemoryError for too much.
     """
     prompts, is_batch = as_batch(inputs, len(params["wte"]))
@@ -208,7 +209,7 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
     check_options(n_tokens_to_generate, stop=stop)
     check_room(longest, n_tokens_to_generate, n_ctx, sliding_window)
 
-    sampler, n_slots = Sampler(n_rows, **sampling), min(longest + n_tokens_to_generate, n_ctx)
+    sampler, n_slots = Sampler(prompts, **sampling), min(longest + n_tokens_to_generate, n_ctx)
     model = with_cache(gpt2, params, n_head, n_rows, n_slots, greedy=sampler.is_greedy)
     steps = decode(prompts, model, sampler, n_ctx, n_tokens_to_generate)
     steps = until(stop, steps, n_rows) if stop else steps
@@ -240,6 +241,8 @@ def main(
     top_k: int = 0,
     top_p: float = 1,
     seed: int = None,
+    repetition_penalty: float = 1,
+    no_repeat_ngram: int = 0,
     n_samples: int = 1,
     stop: str = None,
     stream: bool = False,
@@ -264,6 +267,8 @@ def main(
         top_k: with a temperature, draw from the k likeliest tokens only (0: from all)
         top_p: with a temperature, draw from the smallest set of likeliest tokens whose probabilities reach p
         seed: with a temperature, makes the draws repeatable
+        repetition_penalty: above 1, tokens that stand in the text already are less likely to come again
+        no_repeat_ngram: no so many tokens in a row come twice
         n_samples: with a temperature, how many continuations to draw at once
         stop: end before this text appears; \\n is a line break; several are given as a list, '["User:", "Bot:"]'
         stream: print the text as it is made
@@ -284,6 +289,7 @@ def main(
     from utils import ModelError, load_encoder_hparams_and_params
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    sampling |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}
     with cli.mistakes(ValueError):
         check_options(n_tokens_to_generate, n_samples, batch_size, **sampling)
         devices.check(backend, dtype, tensor_parallel, n_threads)

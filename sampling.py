@@ -1,8 +1,11 @@
 """Sampling: logits -> id. The likeliest token, or one drawn at random, as likely as the model says."""
 
+import math
 import numbers
 
 from backends.arrays import is_jax, namespace, on_processor
+
+NO_PENALTY = {"repetition_penalty": 1, "no_repeat_ngram": 0}
 
 
 def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab] -> [...]
@@ -43,31 +46,52 @@ def draw(logits, point, temperature=0, top_k=0, top_p=1):  # [..., n_vocab], [..
     return xp.argmax(ends > point * xp.max(ends, axis=-1, keepdims=True), axis=-1)
 
 
-class Sampler:
-    """The options of sample(), and for each row of a batch random numbers of its own.
+def penalize(logits, ids, repetition_penalty=1, no_repeat_ngram=0):  # [n_vocab], [n_seq]
+    """Holds back, in the logits of the token that follows ids, what stands there already. In place, on NumPy.
 
-    seed: row i draws with seed + i, or with seed[i] of a list; None: with no two runs alike.
+    repetition_penalty: a token of ids has its logit divided by it, or multiplied where that is below 0 (CTRL,
+    https://arxiv.org/abs/1909.05858, section 4.1). no_repeat_ngram: no token may end a sequence of so many that stands
+    in ids already (https://arxiv.org/abs/1705.04304, section 2.5).
+    """
+    if repetition_penalty != 1:
+        for i in {*ids}:
+            logits[i] *= repetition_penalty if logits[i] < 0 else 1 / repetition_penalty
+    if no_repeat_ngram:
+        n = no_repeat_ngram - 1
+        newest = ids[len(ids) - n :]
+        for i in range(len(ids) - n):
+            if ids[i : i + n] == newest:
+                logits[ids[i + n]] = -math.inf
+
+
+class Sampler:
+    """Picks the next ids of a batch: its options are those of sample() and penalize().
+
+    prompts: [n_rows] lists of ids. seed: row i draws with seed + i, or with seed[i] of a list; None: with no two runs
+    alike.
     """
 
     draw = staticmethod(draw)
 
-    def __init__(self, n_rows, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None):
+    def __init__(self, prompts, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None, **penalties):
         if n_samples is not None:
             raise TypeError("n_samples is a flag: for several samples of a prompt, give a batch, [ids] * 3")
-        check_options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(n_rows)]
-        if len(seeds) != n_rows:
-            raise ValueError(f"seed has {len(seeds)} numbers for {n_rows} prompts")
+        check_options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, **penalties)
+        seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(len(prompts))]
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed has {len(seeds)} numbers for {len(prompts)} prompts")
         self.options = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
-        self.is_greedy, self.rngs = temperature == 0, []
-        if not self.is_greedy:
+        self.penalties = {name: value for name, value in penalties.items() if value != NO_PENALTY[name]}
+        self.is_greedy = temperature == 0 and not self.penalties  # the likeliest ids, whatever came before
+        self.texts, self.rngs = [[*prompt] for prompt in prompts], []
+        if temperature:
             from numpy.random import default_rng  # only here: its import takes as long as a token
 
-            self.rngs = [default_rng(seed) for seed in seeds]
+            self.rngs = [default_rng(seed) for seed in seeds]  # of each row, so that it draws as it would alone
 
     def points(self, n_steps):
         """A number from 0 to 1 for every step and row, [n_steps, n_rows]; None for the likeliest ids."""
-        if self.is_greedy:
+        if not self.rngs:
             return None
         import numpy as np
 
@@ -75,27 +99,55 @@ class Sampler:
 
     def pick(self, logits):  # [n_rows, 1, n_vocab] -> [n_rows]
         """The next id of each row, in a list."""
+        if self.penalties:
+            logits = self.penalized(logits)
         points = self.points(1)  # [1, n_rows]
         if points is None:
-            return draw(logits, None)[:, 0].tolist()
-        if not on_processor(logits):
-            return draw(logits, points.T[..., None], **self.options)[:, 0].tolist()  # [n_rows, 1, 1]
-        import numpy as np  # which sorts faster than JAX: row by row, in little memory
+            ids = draw(logits, None)[:, 0].tolist()
+        elif on_processor(logits):  # row by row, in little memory, by NumPy, which sorts faster than JAX
+            rows = zip(on_numpy(logits), points[0], strict=True)
+            ids = [draw(row, point, **self.options).item() for row, point in rows]
+        else:
+            ids = draw(logits, points.T[..., None], **self.options)[:, 0].tolist()  # [n_rows, 1, 1]
+        for text, next_id in zip(self.texts, ids, strict=True):
+            text.append(next_id)
+        return ids
 
-        return [
-            draw(row, point, **self.options).item() for row, point in zip(np.asarray(logits), points[0], strict=True)
-        ]
+    def penalized(self, logits):  # [n_rows, 1, n_vocab]
+        logits = on_numpy(logits).copy()
+        for row, text in zip(logits[:, 0], self.texts, strict=True):
+            penalize(row, text, **self.penalties)
+        return logits
+
+
+def on_numpy(x):
+    """An array of any library as NumPy's."""
+    import numpy as np
+
+    return np.asarray(x.get() if hasattr(x, "get") else x)  # CuPy's come from their device when asked
 
 
 def check_options(
-    n_tokens_to_generate=0, n_samples=1, batch_size=1, temperature=0, top_k=0, top_p=1, seed=None, stop=None
+    n_tokens_to_generate=0,
+    n_samples=1,
+    batch_size=1,
+    temperature=0,
+    top_k=0,
+    top_p=1,
+    seed=None,
+    stop=None,
+    repetition_penalty=1,
+    no_repeat_ngram=0,
 ):
     """Raises ValueError for a value that generate, or the command, cannot take, and TypeError for such a stop."""
     if stop is not None and not callable(stop):
         raise TypeError(f"stop must be a function of the ids so far, not {stop!r}")
-    for name, value in {"n_tokens_to_generate": n_tokens_to_generate, "top_k": top_k}.items():
+    whole = {"n_tokens_to_generate": n_tokens_to_generate, "top_k": top_k, "no_repeat_ngram": no_repeat_ngram}
+    for name, value in whole.items():
         if not is_whole(value):
             raise ValueError(f"{name} must be a whole number, 0 or more, not {value!r}")
+    if not is_number(repetition_penalty) or not 0.01 <= repetition_penalty <= 100:
+        raise ValueError(f"repetition_penalty must be a number from 0.01 to 100, not {repetition_penalty!r}")
     if not is_whole(n_samples) or not 1 <= n_samples <= 1000:
         raise ValueError(f"n_samples must be a whole number from 1 to 1000, not {n_samples!r}")
     if not is_whole(batch_size) or batch_size < 1:

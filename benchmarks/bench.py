@@ -88,7 +88,7 @@ def greedy(params, n_head):
 
     def generate(prompts, n_tokens):
         model = with_cache(gpt2, params, n_head, len(prompts), len(prompts[0]) + n_tokens)
-        return decode(prompts, model, Sampler(len(prompts)), len(params["wpe"]), n_tokens)
+        return decode(prompts, model, Sampler(prompts), len(params["wpe"]), n_tokens)
 
     return generate
 

@@ -16,7 +16,7 @@ from backends.cache import empty_cache
 from files import checkpoint
 
 jax, jnp, torch = optional("jax"), optional("jax.numpy"), optional("torch")
-on_jax = optional("backends.on_jax", needs="jax")
+on_jax, transformers = optional("backends.on_jax", needs="jax"), optional("transformers")
 
 N_HEAD, N_VOCAB, N_CTX = HPARAMS["n_head"], HPARAMS["n_vocab"], HPARAMS["n_ctx"]
 TAME = checkpoint.random_params(HPARAMS)  # soon says the same token over and over
@@ -455,6 +455,58 @@ def test_half_precision_looks_nothing_up(jax_params, monkeypatch):
     monkeypatch.setattr(lookup, "Lookup", None)
     half = jax.tree.map(lambda x: x.astype("bfloat16"), jax_params)
     assert len(gpt2.generate([1, 2, 3], half, N_HEAD, 5)) == 5
+
+
+# Penalties
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_penalties_are_transformers(seed):
+    rng = np.random.default_rng(seed)
+    options = {"repetition_penalty": rng.choice([1, 1.3, 0.7, 5]), "no_repeat_ngram": int(rng.choice([0, 1, 2, 3, 4]))}
+    for _ in range(5):
+        ids = rng.integers(0, 6, rng.integers(1, 30)).tolist()
+        logits = rng.normal(0, 3, 8).astype(np.float32)
+        expected = torch.tensor(logits)[None]
+        if options["repetition_penalty"] != 1:
+            process = transformers.RepetitionPenaltyLogitsProcessor(float(options["repetition_penalty"]))
+            expected = process(torch.tensor(ids)[None], expected)
+        if options["no_repeat_ngram"]:
+            process = transformers.NoRepeatNGramLogitsProcessor(options["no_repeat_ngram"])
+            expected = process(torch.tensor(ids)[None], expected)
+        sampling.penalize(logits, ids, **options)
+        np.testing.assert_allclose(logits, expected[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1, "seed": 3}], ids=str)
+@pytest.mark.parametrize("penalty", [{"repetition_penalty": 1.5}, {"no_repeat_ngram": 2}], ids=str)
+def test_each_row_of_a_batch_is_penalized_for_what_its_own_text_says(penalty, options, params, jax_params):
+    prompts, options = [[5, 6, 7], [1] * 10], options | penalty
+    alone = [gpt2.generate(p, params, N_HEAD, 30, **options | ({"seed": 3 + i} if "seed" in options else {}))
+             for i, p in enumerate(prompts)]  # fmt: skip
+    assert gpt2.generate(prompts, params, N_HEAD, 30, **options) == alone
+    assert gpt2.generate(prompts, jax_params, N_HEAD, 30, **options) == alone
+    with taken_for_gpus():
+        assert gpt2.generate(prompts, jax_params, N_HEAD, 30, **options) == alone
+
+
+def test_greedy_text_that_repeats_itself_does_not_where_that_is_forbidden():
+    for prompt in ([5, 6, 7], [5, 6, 7] * 4):
+        ids = prompt + gpt2.generate(prompt, TAME, N_HEAD, 40, no_repeat_ngram=3)
+        grams = [*zip(ids, ids[1:], ids[2:], strict=False)][len(prompt) - 2 :]
+        assert len({*grams}) == len(grams)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"repetition_penalty": 0}, {"repetition_penalty": "x"}, {"no_repeat_ngram": -1}, {"no_repeat_ngram": 1.5}],
+)
+def test_penalties_out_of_range_are_errors(option, generate):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
+        generate([1, 2, 3], 5, **option)
+
+
+# Seeds
 
 
 def test_there_must_be_a_seed_for_every_prompt(generate):

@@ -71,7 +71,7 @@ class Reciting:
 def recite(text, n_prompt, n, n_ctx=1000):
     """The passes that it takes to continue the first n_prompt ids of text by n."""
     model = Reciting(text)
-    steps = gpt2.decode([text[:n_prompt]], lookup.Lookup(model), Sampler(1), n_ctx, n)
+    steps = gpt2.decode([text[:n_prompt]], lookup.Lookup(model), Sampler([[]]), n_ctx, n)
     assert [*steps] == [[i] for i in text[n_prompt : n_prompt + n]]
     return model.passes
 
