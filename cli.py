@@ -309,18 +309,20 @@ def show_samples(texts):
 class Writer:
     """Text in, text out: encodes prompts and continues them, up to a stop text.
 
-    generate, generate_ids: those of gpt2.py. stop: texts to end before. options: what generate takes, with params.
+    generate, generate_ids: those of gpt2.py. stop: texts to end before. special: whether special tokens in prompts are
+    read as such. options: what generate takes, with params.
     """
 
-    def __init__(self, encoder, generate, generate_ids, stop=(), **options):
+    def __init__(self, encoder, generate, generate_ids, stop=(), special=False, **options):
         self.encoder, self.generate, self.generate_ids, self.stop = encoder, generate, generate_ids, stop
+        self.allowed_special = "all" if special else ()
         self.options = {**options, "stop": self.ends}
         self.n_tail = max((len(text.encode()) for text in stop), default=0) + 3  # ids: 3 for the rest of a character
         self.has_begun, self.interrupted = False, False  # interrupted: by Ctrl-C, so that a text ends where it is
 
     def encode(self, prompt):
         """The ids of a prompt. Raises ValueError if it is no text, or the context has no room for what is to follow."""
-        ids = self.encoder.encode(prompt) or [self.encoder.encoder["<|endoftext|>"]]
+        ids = self.encoder.encode(prompt, self.allowed_special) or [self.encoder.encoder["<|endoftext|>"]]
         n_ctx, n_tokens = len(self.options["params"]["wpe"]), self.options["n_tokens_to_generate"]
         check_room(len(ids), n_tokens, n_ctx, self.options["sliding_window"])
         return ids

@@ -245,6 +245,7 @@ def main(
     no_repeat_ngram: int = 0,
     n_samples: int = 1,
     stop: str = None,
+    special: bool = False,
     stream: bool = False,
     interactive: bool = False,
     prompts_file: str = None,
@@ -271,6 +272,7 @@ def main(
         no_repeat_ngram: no so many tokens in a row come twice
         n_samples: with a temperature, how many continuations to draw at once
         stop: end before this text appears; \\n is a line break; several are given as a list, '["User:", "Bot:"]'
+        special: <|endoftext|> in a prompt is that token, and not a text like any other; --stop knows it in any case
         stream: print the text as it is made
         interactive: ask for prompt after prompt, each continued on its own; Ctrl-C stops a text, Ctrl-D leaves
         prompts_file: continue every line (-: of standard input), in .jsonl every "prompt"; prints a JSON object a line
@@ -304,7 +306,7 @@ def main(
 
     options = {"n_tokens_to_generate": n_tokens_to_generate, "sliding_window": sliding_window, **sampling}
     options |= {"params": params, "n_head": hparams["n_head"]}
-    writer = cli.Writer(encoder, generate, generate_ids, stop_texts, **options)
+    writer = cli.Writer(encoder, generate, generate_ids, stop_texts, special, **options)
     if interactive:
         return cli.converse(writer)
     if prompts_file:

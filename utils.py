@@ -120,10 +120,9 @@ def fetch_model(model_size, model_dir):
             title=model_size,
         )
     except DownloadError as error:
-        advice = "run it again to go on from here (by hand: see models/README.md)"
-        if os.path.isdir(os.path.join(os.path.dirname(model_dir), "shakespeare")):
-            advice += "; --model_size shakespeare needs no network"
-        raise ModelError(f"{error}; {advice}") from error
+        is_there = os.path.isdir(os.path.join(os.path.dirname(model_dir), "shakespeare"))
+        first = f"{model_size} is not here, --model_size shakespeare is and needs no network: " if is_there else ""
+        raise ModelError(f"{first}{error}; run it again to go on from here (by hand: see models/README.md)") from error
 
 
 def check_files(model_size, model_dir):

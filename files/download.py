@@ -9,9 +9,7 @@ A file gets its name once its length, the caller's check and the MD5 that the se
 import base64
 import collections
 import contextlib
-import functools
 import hashlib
-import ipaddress
 import json
 import math
 import os
@@ -22,8 +20,13 @@ import shutil
 import sys
 import threading
 import time
-import urllib.parse
 from typing import NamedTuple
+
+if __name__ == "__main__":  # where files/ is no package
+    arguments = " ".join(arg if arg.isprintable() else "?" for arg in sys.argv[1:])
+    sys.exit(f"download.py: fetches nothing by itself: use python utils.py {arguments or 'MODEL_SIZE'}")
+
+from files.web import Client, DownloadError, PassingError, blocks, check_proxy, one_line, read
 
 PIECE = 2**18  # bytes of a connection that are on disk together with their SHA-256, if not earlier
 LONGEST_PAUSE = 60  # seconds, also where a server asks for more
@@ -47,18 +50,6 @@ class Tuning(NamedTuple):
     largest: int = 2**24  # bytes that a file of unknown size may have
 
 
-class DownloadError(Exception):
-    """A download failed: one line for the user, with the file, its URL and the cause."""
-
-
-class PassingError(DownloadError):
-    """A failure that may pass: worth another attempt; retry_after: the header of that name."""
-
-    def __init__(self, message, retry_after=""):
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
 class DamagedError(DownloadError):
     """What arrived is not the file: worth fetching once more."""
 
@@ -74,14 +65,17 @@ def fetch(files, folder, sources, check, title, **tuning):
     """
     tuning, failures = Tuning(**tuning), []
     try:
-        os.makedirs(folder, exist_ok=True)
         with locked(folder):
             for source in sources:
                 if not (missing := missing_of(files, folder)):
                     return
+                check_proxy(source)
                 announce(title, missing, source)
                 try:
-                    return fetch_from(source.rstrip("/"), files, folder, check, title, tuning)
+                    with contextlib.closing(
+                        Download(source.rstrip("/"), files, folder, check, title, tuning)
+                    ) as download:
+                        return download.run()
                 except DownloadError as error:
                     failures.append(str(error))
                     if source != sources[-1]:
@@ -105,20 +99,36 @@ def say(text):
     print(one_line(text), file=sys.stderr, flush=True)
 
 
-def one_line(text):
-    """A text without line breaks, and without the control characters of whoever sent it."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
-
-
 @contextlib.contextmanager
 def locked(folder):
-    """Keeps other processes from downloading into folder; the system takes the lock back from one that dies."""
-    with open(plain_file(os.path.join(folder, ".lock")), "a") as f:
-        if not try_lock(f):
-            say(f"waiting for another process that downloads into {folder}")
-            while not try_lock(f):
-                time.sleep(0.1)
-        yield
+    """Makes folder, and keeps other processes from downloading into it; if nothing has come in the end, it is removed.
+
+    The system takes the lock back from a process that dies.
+    """
+    path = os.path.join(folder, ".lock")
+    while True:
+        os.makedirs(folder, exist_ok=True)
+        with open(plain_file(path), "a") as f:
+            wait_for_lock(f, folder)
+            if not (os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path))):
+                continue  # the process that had the lock has removed the folder
+            try:
+                yield
+            finally:
+                if os.name == "nt":
+                    f.close()  # Windows removes no file that is open, here or in another process
+                with contextlib.suppress(OSError):
+                    if os.listdir(folder) == [".lock"]:
+                        os.remove(path)
+                        os.rmdir(folder)
+            return
+
+
+def wait_for_lock(f, folder):
+    if not try_lock(f):
+        say(f"waiting for another process that downloads into {folder}")
+        while not try_lock(f):
+            time.sleep(0.1)
 
 
 def try_lock(f):
@@ -167,7 +177,7 @@ class Progress:
         if self.closed:  # by now; a thread that was left behind
             return
         if not self.bar.disable:
-            self.bar.set_postfix_str(text)
+            self.bar.set_postfix_str(one_line(text))
         elif time.monotonic() - self.noted >= QUIET:
             self.noted = time.monotonic()
             say(f"{self.title}: {text}")
@@ -177,35 +187,221 @@ class Progress:
         self.bar.close()
 
 
-def fetch_from(source, files, folder, check, title, tuning):
-    """Fetches what is missing from one source. Raises DownloadError for its faults, OSError for those at this end."""
-    import requests  # takes its time
+class Download:
+    """What files lack in folder, on its way from one source, for as long as that goes well. Arguments: see fetch().
 
-    missing, paths = missing_of(files, folder), {name: os.path.join(folder, name) for name in files}
-    progress = Progress(title)
-    with requests.Session() as session, contextlib.closing(progress):
-        session.get_redirect_target = lambda response: None  # open_url() follows them
-        ask = functools.partial(open_url, session, tuning, progress.note)
+    All methods raise DownloadError for faults of the source, OSError for those at this end.
+    """
 
-        def plan(name):
-            # less patience than later, and least before any answer: most likely this machine is offline
-            n_attempts, pause = (4, tuning.pause) if plans else (3, tuning.pause / 2)
-            attempt = functools.partial(describe, ask, f"{source}/{name}", missing[name], tuning.largest)
-            remote = persist(attempt, n_attempts, pause, progress)
-            return remote, gaps(remote, paths[name])
+    def __init__(self, source, files, folder, check, title, tuning):
+        self.source, self.files, self.folder, self.check, self.tuning = source, files, folder, check, tuning
+        self.progress = Progress(title)
+        self.client = Client(tuning.timeout, tuning.quiet, self.progress)
 
-        plans = {}
-        for name in missing:
-            with named(name, source):
-                plans[name] = plan(name)
+    def close(self):
+        self.progress.close()
+        self.client.close()
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def run(self):
+        """Fetches every file that is missing, one after another."""
+        plans = {}  # {name: (Remote, the ranges to fetch)}
+        for name in missing_of(self.files, self.folder):
+            with named(name, self.source):
+                plans[name] = self.plan(name, is_first=not plans)
         n_left = sum(n_bytes(todo) for _, todo in plans.values())
-        if n_left > (n_free := shutil.disk_usage(folder).free):
+        if n_left > (n_free := shutil.disk_usage(self.folder).free):
             raise OSError(f"{n_left:,} bytes are still to come, and that disk has {n_free:,} free")
-        n_there = sum(os.path.getsize(paths[name]) for name in files.keys() - missing.keys())
-        progress.begin(n_there + sum(remote.size for remote, _ in plans.values()), n_left)
-        for name, planned in plans.items():
-            with named(name, source):
-                fetch_file(ask, name, paths[name], planned, functools.partial(plan, name), check, progress, tuning)
+        n_there = sum(os.path.getsize(self.path(name)) for name in self.files.keys() - plans.keys())
+        self.progress.begin(n_there + sum(remote.size for remote, _ in plans.values()), n_left)
+        for name, (remote, todo) in plans.items():
+            with named(name, self.source):
+                self.fetch_file(name, remote, todo)
+
+    def plan(self, name, is_first=False):
+        """(What the source says of a file, as Remote, the ranges of it to fetch)."""
+        # less patience than later, and least before any answer: most likely this machine is offline
+        n_attempts, pause = (3, self.tuning.pause / 2) if is_first else (4, self.tuning.pause)
+        remote = self.persist(self.describe, name, n_attempts=n_attempts, pause=pause)
+        return remote, gaps(remote, self.path(name))
+
+    def describe(self, name):
+        """What the source says of a file, as Remote.
+
+        To ask for one byte tells more than a HEAD request, which some servers refuse: whether they keep to ranges.
+        """
+        url, size = f"{self.source}/{name}", self.files[name]
+        with self.client.open("GET", url, {"Range": "bytes=0-0"}) as response:
+            headers, in_ranges = response.headers, response.status_code == 206
+            stated = headers.get("Content-Range" if in_ranges else "Content-Length", "")
+            stated = re.fullmatch(("bytes 0-0/" if in_ranges else "") + "([0-9]{1,15})", stated)
+            if not stated:
+                raise DownloadError("the server does not say how long the file is")
+            if in_ranges:
+                read(response, 1)  # so that the connection can be used again
+        stated = int(stated[1])
+        if stated != size and (size is not None or stated > self.tuning.largest):
+            raise DownloadError(f"it has {stated} bytes there, which cannot be right")
+        # a Content-MD5 is that of the body alone
+        return Remote(url, stated, tag(headers), in_ranges, "" if in_ranges else headers.get("Content-MD5", ""))
+
+    def persist(self, attempt, *args, n_attempts, pause, stopped=None):
+        """attempt(*args), again after growing pauses after a PassingError, n_attempts times without progress."""
+        stopped, n_failures, furthest = stopped or threading.Event(), 0, self.progress.n
+        while True:
+            try:
+                return attempt(*args)
+            except PassingError as error:
+                n_failures = 1 if self.progress.n - furthest >= 2**16 else n_failures + 1
+                if n_failures == n_attempts or stopped.is_set():
+                    raise
+                furthest = max(furthest, self.progress.n)  # a plain stream begins at its start again
+                seconds = pause_before(n_failures, pause, error.retry_after)
+                self.progress.note(f"{error}: trying again in {seconds:.0f} s")
+                stopped.wait(seconds)
+
+    def fetch_file(self, name, remote, todo):
+        """Fetches the gaps of a file, verifies and names it; once more if it is damaged or changes under way."""
+        n_others = self.progress.n - remote.size + n_bytes(todo)
+        try:
+            self.fetch_gaps(name, remote, todo)
+            return self.verify_and_name(name, remote)
+        except DamagedError as error:
+            message = f"{name} from {remote.url}: {error}: fetching it once more"
+            self.progress.bar.write(one_line(message), file=sys.stderr)
+        remote, todo = self.plan(name)
+        self.progress.add(n_others + remote.size - n_bytes(todo) - self.progress.n)
+        self.fetch_gaps(name, remote, todo)
+        self.verify_and_name(name, remote)
+
+    def fetch_gaps(self, name, remote, todo):
+        """Fetches the ranges in todo into FILE.part, several at once; FILE.part.ranges tells what is there."""
+        if todo and not remote.in_ranges:
+            self.progress.add(n_bytes(todo) - remote.size)
+            todo = [(0, remote.size)]
+        step = self.tuning.request_bytes if remote.in_ranges else max(remote.size, 1)
+        path = plain_file(self.path(name) + ".part")
+        with (
+            open(path, "r+b" if os.path.exists(path) else "w+b") as data,
+            open(plain_file(path + ".ranges"), "a") as record,
+        ):
+            data.truncate(remote.size)
+            part = Part(data, record, remote, self.progress)
+            ranges = [Range(i, min(i + step, stop)) for start, stop in todo for i in range(start, stop, step)]
+            try:
+                results = in_threads(self.fetch_range, part, ranges, self.tuning.n_connections)
+                for _ in ranges:
+                    self.await_result(results)
+            finally:
+                part.stop()
+
+    def await_result(self, results):
+        """Waits until another range is there. Raises what went wrong with it; DownloadError if nothing comes at all."""
+        n_before, since = self.progress.n, time.monotonic()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                if error := results.get(timeout=min(1, self.tuning.quiet)):
+                    raise error
+                return
+            if self.progress.n != n_before:
+                n_before, since = self.progress.n, time.monotonic()
+            seconds = time.monotonic() - since
+            if seconds >= self.tuning.patience:
+                raise DownloadError(f"nothing has come for {self.tuning.patience:.0f} s")
+            if seconds >= self.tuning.quiet:
+                self.progress.note(f"nothing has come for {seconds:.0f} s")
+
+    def fetch_range(self, part, wanted):
+        """Fetches a Range of a file into its Part."""
+        attempt = {"n_attempts": 6, "pause": self.tuning.pause, "stopped": part.stopped}
+        self.persist(self.try_range, part, wanted, **attempt)
+
+    def try_range(self, part, wanted):
+        """Fetches what a Range still lacks; what came before a failure counts."""
+        if not part.remote.in_ranges:  # from the start again
+            part.count(wanted.start - wanted.position)
+            wanted.position = wanted.start
+        headers = {"Range": f"bytes={wanted.position}-{wanted.stop - 1}"} if part.remote.in_ranges else {}
+        with self.client.open("GET", part.remote.url, headers) as response:
+            check_answer(response, part.remote, wanted.position)
+            piece, kept = bytearray(), time.monotonic()
+            try:
+                n_left = wanted.stop - wanted.position
+                for block in blocks(response, n_left, self.tuning.floor, self.tuning.floor_after):
+                    piece += block
+                    part.count(len(block))
+                    if len(piece) >= PIECE or time.monotonic() - kept >= self.tuning.save_after:
+                        part.keep(wanted, piece)
+                        piece, kept = bytearray(), time.monotonic()
+            finally:
+                part.keep(wanted, piece)
+
+    def verify_and_name(self, name, remote):
+        """Gives FILE.part its name if it is what it should be. Raises DamagedError, and forgets it, if not."""
+        path = self.path(name)
+        fault = self.check(name, path + ".part")
+        stated = fault or remote.md5 or self.stated_md5(remote.url)
+        if not fault and stated and stated != md5(path + ".part"):
+            fault = "its MD5 is not that which the server states"
+        if fault:
+            insist(os.remove, path + ".part.ranges")
+            insist(os.remove, path + ".part")
+            raise DamagedError(fault)
+        with open(path + ".part", "r+b") as f:
+            os.fsync(f.fileno())  # so that not even a power cut can leave less under the final name
+        insist(os.replace, path + ".part", path)
+        insist(os.remove, path + ".part.ranges")
+
+    def stated_md5(self, url):
+        """The MD5 of the whole file as a Content-MD5 has it, or "" where a server states none or refuses HEAD."""
+        with contextlib.suppress(DownloadError), self.client.open("HEAD", url) as response:
+            return response.headers.get("Content-MD5", "")
+        return ""
+
+
+class Range:
+    """The bytes of a file from start to stop, of which those before position are on disk."""
+
+    def __init__(self, start, stop):
+        self.start, self.position, self.stop = start, start, stop
+
+
+class Part:
+    """FILE.part, which several threads fill, and FILE.part.ranges, its record, until stop()."""
+
+    def __init__(self, data, record, remote, progress):
+        self.data, self.record, self.remote, self.progress = data, record, remote, progress
+        self.lock, self.stopped = threading.Lock(), threading.Event()
+
+    def stop(self):
+        """After this, no thread that is left behind writes any more, or is counted."""
+        with self.lock:
+            self.stopped.set()
+
+    def count(self, n_new):
+        """Counts bytes that came, below 0 what has to come again."""
+        with self.lock:
+            if self.stopped.is_set():
+                raise DownloadError("stopped")
+            self.progress.add(n_new)
+
+    def keep(self, wanted, piece):
+        """Puts what came of a Range on disk, for good."""
+        digest = hashlib.sha256(piece).hexdigest()
+        with self.lock:
+            if self.stopped.is_set():
+                raise DownloadError("stopped")
+            if piece:
+                self.data.seek(wanted.position)
+                self.data.write(piece)
+                self.data.flush()
+                stop = wanted.position + len(piece)
+                line = json.dumps([wanted.position, stop, digest, self.remote.url, self.remote.tag])
+                self.record.write("\n" + line)  # begins a line: the one before may have been cut short
+                self.record.flush()
+                wanted.position = stop
 
 
 @contextlib.contextmanager
@@ -217,43 +413,32 @@ def named(name, source):
         raise DownloadError(f"{name} from {source}/{name}: {error}") from error
 
 
+def in_threads(work, part, jobs, n_threads):
+    """Calls work(part, job) for every job; the queue it returns gets None for each that is done, or what went wrong.
+
+    The threads are daemons, so that none that waits for the network keeps an interrupted process alive.
+    """
+    waiting, results = queue.SimpleQueue(), queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    for _ in range(min(n_threads, len(jobs))):
+        threading.Thread(target=work_off, args=(work, part, waiting, results), daemon=True).start()
+    return results
+
+
+def work_off(work, part, waiting, results):
+    try:
+        while True:
+            work(part, waiting.get_nowait())
+            results.put(None)
+    except queue.Empty:
+        pass
+    except Exception as error:  # raised anew in the main thread
+        results.put(error)
+
+
 def n_bytes(ranges):
     return sum(stop - start for start, stop in ranges)
-
-
-def fetch_file(ask, name, path, planned, plan, check, progress, tuning):
-    """Fetches the gaps of a file, verifies and names it; once more if it is damaged or changes under way."""
-    remote, todo = planned
-    try:
-        n_others = progress.n - remote.size + n_bytes(todo)
-        fetch_gaps(ask, remote, todo, path, progress, tuning)
-        return verify_and_name(ask, remote, name, path, check)
-    except DamagedError as error:
-        progress.bar.write(one_line(f"{name} from {remote.url}: {error}: fetching it once more"), file=sys.stderr)
-    remote, todo = plan()
-    progress.add(n_others + remote.size - n_bytes(todo) - progress.n)
-    fetch_gaps(ask, remote, todo, path, progress, tuning)
-    verify_and_name(ask, remote, name, path, check)
-
-
-def describe(ask, url, size, largest):
-    """What a source says of a file, as Remote. size: what the file is known to have, or None; then at most largest.
-
-    To ask for one byte tells more than a HEAD request, which some servers refuse: whether they keep to ranges.
-    """
-    with ask("GET", url, {"Range": "bytes=0-0"}) as response:
-        headers, in_ranges = response.headers, response.status_code == 206
-        stated = headers.get("Content-Range" if in_ranges else "Content-Length", "")
-        stated = re.fullmatch(("bytes 0-0/" if in_ranges else "") + "([0-9]{1,15})", stated)
-        if not stated:
-            raise DownloadError("the server does not say how long the file is")
-        if in_ranges:
-            read(response, 1)  # so that the connection can be used again
-    stated = int(stated[1])
-    if stated != size and (size is not None or stated > largest):
-        raise DownloadError(f"it has {stated} bytes there, which cannot be right")
-    # a Content-MD5 is that of the body alone
-    return Remote(url, stated, tag(headers), in_ranges, "" if in_ranges else headers.get("Content-MD5", ""))
 
 
 def tag(headers):
@@ -290,116 +475,6 @@ def held(remote, path):
                         yield start, stop
 
 
-def fetch_gaps(ask, remote, todo, path, progress, tuning):
-    """Fetches the ranges in todo into FILE.part, several at once; FILE.part.ranges tells what is there."""
-    if todo and not remote.in_ranges:
-        progress.add(n_bytes(todo) - remote.size)
-        todo = [(0, remote.size)]
-    step = tuning.request_bytes if remote.in_ranges else max(remote.size, 1)
-    todo = [(i, min(i + step, stop)) for start, stop in todo for i in range(start, stop, step)]
-    stopped, lock = threading.Event(), threading.Lock()
-    again = functools.partial(persist, n_attempts=6, pause=tuning.pause, progress=progress, stopped=stopped)
-    new = not os.path.exists(plain_file(path + ".part"))
-    with open(path + ".part", "w+b" if new else "r+b") as part, open(plain_file(path + ".part.ranges"), "a") as record:
-        part.truncate(remote.size)
-
-        def take(n_new, position=0, piece=b""):  # what arrived, and what is to be kept of it
-            digest = hashlib.sha256(piece).hexdigest() if piece else ""
-            with lock:
-                if stopped.is_set():
-                    raise DownloadError("stopped")
-                progress.add(n_new)
-                if piece:
-                    part.seek(position)
-                    part.write(piece)
-                    part.flush()
-                    line = json.dumps([position, position + len(piece), digest, remote.url, remote.tag])
-                    record.write("\n" + line)  # begins a line: the one before may have been cut short
-                    record.flush()
-
-        try:
-            work = functools.partial(fetch_range, ask, remote, take, again, tuning)
-            results = in_threads(work, todo, tuning.n_connections)
-            for _ in todo:
-                await_result(results, progress, tuning.quiet, tuning.patience)
-        finally:
-            with lock:
-                stopped.set()
-
-
-def in_threads(work, jobs, n_threads):
-    """Calls work(job) for every job; the queue it returns gets None for each that is done, or what went wrong.
-
-    The threads are daemons, so that none that waits for the network keeps an interrupted process alive.
-    """
-    waiting, results = queue.SimpleQueue(), queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
-
-    def run():
-        try:
-            while True:
-                work(waiting.get_nowait())
-                results.put(None)
-        except queue.Empty:
-            pass
-        except Exception as error:  # raised anew in the main thread
-            results.put(error)
-
-    for _ in range(min(n_threads, len(jobs))):
-        threading.Thread(target=run, daemon=True).start()
-    return results
-
-
-def await_result(results, progress, quiet, patience):
-    """Waits until another job is done. Raises what went wrong with it; DownloadError if nothing comes at all."""
-    n_before, since = progress.n, time.monotonic()
-    while True:
-        with contextlib.suppress(queue.Empty):
-            if error := results.get(timeout=min(1, quiet)):
-                raise error
-            return
-        if progress.n != n_before:
-            n_before, since = progress.n, time.monotonic()
-        seconds = time.monotonic() - since
-        if seconds >= patience:
-            raise DownloadError(f"nothing has come for {patience:.0f} s")
-        if seconds >= quiet:
-            progress.note(f"nothing has come for {seconds:.0f} s")
-
-
-def fetch_range(ask, remote, take, again, tuning, wanted):
-    """Fetches the range wanted, (start, stop), and hands what comes to take(n_new, position, piece)."""
-    (start, stop), piece = wanted, bytearray()
-    position = start
-
-    def keep():
-        nonlocal position, piece
-        take(0, position, piece)
-        position, piece = position + len(piece), bytearray()
-
-    def attempt():
-        nonlocal position
-        if not remote.in_ranges:  # from the start again
-            take(start - position)
-            position = start
-        headers = {"Range": f"bytes={position}-{stop - 1}"} if remote.in_ranges else {}
-        with ask("GET", remote.url, headers) as response:
-            check_answer(response, remote, position)
-            kept = time.monotonic()
-            try:
-                for block in blocks(response, stop - position, tuning.floor, tuning.floor_after):
-                    piece.extend(block)
-                    take(len(block))
-                    if len(piece) >= PIECE or time.monotonic() - kept >= tuning.save_after:
-                        keep()
-                        kept = time.monotonic()
-            finally:  # what came before a failure counts
-                keep()
-
-    again(attempt)
-
-
 def check_answer(response, remote, position):
     """Raises unless a response holds what follows position in the file that remote describes."""
     if tag(response.headers) and remote.tag and tag(response.headers) != remote.tag:
@@ -414,162 +489,19 @@ def check_answer(response, remote, position):
         raise DamagedError("the file changes on the server, or it lies about its length")
 
 
-def blocks(response, n_left, floor, floor_after):
-    """Yields n_left bytes of a response as they come. Raises PassingError if they end, fail, or come too slowly."""
-    begin, n_new = time.monotonic(), 0
-    while n_left:
-        block = read(response, min(n_left, 2**16))
-        if not block:
-            raise PassingError(f"{n_left} bytes are missing")
-        yield block
-        n_left, n_new = n_left - len(block), n_new + len(block)
-        seconds = time.monotonic() - begin
-        if seconds >= floor_after:
-            if n_new < floor * seconds:
-                raise PassingError(f"{n_new} bytes in {seconds:.0f} s are too few")
-            begin, n_new = time.monotonic(), 0
-
-
-def read(response, n_most):
-    """The next bytes of a response, as soon as there are any; read(), which is what old urllib3 has, awaits n_most."""
-    with network_errors():
-        return getattr(response.raw, "read1", response.raw.read)(n_most)
-
-
-@contextlib.contextmanager
-def network_errors():
-    """Turns what goes wrong in the libraries below into PassingError, or DownloadError where it is the URL's fault."""
-    import urllib3
-
-    try:
-        yield
-    except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
-        # a ValueError: a host that cannot be, a port that is no number, an unknown scheme
-        raise (DownloadError if isinstance(error, ValueError) else PassingError)(root_cause(error)) from error
-
-
-def root_cause(error):
-    """One short line from the bottom of a chain of exceptions: requests' own texts are long."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    return one_line(error) or type(error).__name__
-
-
-@contextlib.contextmanager
-def open_url(session, tuning, note, method, url, headers=()):
-    """The response to an HTTP request, redirects followed. Raises DownloadError, PassingError if a retry may help."""
-    headers = {"Accept-Encoding": "identity", **dict(headers)}
-    for _ in range(6):
-        proxies = dict.fromkeys(("http", "https", "all")) if check_url(url) else None  # None: as the environment says
-        timeouts = (min(tuning.timeout, 10), tuning.timeout)
-        options = {"headers": headers, "proxies": proxies, "stream": True, "timeout": timeouts}
-        with network_errors():
-            request = functools.partial(session.request, method, url, **options)
-            response = in_time(request, sum(timeouts), tuning.quiet, note)
-        with response:
-            if not response.is_redirect:
-                check_status(response)
-                yield response
-                return
-            location = response.headers["Location"]
-        with network_errors():
-            url = urllib.parse.urljoin(url, location)
-    raise DownloadError("too many redirects")
-
-
-def in_time(request, seconds, quiet, note):
-    """request(), left behind in its thread if it takes longer: a name server or trickling headers know no timeout."""
-    answers = []
-
-    def work():
-        try:
-            answers.append(request())
-        except Exception as error:  # raised anew below
-            answers.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(min(quiet, seconds))
-    if thread.is_alive():
-        note("no answer yet")
-        thread.join(max(seconds - quiet, 0))
-    if not answers:
-        raise PassingError(f"no answer in {seconds:.0f} s")
-    if isinstance(answers[0], Exception):
-        raise answers[0]
-    return answers[0]
-
-
-def check_status(response):
-    code, encoding = response.status_code, response.headers.get("Content-Encoding", "")
-    if code in (408, 429) or code >= 500:
-        raise PassingError(f"HTTP {code}", response.headers.get("Retry-After", ""))
-    if code not in (200, 206):
-        raise DownloadError(f"HTTP {code}")
-    if re.search("gzip|deflate|compress|br|zstd", encoding.lower()):
-        raise DownloadError(f"the server compresses it ({encoding!r:.40}), which it was not asked for")
-
-
-def check_url(url):
-    """Whether url leads to this machine. Raises DownloadError unless it is https, or http to this machine."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError as error:
-        raise DownloadError(f"{url!r} is no URL: {error}") from error
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    # parsers differ in what they make of odd characters
-    if not host or re.search(r"[^!-~]|\\", url) or not (parts.scheme == "https" or (parts.scheme == "http" and local)):
-        raise DownloadError(f"{url!r} is refused: files are fetched over https only, or from this machine")
-    return local
-
-
-def persist(attempt, n_attempts, pause, progress, stopped=None):
-    """attempt(), repeated after growing pauses while it raises PassingError, n_attempts times without progress."""
-    stopped, n_failures, furthest = stopped or threading.Event(), 0, progress.n
-    while True:
-        try:
-            return attempt()
-        except PassingError as error:
-            n_failures = 1 if progress.n - furthest >= 2**16 else n_failures + 1
-            if n_failures == n_attempts or stopped.is_set():
-                raise
-            furthest = max(furthest, progress.n)  # a plain stream begins at its start again
-            seconds = pause_before(n_failures, pause, error.retry_after)
-            progress.note(f"{error}: trying again in {seconds:.0f} s")
-            stopped.wait(seconds)
-
-
 def pause_before(n_failures, pause, retry_after=""):
     """Seconds to wait: twice as long after each failure, but as the server asks, and random, so that clients part."""
     asked = int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 0
     return min(max(pause * 2 ** (n_failures - 1), asked) * random.uniform(1, 1.5), LONGEST_PAUSE)  # noqa: S311
 
 
-def verify_and_name(ask, remote, name, path, check):
-    """Gives FILE.part its name if it is what it should be. Raises DamagedError, and forgets it, if not."""
-    fault = check(name, path + ".part")
-    stated = fault or remote.md5 or stated_md5(ask, remote.url)
-    if not fault and stated and stated != md5(path + ".part"):
-        fault = "its MD5 is not that which the server states"
-    if fault:
-        os.remove(path + ".part.ranges")
-        os.remove(path + ".part")
-        raise DamagedError(fault)
-    with open(path + ".part", "r+b") as f:
-        os.fsync(f.fileno())  # so that not even a power cut can leave less under the final name
-    os.replace(path + ".part", path)
-    os.remove(path + ".part.ranges")
-
-
-def stated_md5(ask, url):
-    """The MD5 of the whole file as a Content-MD5 has it, or "" where a server states none or refuses HEAD requests."""
-    with contextlib.suppress(DownloadError), ask("HEAD", url) as response:
-        return response.headers.get("Content-MD5", "")
-    return ""
+def insist(action, *paths):
+    """os.remove or os.replace, tried for a second: a virus scanner may hold a file that has just been written."""
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
+            return action(*paths)
+        time.sleep(0.05)
+    return action(*paths)
 
 
 def md5(path):
@@ -578,8 +510,3 @@ def md5(path):
         while chunk := f.read(2**20):
             digest.update(chunk)
     return base64.b64encode(digest.digest()).decode()
-
-
-if __name__ == "__main__":
-    arguments = one_line(" ".join(sys.argv[1:]))
-    sys.exit(f"download.py: fetches nothing by itself: use python utils.py {arguments or 'MODEL_SIZE'}")

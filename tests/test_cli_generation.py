@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cli
+import gpt2
 import utils
 
 
@@ -98,6 +99,15 @@ def test_a_stop_text_that_is_no_unicode_is_an_error(run):
 def test_endoftext_stops_at_its_token(encoder):
     ids = [*encoder.encode("the end"), encoder.encoder["<|endoftext|>"], *encoder.encode("more")]
     assert "".join(cli.text_pieces(ids, encoder, ["<|endoftext|>"])) == "the end"
+
+
+def test_endoftext_in_a_prompt_is_text_unless_special_tokens_are_asked_for(run, encoder, models_dir, continuation):
+    assert run("one<|endoftext|>two").stdout == continuation("one<|endoftext|>two") + "\n"
+    _, hparams, params = utils.load_encoder_hparams_and_params("tiny", models_dir)
+    ids = [*encoder.encode("one"), encoder.encoder["<|endoftext|>"], *encoder.encode("two")]
+    text = encoder.decode(gpt2.generate(ids, params, hparams["n_head"], N))
+    assert run("one<|endoftext|>two", "--special").stdout == text + "\n"
+    assert json.loads(run("--prompts_file=-", "--special", input="one<|endoftext|>two\n").stdout)["text"] == text
 
 
 # Both look for stop texts: Writer.ends in the last tokens, to end generation, and text_pieces in all, to cut the text.

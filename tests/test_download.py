@@ -17,7 +17,7 @@ import pytest
 from conftest import command, wait_until
 from flaky_server import PROBE, serving
 
-from files import download
+from files import download, web
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 N_BYTES = 137_344  # of the large file
@@ -585,9 +585,8 @@ def test_one_that_waits_goes_on_when_the_other_is_killed(server, folder):
 
 
 def test_a_lock_that_is_free_is_taken_at_once(folder, capsys):
-    os.makedirs(folder)
     with download.locked(folder):
-        pass
+        open(os.path.join(folder, "first"), "w").close()  # so that the folder stays
     with open(os.path.join(folder, ".lock"), "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert capsys.readouterr().err == ""
@@ -637,7 +636,7 @@ def test_bad_urls_are_one_line_and_not_tried_again(folder, url):
     "url", ["https://example.com/x", "http://localhost:1/x", "http://127.8.9.1/x", "http://[::1]:8/x"]
 )
 def test_https_anywhere_and_http_on_this_machine_are_allowed(url):
-    assert download.check_url(url) == (not url.startswith("https"))
+    assert web.check_url(url) == (not url.startswith("https"))
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -677,7 +676,92 @@ def test_proxies_are_not_asked_for_this_machine(server, folder, monkeypatch):
     assert contents(folder) == FILES
 
 
+@pytest.fixture
+def proxy(monkeypatch):
+    """Sets the proxy that the environment names."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return lambda url, name="ALL_PROXY": monkeypatch.setenv(name, url)
+
+
+@pytest.mark.parametrize("url", ["socks5://127.0.0.1:9", "socks5h://me:secret@127.0.0.1:9", "socks4://127.0.0.1"])
+def test_a_socks_proxy_without_pysocks_says_what_to_install_and_no_password(folder, proxy, monkeypatch, url, capsys):
+    monkeypatch.setattr(web.importlib.util, "find_spec", lambda name: None)
+    proxy(url)
+    shown = url.replace("me:secret@", "")
+    message = f"ALL_PROXY ({shown}) needs PySocks, which is not installed: pip install pysocks"
+    assert failure(["https://example.com/a", "https://example.com/b"], folder) == message
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://127.0.0.1:9", "vmess://127.0.0.1:9", "http://", "http://127.0.0.1:x", "//[", "\x1b[2J"]
+)
+def test_what_cannot_be_a_proxy_is_one_line(folder, proxy, url):
+    proxy(url, "https_proxy")
+    assert re.search(
+        r"https_proxy \(.*\) is no proxy: it must be http://HOST:PORT", failure("https://example.com", folder)
+    )
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1:9", "http://me:secret@127.0.0.1:9"])
+def test_a_proxy_that_refuses_is_named_without_its_password(folder, proxy, url):
+    proxy(url)
+    message = failure("https://example.com", folder)
+    assert "through ALL_PROXY (http://127.0.0.1:9), which may not run, or be another one: " in message
+    assert "refused" in message
+
+
+def test_a_proxy_without_a_port_is_asked_at_the_port_of_its_scheme(folder, proxy):
+    proxy("http://127.0.0.1")
+    assert "through ALL_PROXY (http://127.0.0.1), which may not run" in failure("https://example.com", folder)
+
+
 # the disk
+
+
+def test_a_download_that_got_nothing_leaves_no_folder(server, folder):
+    server.probe_faults = {"first": [{"status": 404}]}
+    failure(server, folder)
+    assert not os.path.exists(folder)
+
+
+def test_one_that_waited_for_a_download_that_got_nothing_makes_the_folder_anew(server, folder):
+    server.probe_faults = {"first": [{"wait": 2, "status": 404}]}
+    first = start(server, folder)
+    wait_until(lambda: server.log)
+    others = [start(server, folder) for _ in range(2)]
+    for other in others:
+        assert b"waiting for another process" in other.stderr.readline()
+    assert b"404" in first.communicate()[1]
+    for other in others:
+        other.communicate()
+        assert other.returncode == 0
+    assert files_in(folder) == FILES
+    assert sorted(server.asked("large")) == sorted(RANGES)
+
+
+@pytest.mark.parametrize("name", ["replace", "remove"])
+def test_a_file_that_another_program_holds_for_a_moment_gets_its_name(server, folder, monkeypatch, name):
+    action, held = getattr(os, name), [PermissionError(13, "held")] * 3  # as a virus scanner does on Windows
+
+    def held_at_first(*paths):
+        if held:
+            raise held.pop()
+        return action(*paths)
+
+    monkeypatch.setattr(os, name, held_at_first)
+    fetch(server, folder)
+    assert contents(folder) == FILES
+
+
+def test_a_file_that_another_program_keeps_is_one_line(server, folder, monkeypatch):
+    def kept(*paths):
+        raise PermissionError(13, "held")
+
+    monkeypatch.setattr(os, "replace", kept)
+    assert f"tiny cannot be stored in {folder}: [Errno 13] held" in failure(server, folder)
 
 
 def test_a_full_disk_is_noticed_before_the_download(server, folder, monkeypatch):
@@ -756,6 +840,15 @@ def test_without_a_terminal_a_line_tells_of_retries_and_few_follow(server, folde
     assert capsys.readouterr().err == (
         f"Fetching tiny from {server.url}: 2 files, 138,344 bytes\ntiny: HTTP 503: trying again in 0 s\n"
     )
+
+
+def test_what_a_note_quotes_has_no_control_characters(monkeypatch):
+    shown = []
+    progress = download.Progress("tiny")
+    monkeypatch.setattr(progress.bar, "disable", False)
+    monkeypatch.setattr(progress.bar, "set_postfix_str", shown.append)
+    progress.note("\x1b]0;title\x07 of\na stranger")
+    assert shown == ["?]0;title? of a stranger"]
 
 
 def test_nothing_is_shown_where_nothing_is_missing(server, folder, capsys):

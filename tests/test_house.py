@@ -20,14 +20,19 @@ MAY_IMPORT = {
     "backends": {"backends.arrays", "backends.lookup", "backends.on_jax", "backends.on_numpy"},
     "files": set(),
     "files.checkpoint": set(),
-    "files.download": set(),
+    "files.web": set(),
+    "files.download": {"files.web"},
     "encoder": set(),
     "sampling": {"backends.arrays"},
     "cli": {"backends.checks"},
-    "utils": {"encoder", "files.checkpoint", "files.download", "cli"},
+    "utils": {"encoder", "files.checkpoint", "files.download"},
     "gpt2": {"backends", "backends.arrays", "backends.checks", "sampling"},
 }
-MAIN_MAY_IMPORT = {"gpt2": {"backends.devices", "backends.threads", "utils", "cli"}, "utils": {"cli"}}
+MAIN_MAY_IMPORT = {
+    "encoder": {"cli"},
+    "utils": {"cli"},
+    "gpt2": {"backends.devices", "backends.threads", "utils", "cli"},
+}
 ROOMS = "", "backends", "files"
 
 

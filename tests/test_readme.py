@@ -75,7 +75,8 @@ def test_links_into_the_repository_lead_somewhere(path):
 
 
 def test_the_files_that_it_lists_are_all_that_there_are():
-    listed = {REPO / name for name in re.findall(r"^\| \[([\w/]+\.py)\]", ENGLISH, re.M)}
+    first_cells = re.findall(r"^\| (\[.*?) \|", ENGLISH, re.M)
+    listed = {REPO / name for cell in first_cells for name in re.findall(r"\[([\w/]+\.py)\]", cell)}
     there = {path for room in ("", "backends", "files") for path in (REPO / room).glob("*.py")}
     assert listed == {path for path in there if path.stem != "__init__"}
 
