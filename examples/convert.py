@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import formats
 from formats import ARCHITECTURE, END, EPSILON, SIZES, fail, printable, transformers_name
