@@ -61,6 +61,7 @@ MINGPT_NAMES = {  # of 2020
 }
 MINGPT_HEADS = {"gpt2": 12, "gpt2-medium": 16, "gpt2-large": 20, "gpt2-xl": 25, "openai-gpt": 12}
 MINGPT_HEADS |= {"gopher-44m": 16, "gpt-mini": 6, "gpt-micro": 4, "gpt-nano": 3}
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLMC_MAGIC, LLMC_HEADER = 20240326, 1024  # bytes
 JSON_BYTES = 2**26  # more than any tokenizer.json of GPT-2's kind has
 
@@ -364,10 +365,11 @@ def read_tokenizer(folder):
         special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
         special |= {token["content"]: int(i) for i, token in (said.get("added_tokens_decoder") or {}).items()}
         special |= read_json(added) if os.path.exists(added) else {}
-        named = [said[key] for key in said if key.endswith("_token")]
-        named += said.get("additional_special_tokens") or []
-        texts = [token["content"] if isinstance(token, dict) else token for token in named]
-        special |= {text: tokens[text] for text in texts if isinstance(text, str) and text in tokens}
+        named = [said[role] for role in ROLES if said.get(role)] + [*(said.get("additional_special_tokens") or [])]
+        for token in named:  # one without an id gets the next, as in transformers
+            text = token["content"] if isinstance(token, dict) else token
+            if text not in special:
+                special[text] = tokens[text] if text in tokens else 1 + max(*tokens.values(), *special.values())
         end = said.get("eos_token")
         return tokens, merges, special, end["content"] if isinstance(end, dict) else end
     except (KeyError, TypeError, ValueError, AttributeError) as error:

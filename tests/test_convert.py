@@ -214,6 +214,14 @@ def test_what_transformers_adds_and_saves_itself_survives(folder, models):
     np.testing.assert_array_equal(params["wte"], model.transformer.wte.weight.detach().numpy()[:503])
 
 
+def test_a_special_token_that_is_named_without_an_id_gets_the_next(folder, models):
+    add_rows(folder, 8)
+    change_json(folder / "special_tokens_map.json", pad_token="[PAD]")
+    converted(folder, models)
+    encoder = get_encoder("mine", models)
+    assert encoder.encoder["[PAD]"] == transformers.AutoTokenizer.from_pretrained(folder).pad_token_id == 500
+
+
 def test_rows_that_only_pad_the_vocabulary_are_left_out(tiny, folder, models, capsys):
     add_rows(folder, 12)
     assert_same_files(converted(folder, models), tiny)
@@ -438,6 +446,17 @@ def test_without_a_tokenizer_it_gets_gpt2s_own_from_a_model_that_has_it(tmp_path
     converted(tmp_path / "theirs", models)
     assert (models / "mine" / ENCODER).read_bytes() == (GENUINE / ENCODER).read_bytes()
     assert json.loads((models / "mine" / HPARAMS_FILE).read_text())["n_vocab"] == 50257
+
+
+def test_an_adapter_of_pefts_in_a_pickle_is_what_it_is_in_safetensors(tmp_path):
+    tensors = {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.rand(2, 80, dtype=torch.bfloat16)}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (before,) = formats.read_adapter(tmp_path).items()
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    (after,) = formats.read_adapter(tmp_path).items()
+    assert before[0] == after[0]
+    np.testing.assert_array_equal(before[1], after[1])
 
 
 # to llama.cpp
