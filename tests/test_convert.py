@@ -216,6 +216,7 @@ def test_what_transformers_adds_and_saves_itself_survives(folder, models):
 
 def test_a_special_token_that_is_named_without_an_id_gets_the_next(folder, models):
     add_rows(folder, 8)
+    (folder / "added_tokens.json").unlink()
     change_json(folder / "special_tokens_map.json", **{"pad_token": "[PAD]"})
     converted(folder, models)
     encoder = get_encoder("mine", models)
