@@ -217,7 +217,7 @@ def test_what_transformers_adds_and_saves_itself_survives(folder, models):
 def test_a_special_token_that_is_named_without_an_id_gets_the_next(folder, models):
     add_rows(folder, 8)
     (folder / "added_tokens.json").unlink()
-    change_json(folder / "special_tokens_map.json", **{"pad_token": "[PAD]"})
+    change_json(folder / "tokenizer_config.json", **{"pad_token": "[PAD]"})
     converted(folder, models)
     encoder = get_encoder("mine", models)
     assert encoder.encoder["[PAD]"] == transformers.AutoTokenizer.from_pretrained(folder).pad_token_id == 500
@@ -438,7 +438,7 @@ def test_a_header_of_llmcs_that_is_not_true_is_refused(folder, models, place, nu
 
 
 def test_without_a_tokenizer_it_gets_gpt2s_own_from_a_model_that_has_it(tmp_path, models):
-    config = transformers.GPT2Config(50304, n_positions=4, n_embd=4, n_layer=1, n_head=2)
+    config = transformers.GPT2Config(vocab_size=50304, n_positions=4, n_embd=4, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "theirs")
     assert "python utils.py 124M" in refusal(tmp_path / "theirs", models)
     (models / "124M").mkdir()
