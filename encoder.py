@@ -221,20 +221,28 @@ def check_vocabulary(encoder):
 def check_merges(bpe_merges, encoder):
     """Raises ValueError unless the merges, [(left, right)], make just the tokens of the vocabulary.
 
-    A token is then a byte, or two tokens joined, or a special one in <|...|>: so every token is made of known bytes.
+    A token is then a byte, or two tokens joined, or a special one: in <|...|>, or with an id before or behind all those
+    and <|endoftext|>, where fine-tuning adds them. So every token is made of known bytes.
     """
     if {*map(len, bpe_merges)} - {2}:
         raise ValueError("vocab.bpe must have two tokens on each line")
     if len({*bpe_merges}) < len(bpe_merges):
         raise ValueError("vocab.bpe has a merge twice")
-    made = {*bytes_to_unicode().values()}
+    characters = {*bytes_to_unicode().values()}
+    made = {*characters}
     for left, right in bpe_merges:
         if not {left, right} <= made:
             raise ValueError(f"vocab.bpe joins {left!r} and {right!r} before both are made")
         made.add(left + right)
     if unknown := made - encoder.keys():
         raise ValueError(f"vocab.bpe makes tokens that encoder.json lacks, such as {unknown.pop()!r}")
-    lost = [token for token in encoder.keys() - made if not SPECIAL.fullmatch(token)]
+    ids = [encoder[token] for token in (*made, "<|endoftext|>")]
+    among = range(min(ids), max(ids))
+    lost = [
+        token
+        for token in encoder.keys() - made
+        if not SPECIAL.fullmatch(token) and (encoder[token] in among or not {*token} <= characters)
+    ]
     if lost:
         raise ValueError(f"vocab.bpe has no merge for {len(lost)} tokens of encoder.json, such as {lost[0]!r}")
 

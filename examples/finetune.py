@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import training
+from formats import read_adapter
 
 from cli import fail, mistakes, note, one_line, run
 from files.checkpoint import ENCODER, VOCAB, save_checkpoint
@@ -103,18 +104,15 @@ def save_adapters(folder, adapters, alpha, names, model_size):
 def load_adapters(folder, params):
     """(adapters, scale, the name of the model they were made for) as save_adapters or PEFT wrote them for a model like
     params. Ends with one line if they do not fit it, or are no plain LoRA of its matrices."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
         with open(os.path.join(folder, ADAPTER_CONFIG), encoding="utf-8") as f:
             config = json.load(f)
-        tensors = load_file(os.path.join(folder, ADAPTER))
+        tensors = read_adapter(folder)
         rank, alpha = config["r"], config["lora_alpha"]
         if config.get("alpha_pattern") or config.get("rank_pattern"):
             raise ValueError("they have ranks or scales of their own for some layers")
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         fault = f"{ADAPTER_CONFIG} has no {error}" if isinstance(error, KeyError) else one_line(error)
         fail(f"the adapters in {folder} cannot be read: {fault}")
     adapters = [{} for _ in params["blocks"]]

@@ -312,6 +312,18 @@ def test_a_vocabulary_may_have_other_special_tokens(folder):
     assert get_encoder("small", str(folder.parent)).decode([len(IDS)]) == "<|pad|>"
 
 
+def test_special_tokens_before_and_behind_all_others_may_have_any_spelling(folder):
+    behind = {token: i + 1 for token, i in IDS.items()} | {"<s>": 0, "Ġ[PAD]": len(IDS) + 1}
+    (folder / "encoder.json").write_text(json.dumps(behind))
+    assert get_encoder("small", str(folder.parent)).decode([0, len(IDS) + 1]) == "<s> [PAD]"
+
+
+def test_a_character_that_stands_for_no_byte_is_in_no_special_token(folder):
+    (folder / "encoder.json").write_text(json.dumps({**IDS, "日": len(IDS)}))
+    with pytest.raises(ValueError, match="no merge for 1 tokens"):
+        get_encoder("small", str(folder.parent))
+
+
 class Mark:
     """Unpickled, it makes a folder."""
 
