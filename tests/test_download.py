@@ -81,7 +81,7 @@ def failure(*args, **kwargs):
 
 def contents(folder):
     found = {}
-    for name in set(os.listdir(folder)) - {".lock"}:
+    for name in set(os.listdir(folder) if os.path.isdir(folder) else ()) - {".lock"}:
         with open(os.path.join(folder, name), "rb") as f:
             found[name] = f.read()
     return found
