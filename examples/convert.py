@@ -30,7 +30,6 @@ from files.checkpoint import (
     HPARAMS,
     VOCAB,
     CheckpointError,
-    import_tensorflow,
     nest,
     save_checkpoint,
     variables,
@@ -212,8 +211,6 @@ def write_tokenizer(folder, tokens, merges):
 
 def convert(folder, name, models_dir):
     """Makes a model in models_dir/name of a transformers folder. On a fault ends with one line, and leaves nothing."""
-    with cli.mistakes(CheckpointError):
-        import_tensorflow()  # now, since it may swallow the KeyboardInterrupt of Ctrl-C
     hparams = read_config(os.path.join(folder, "config.json"))
     tokenizer = read_tokenizer(folder)
     weights = from_transformers(read_weights(folder), hparams, folder)

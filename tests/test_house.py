@@ -2,6 +2,9 @@
 
 import ast
 import graphlib
+import importlib
+import re
+import sys
 
 import pytest
 from conftest import REPO
@@ -16,12 +19,19 @@ MAY_IMPORT = {
     "backends.devices": {"backends.threads"},
     "backends.arrays": {"backends.devices", "backends.threads"},
     "files.download": set(),
-    "files.checkpoint": set(),
+    "files.crc32c": set(),
+    "files.bundle": {"files.crc32c"},
+    "files.sums": set(),
+    "files.together": {"files.download"},
+    "files.checkpoint": {"files.bundle", "files.sums", "files.together"},
     "sampling": {"backends.arrays"},
-    "utils": {"encoder", "files.download", "files.checkpoint", "cli"},
+    "utils": {"encoder", "files.download", "files.checkpoint", "files.sums", "files.together", "cli"},
     "gpt2": {"backends.arrays", "backends.lookup", "backends.devices", "sampling", "utils", "cli"},
 }
 ROOMS = "", "backends", "files"
+TOML = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest brings
+PYPROJECT = TOML.loads((REPO / "pyproject.toml").read_text("utf-8"))
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 
 def path_of(module):
@@ -67,9 +77,20 @@ def test_only_main_meets_what_commands_need(module, outside):
     assert not imported(tree) & outside
 
 
-def test_the_packages_of_requirements_txt_are_those_that_the_command_names():
+def test_the_dependencies_of_the_project_are_those_that_the_command_names():
+    assert [re.match(r"[\w-]+", dependency)[0] for dependency in PROJECT["dependencies"]] == [*cli.BASIC]
+
+
+def test_requirements_txt_has_the_dependencies_of_the_project_and_tensorflow():
     lines = (REPO / "requirements.txt").read_text("utf-8").splitlines()
-    assert [line.partition(">")[0] for line in lines] == [*cli.BASIC]
+    *requirements, tensorflow = (line.partition("#")[0].strip() for line in lines if not line.startswith("#"))
+    assert requirements == PROJECT["dependencies"]
+    assert tensorflow.startswith("tensorflow>=")
+
+
+def test_pip_installs_what_the_house_has():
+    names = {*SETUPTOOLS["py-modules"], *SETUPTOOLS["packages"]}
+    assert names == {module.partition(".")[0] for module in MAY_IMPORT}
 
 
 def test_the_model_brings_no_array_library_of_its_own():
