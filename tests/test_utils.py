@@ -575,7 +575,7 @@ def test_a_link_in_place_of_a_saved_checkpoint_brings_nothing_in(model_dir, tmp_
 @pytest.fixture
 def server(monkeypatch, models_dir):
     """A server that has the tiny model as 124M, and all that is known of OpenAI's is known of it."""
-    files = {path.name: path.read_bytes() for path in (models_dir / "tiny").iterdir() if path.name != "SHA256SUMS"}
+    files = {path.name: path.read_bytes() for path in (models_dir / "tiny").glob("[!.]*") if path.name != "SHA256SUMS"}
     files["model.ckpt.meta"] = b"a graph"
     monkeypatch.setattr(utils, "MODEL_SIZES", {"124M": HPARAMS})
     monkeypatch.setattr(utils, "SHA256", {name: hashlib.sha256(files[name]).hexdigest() for name in utils.SHA256})
