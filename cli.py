@@ -20,7 +20,7 @@ import threading
 from backends.checks import check_room
 
 ANSWERED = ("text", "n_tokens", "finish_reason", "samples", "error")  # what an answer to a line of prompts adds
-BASIC = ("numpy", "regex", "requests", "tqdm", "fire", "tensorflow")  # the packages in requirements.txt
+BASIC = ("numpy", "regex", "requests", "tqdm", "fire")  # the packages that gpt2.py needs
 CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a character in UTF-8
 
 
@@ -92,8 +92,8 @@ def run(function, stopped=""):
         with on_ctrl_c(functools.partial(end, stopped)):
             run_with_fire(function)
     except ModuleNotFoundError as error:
-        file = "requirements.txt" if error.name in BASIC else "requirements-dev.txt"
-        fail(f"{error.name} is not installed here: activate its environment, or pip install -r {file}")
+        packages = " ".join(BASIC) if error.name in BASIC else "-r requirements-dev.txt"
+        fail(f"{error.name} is not installed here: activate its environment, or pip install {packages}")
     except MemoryError as error:
         fail(f"not enough memory: {one_line(error) or 'take fewer at once, or a smaller model'}")
     except RuntimeError as error:

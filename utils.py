@@ -8,28 +8,29 @@ fetches and verifies a model for later, or for another machine.
 import os
 import re
 
+import numpy as np
+
 from encoder import SHA256, get_encoder
 from files.checkpoint import (
     DATA,
     ENCODER,
     HPARAMS,
     INDEX,
-    SUMMED,
-    SUMS,
+    TEXTS,
     VOCAB,
     CheckpointError,
-    hexdigest,
     load_hparams,
     load_params,
     n_params,
-    read_sums,
-    sums_of,
+    weight_files,
 )
+from files.sums import SUMS, hexdigest, read_sums, sums_of
+from files.together import finish
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
 FILES = ("checkpoint", HPARAMS, ENCODER, VOCAB, INDEX, "model.ckpt.meta", DATA)  # as OpenAI publishes them
 NEW_NAME = r"\w([\w.-]*[\w-])?"  # what a new model may be called, on every system
-LIMITS = {HPARAMS: 2**16, ENCODER: 2**24, VOCAB: 2**24, INDEX: 2**24, SUMS: 2**16}  # bytes; GPT-2's largest has 1 MB
+LIMITS = {HPARAMS: 2**16, ENCODER: 2**24, VOCAB: 2**24, SUMS: 2**16}  # bytes; GPT-2's largest has 1 MB
 
 # OpenAI's models, and what is known of their files
 MODEL_SIZES = {
@@ -65,18 +66,22 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     params), where params is the nested dict {"wte", "wpe", "blocks": [{"ln_1", "attn", "ln_2", "mlp"}], "ln_f"} of
     float32 arrays, mapped copy-on-write: changes to them stay in memory. Raises ModelError.
     """
+    if int(np.__version__.partition(".")[0]) < 2:
+        raise ModelError(f"NumPy 2.0 or newer is needed, and this is {np.__version__}: pip install -U numpy")
+    models_dir = os.path.expanduser(models_dir)
     if re.search(r"[/\\:\0]|[. ]$|^$", model_size):  # Windows drops dots and spaces at the end
         raise ModelError(f"{model_size!r} is no model name: it must be a folder inside {models_dir}")
     model_dir = os.path.join(models_dir, model_size)
-    missing = missing_files(model_dir, SUMMED)
-    if missing and model_size in MODEL_SIZES:
-        fetch_model(model_size, model_dir)
-    elif missing and os.path.isdir(model_dir):
-        raise ModelError(f"{model_dir} is no complete checkpoint: it lacks {', '.join(missing)}")
-    elif missing:
-        raise ModelError(f"no model {model_size!r}: choose {', '.join(MODEL_SIZES)} or {folders_in(models_dir)}")
-
     try:
+        finish(model_dir)  # what a process that was killed was about to save
+        missing = missing_files(model_dir)
+        if missing and model_size in MODEL_SIZES:
+            fetch_model(model_size, model_dir)
+            missing = missing_files(model_dir)
+        if missing and os.path.isdir(model_dir):
+            raise ModelError(f"{model_dir} is no complete checkpoint: it lacks {', '.join(missing[:5])}")
+        if missing:
+            raise ModelError(f"no model {model_size!r}: choose {', '.join(MODEL_SIZES)} or {folders_in(models_dir)}")
         check_files(model_size, model_dir)
         hparams = load_hparams(os.path.join(model_dir, HPARAMS))
         encoder = load_encoder(model_size, models_dir, hparams["n_vocab"])
@@ -87,16 +92,23 @@ def load_encoder_hparams_and_params(model_size, models_dir):
         raise ModelError(f"{model_dir} cannot be read: {error}") from error
 
 
-def missing_files(model_dir, names=FILES):
-    return [name for name in names if not os.path.isfile(os.path.join(model_dir, name))]
+def missing_files(model_dir):
+    """The files that a model needs, less those that are there. Raises CheckpointError."""
+    index, data = weight_files(model_dir)
+    return [name for name in (*TEXTS, index, *data) if not os.path.isfile(os.path.join(model_dir, name))]
+
+
+def is_model(model_dir):
+    try:
+        return not missing_files(model_dir)
+    except (CheckpointError, OSError):
+        return False
 
 
 def folders_in(models_dir):
     """The models in models_dir, in words."""
     try:
-        names = [
-            name for name in sorted(os.listdir(models_dir)) if not missing_files(os.path.join(models_dir, name), SUMMED)
-        ]
+        names = [name for name in sorted(os.listdir(models_dir)) if is_model(os.path.join(models_dir, name))]
     except OSError:
         names = []
     return f"a folder in {models_dir} ({', '.join(names) or 'there is none'})"
@@ -175,11 +187,13 @@ def main(model_size: str, models_dir: str = MODELS_DIR):
     with cli.mistakes(ModelError):
         load_encoder_hparams_and_params(model_size, models_dir)
         model_dir = os.path.abspath(os.path.join(models_dir, model_size))
+        index, data = weight_files(model_dir)
         # every byte: loading trusts weights whose file has the time that SHA256SUMS has
-        recorded = read_sums(model_dir)
-        if changed := [name for name, digest in sums_of(model_dir).items() if recorded.get(name, digest) != digest]:
+        recorded, sums = read_sums(model_dir), sums_of(model_dir, [*TEXTS, index, *data])
+        if changed := [name for name, digest in sums.items() if recorded.get(name, digest) != digest]:
             raise ModelError(f"{model_dir}: {', '.join(changed)} is not as {SUMS} has it: delete it to fetch it anew")
-    names = [name for name in (*FILES, SUMS) if not missing_files(model_dir, [name])]
+    names = ["checkpoint", *TEXTS, index, "model.ckpt.meta", *data, SUMS]
+    names = [name for name in names if os.path.isfile(os.path.join(model_dir, name))]
     print(f"{model_size} is verified, and lies in {model_dir}: {', '.join(names)}")
 
 

@@ -34,7 +34,6 @@ from files.checkpoint import (
     HPARAMS,
     VOCAB,
     CheckpointError,
-    import_tensorflow,
     nest,
     save_checkpoint,
     variables,
@@ -67,8 +66,6 @@ def convert(path, name, models_dir):
 
     On a fault ends with one line, and leaves nothing.
     """
-    with cli.mistakes(CheckpointError):
-        import_tensorflow()  # now, since it may swallow the KeyboardInterrupt of Ctrl-C
     config, arrays = formats.read(path)
     hparams, weights, notes = formats.to_openai(config, arrays, path)
     del arrays

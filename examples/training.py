@@ -98,7 +98,7 @@ def begin(name, models_dir, resume, distributed, settings):
 
 def new_model(name, models_dir):
     """The folder for a new model. Ends with one line for a name that cannot be one, or if the model cannot be saved."""
-    need("tensorflow", "matplotlib")  # which save the model and the plot
+    need("matplotlib")  # which draws the plot
     if not name:
         fail("--name is needed (see --help)")
     if name in MODEL_SIZES:

@@ -1,13 +1,11 @@
-"""OpenAI's checkpoints: what they hold, how they are cut up, verified, read and saved. Only this file uses TensorFlow.
+"""OpenAI's checkpoints: what they hold, how they are cut up, verified, mapped and saved.
 
-The data file of a checkpoint is nothing but float32 arrays, one after another in the order of their names, and is
-mapped into memory as it lies on disk. TensorFlow reads it once, to verify it; the file SHA256SUMS then vouches for the
-whole model, and later starts take milliseconds and do without TensorFlow.
+The data file of a checkpoint is nothing but float32 arrays, and is mapped into memory as it lies on disk. At the first
+load its checksums are compared; SHA256SUMS then vouches for the whole model, and later starts take milliseconds.
 """
 
-import contextlib
-import errno
-import hashlib
+import glob
+import itertools
 import json
 import math
 import os
@@ -16,9 +14,13 @@ import sys
 
 import numpy as np
 
+from files.bundle import checksum, read_index, write_bundle
+from files.sums import SUMS, read_sums, recorded_time, sums_of, write_sums
+from files.together import replacing
+
 HPARAMS, ENCODER, VOCAB = "hparams.json", "encoder.json", "vocab.bpe"
-INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
-SUMS, SUMMED = "SHA256SUMS", (HPARAMS, ENCODER, VOCAB, INDEX, DATA)
+INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"  # unless the file `checkpoint` has another prefix
+TEXTS = HPARAMS, ENCODER, VOCAB
 MEND = "replace it, or if it is OpenAI's, delete it to fetch it anew"
 
 
@@ -110,225 +112,146 @@ def random_params(hparams, seed=0):
 def load_params(model_dir, hparams):
     """The weights of a checkpoint as params, mapped copy-on-write once they are verified.
 
-    What SHA256SUMS vouches for is used as it is. If the checkpoint has changed since, TensorFlow reads it again, whose
-    own checksums tell damage from new weights. The other files have no checksums of their own: if one has changed, that
-    is an error until the user restores it or accepts it by deleting SHA256SUMS. Unnoticed go: well-formed changes
-    to those before there is a SHA256SUMS; and weights that change while their file's time does not, since hashing them
-    takes longer than all the rest. Raises CheckpointError, OSError.
+    What SHA256SUMS vouches for is used as it is. New weights are held against the checksums in their index. The other
+    files have none: if one has changed, that is an error until the user restores it, or accepts it by deleting
+    SHA256SUMS. Unnoticed go: well-formed changes to those before there is a SHA256SUMS; and weights that change while
+    their file's time does not, since hashing them takes longer than all the rest. Raises CheckpointError, OSError.
     """
-    data_path = os.path.join(model_dir, DATA)
-    n_bytes, expected = os.path.getsize(data_path), 4 * n_params(hparams)
-    if n_bytes < expected:
-        raise CheckpointError(f"{data_path} has {n_bytes} bytes where {HPARAMS} implies {expected}: {MEND}")
+    index, data = weight_files(model_dir)
+    paths = [os.path.join(model_dir, name) for name in data]
+    entries = find_weights(os.path.join(model_dir, index), paths, hparams)
+    arrays = map_weights(paths, entries, hparams)
 
-    recorded, changed = read_sums(model_dir), os.stat(data_path).st_mtime_ns
-    is_unchanged = changed == recorded_time(model_dir) and n_bytes == expected
-    sums = sums_of(model_dir, {DATA: recorded[DATA]} if is_unchanged else {})
-    if not is_vouched_for(model_dir, recorded, sums) and not verify_apart(model_dir):
-        print(f"{model_dir}: laid out unlike OpenAI's models, so TensorFlow reads it at every start", file=sys.stderr)
-        return nest(dict(read_checkpoint(model_dir, hparams)))
-    if recorded != sums or not is_unchanged:
-        write_sums(model_dir, sums, changed)
-    return nest(map_data(data_path, hparams))
-
-
-def is_vouched_for(model_dir, recorded, sums):
-    """Whether SHA256SUMS, as recorded, has the weights as they are. Raises CheckpointError if it has other texts."""
-    for name in (HPARAMS, ENCODER, VOCAB):
-        if name in recorded and recorded[name] != sums.get(name):
-            path = os.path.join(model_dir, name)
-            raise CheckpointError(f"{path} is not as {SUMS} has it: restore it, or delete {SUMS} to accept it")
-    return all(recorded.get(name) == sums.get(name) for name in (HPARAMS, INDEX, DATA))
-
-
-def map_data(data_path, hparams):
-    # "c" is copy-on-write: readers may change weights, files stay as they are
-    return split(np.memmap(data_path, np.float32, mode="c"), hparams)
-
-
-def verify(model_dir):
-    """Has TensorFlow read a checkpoint: whether its data file holds the weights just as map_data() cuts them.
-
-    Raises CheckpointError if it is damaged, or holds other variables than hparams imply.
-    """
-    hparams, data_path = load_hparams(os.path.join(model_dir, HPARAMS)), os.path.join(model_dir, DATA)
-    mapped = os.path.getsize(data_path) == 4 * n_params(hparams) and map_data(data_path, hparams)
-    return all([mapped and same_bits(array, mapped[name]) for name, array in read_checkpoint(model_dir, hparams)])
-
-
-def same_bits(a, b):  # NaNs too
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
-
-
-def verify_apart(model_dir):
-    """As verify(), in a process of its own, which runs the end of this file: a crafted index can crash TensorFlow."""
-    import subprocess
-
-    command = [sys.executable, os.path.abspath(__file__), model_dir]
-    child = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603
-    if child.returncode == 1:  # a bug: Python has printed its traceback
-        raise RuntimeError(child.stderr)
-    if child.returncode != 0:
-        path = os.path.join(model_dir, INDEX)
-        raise CheckpointError(f"{path}: TensorFlow crashes on it, as it does on some damaged ones: {MEND}")
-    verdict = json.loads(child.stdout)
-    if "error" in verdict:
-        raise CheckpointError(verdict["error"])
-    return verdict["can_be_mapped"]
-
-
-def read_checkpoint(model_dir, hparams):
-    """Yields (name, array) of every variable, read and checked (CRC32C) by TensorFlow. Raises CheckpointError."""
-    tf, prefix = import_tensorflow(), os.path.join(model_dir, "model.ckpt")
     try:
-        reader = tf.train.load_checkpoint(prefix)
-        shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-    except Exception as error:  # besides its own, TensorFlow raises IndexError, TypeError, MemoryError and others
-        raise CheckpointError(f"{prefix}.index is damaged: {error}: {MEND}") from error
-    check_variables(f"{prefix}.index", shapes, {key: dtype.name for key, dtype in dtypes.items()}, hparams)
-    for name, shape in variables(hparams):
+        recorded = read_sums(model_dir)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    changed = max(os.stat(path).st_mtime_ns for path in paths)
+    is_recorded = changed == recorded_time(model_dir)
+    known = recorded if is_recorded and len(paths) == 1 else {}  # of several, the time tells of the newest alone
+    sums = sums_of(model_dir, [*TEXTS, index, *data], {name: known[name] for name in data if name in known})
+
+    others = [name for name in TEXTS if name in recorded and recorded[name] != sums.get(name)]
+    if others:
+        path = os.path.join(model_dir, others[0])
+        raise CheckpointError(f"{path} is not as {SUMS} has it: restore it, or delete {SUMS} to accept it")
+    if any(recorded.get(name) != sums[name] for name in (index, *data)):
+        verify(paths, entries, arrays)
+    if recorded != sums or not is_recorded:
         try:
-            array = reader.get_tensor(f"model/{name}").reshape(shape)
-        except Exception as error:
-            path = os.path.join(model_dir, DATA)
-            raise CheckpointError(f"{path} is damaged: model/{name}: {error}: {MEND}") from error
-        yield name, array
+            write_sums(model_dir, sums, changed)
+        except OSError as error:
+            print(f"{model_dir}: cannot be written to, so it is verified at every start: {error}", file=sys.stderr)
+    return nest(arrays)
 
 
-def check_variables(path, shapes, dtypes, hparams):
-    """Raises CheckpointError unless an index, {name: shape} and {name: dtype}, has the variables that hparams imply.
+def weight_files(model_dir):
+    """(the name of a checkpoint's index, [those of its data files]), whether they are there or not.
+
+    The file `checkpoint` may name another checkpoint in its folder than model.ckpt: training with OpenAI's code leaves
+    such as model-1000. Raises CheckpointError if it names none.
+    """
+    path, prefix = os.path.join(model_dir, "checkpoint"), "model.ckpt"
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            match = re.match(r'\s*model_checkpoint_path: *"(\w[\w.-]*)"(?:\s|$)', f.read(2**16))
+        if not match:
+            raise CheckpointError(
+                f'{path} must begin with model_checkpoint_path: "model.ckpt", or another plain name in its folder: '
+                "mend it, or delete it"
+            )
+        prefix = match[1]
+    first = glob.glob(os.path.join(glob.escape(model_dir), f"{prefix}.data-00000-of-[0-9][0-9][0-9][0-9][0-9]"))
+    n = int(min(first, default="00001")[-5:])
+    return f"{prefix}.index", [f"{prefix}.data-{i:05}-of-{n:05}" for i in range(n)]
+
+
+def find_weights(index, paths, hparams):
+    """{name: Entry} of every variable: where an index says that it lies in the data files at paths, and may lie.
 
     Others may lie beside them: global_step, or what an optimizer notes of a variable, such as model/wte/Adam.
+    Raises CheckpointError.
     """
-    implied = {f"model/{name}": shape for name, shape in variables(hparams)}
-    for name, shape in implied.items():
-        if name not in shapes:
-            raise CheckpointError(f"{path} lacks the variable {name}: {MEND}")
-        if dtypes[name] != "float32":
-            raise CheckpointError(f"{path}: {name} is {dtypes[name]}, not float32: {MEND}")
-        if tuple(shapes[name]) not in (shape, (1, *shape)):  # OpenAI's w have a leading 1
-            raise CheckpointError(f"{path}: {name} has shape {shapes[name]}, {HPARAMS} implies {[*shape]}: {MEND}")
-    for name in sorted(shapes):
-        if name.startswith("model/") and name not in implied and os.path.dirname(name) not in implied:
-            raise CheckpointError(f"{path} has the variable {name}, which {HPARAMS} does not imply: {MEND}")
-
-
-def import_tensorflow():
-    """TensorFlow, imported without its chatter, which goes past Python's sys.stderr. Raises CheckpointError."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # JAX, if it came first, has made it 1
-    sys.stderr.flush()
-    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
+    sizes, expected = [os.path.getsize(path) for path in paths], 4 * n_params(hparams)
+    if sum(sizes) < expected:
+        raise CheckpointError(f"{', '.join(paths)} has {sum(sizes)} bytes where {HPARAMS} implies {expected}: {MEND}")
     try:
-        import tensorflow
-    except ImportError as error:
-        raise CheckpointError(
-            "TensorFlow is needed to save a checkpoint, or to read one for the first time "
-            f"(pip install -r requirements.txt): {error}"
-        ) from error
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(null)
-    return tensorflow
+        n_files, found = read_index(index)
+    except ValueError as error:
+        raise CheckpointError(f"{index} is damaged: {error}: {MEND}") from error
+    if n_files != len(paths):
+        raise CheckpointError(f"{index} is of {n_files} data files, and here is one of {len(paths)}: {MEND}")
+
+    entries = {}
+    for name, shape in variables(hparams):
+        entry, where = found.get(f"model/{name}"), f"{index}: model/{name}"
+        if entry is None:
+            raise CheckpointError(f"{index} lacks the variable model/{name}: {MEND}")
+        if entry.dtype != "float32":
+            raise CheckpointError(f"{where} is {entry.dtype}, not float32: {MEND}")
+        if entry.shape not in (shape, (1, *shape)):  # OpenAI's w have a leading 1
+            raise CheckpointError(f"{where} has shape {[*entry.shape]!s:.80}, {HPARAMS} implies {[*shape]}: {MEND}")
+        if entry.size != 4 * math.prod(shape) or entry.shard >= n_files:
+            raise CheckpointError(f"{where} is of another size than its shape: {MEND}")
+        if entry.offset + entry.size > sizes[entry.shard]:
+            raise CheckpointError(f"{where} lies beyond the end of {paths[entry.shard]}: {MEND}")
+        entries[name] = entry
+    in_order = sorted(entries.values(), key=lambda entry: (entry.shard, entry.offset))
+    for before, after in itertools.pairwise(in_order):
+        if before.shard == after.shard and before.offset + before.size > after.offset:
+            raise CheckpointError(f"{index} has two variables in one place: {MEND}")
+    for name in found:
+        of = name.removeprefix("model/")
+        if of != name and of not in entries and os.path.dirname(of) not in entries:
+            raise CheckpointError(f"{index} has the variable {name:.80}, which {HPARAMS} does not imply: {MEND}")
+    return entries
+
+
+def map_weights(paths, entries, hparams):
+    # "c" is copy-on-write: readers may change weights, files stay as they are
+    files = {shard: np.memmap(paths[shard], np.uint8, "c") for shard in {entry.shard for entry in entries.values()}}
+    arrays = {}
+    for name, shape in variables(hparams):
+        _, _, shard, start, size, _ = entries[name]
+        array = files[shard][start : start + size].view(np.float32).reshape(shape)
+        arrays[name] = np.require(array, requirements=["ALIGNED"])  # a copy where an odd number of bytes lies before it
+    return arrays
+
+
+def verify(paths, entries, arrays):
+    """Raises CheckpointError unless the weights have the checksums that the index has."""
+    for name, array in arrays.items():
+        if checksum(array) != entries[name].checksum:
+            path = paths[entries[name].shard]
+            raise CheckpointError(f"{path} is damaged: model/{name} is not what its checksum in the index says: {MEND}")
 
 
 # saving
 
 
 def save_checkpoint(model_dir, hparams, params):
-    """Writes hparams.json and, with TensorFlow, a checkpoint under OpenAI's variable names and shapes.
+    """Writes hparams.json and a checkpoint under OpenAI's variable names and shapes, as TensorFlow does.
 
-    With encoder.json and vocab.bpe beside them, the folder is a model that this project and OpenAI's code can load.
-    Raises ValueError for params that are not what hparams imply, and OSError where there is no space left.
+    With encoder.json and vocab.bpe beside them, the folder is a model that this project and OpenAI's code can load. A
+    crash or a full disk leaves what was there before. Raises ValueError for params that are not what hparams imply, and
+    OSError where there is no space left.
     """
     if len(params["blocks"]) != hparams["n_layer"]:
         raise ValueError(f"params have {len(params['blocks'])} blocks, the hparams imply {hparams['n_layer']}")
-    tensors = {}
+    tensors = []
     for name, shape in sorted(variables(hparams)):
         array = params
         for key in name.split("/"):
             array = array["blocks"][int(key[1:])] if re.fullmatch(r"h\d+", key) else array[key]
         if np.shape(array) != shape:
             raise ValueError(f"{name} has shape {np.shape(array)}, the hparams imply {shape}")
-        tensors[f"model/{name}"] = np.asarray(array, np.float32).reshape((1, *shape) if name.endswith("/w") else shape)
+        tensors.append((f"model/{name}", np.asarray(array, np.float32).reshape((1,) * name.endswith("/w") + shape)))
 
-    tf = import_tensorflow()
-    os.makedirs(model_dir, exist_ok=True)
-    with open(os.path.join(model_dir, HPARAMS), "w", encoding="utf-8") as f:
-        json.dump(hparams, f)
-    prefix, names = os.path.join(model_dir, "model.ckpt"), [*tensors]
-    arrays, slices = [*tensors.values()], [""] * len(names)
-    try:
-        tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=slices, tensors=arrays)
-    except tf.errors.ResourceExhaustedError as error:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), model_dir) from error
-    with open(os.path.join(model_dir, "checkpoint"), "w", encoding="utf-8") as f:
-        f.write('model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n')
-    if verify(model_dir):
-        write_sums(model_dir, sums_of(model_dir), os.stat(os.path.join(model_dir, DATA)).st_mtime_ns)
-
-
-# SHA256SUMS
-
-
-def read_sums(model_dir):
-    """SHA256SUMS, which is as `sha256sum` writes it, as {name: SHA-256}; {} where there is none.
-
-    Raises CheckpointError if it is damaged: were it made anew, changes to what it vouched for would be accepted.
-    """
-    path = os.path.join(model_dir, SUMS)
-    try:
-        with open(path, encoding="ascii", errors="replace") as f:
-            lines = f.read().splitlines()
-    except FileNotFoundError:
-        return {}
-    matches = [re.fullmatch("([0-9a-f]{64})  (.+)", line) for line in lines]
-    sums = {match[2]: match[1] for match in matches if match and match[2] in SUMMED}
-    if len(sums) < len(lines) or not {HPARAMS, INDEX, DATA} <= sums.keys():  # the tokenizer may come later
-        raise CheckpointError(f"{path} is damaged: delete it to have the model verified anew")
-    return sums
-
-
-def write_sums(model_dir, sums, changed):
-    """Records in SHA256SUMS that a model is whole, at the time, in ns, at which its data file changed."""
-    path = os.path.join(model_dir, SUMS)
-    part = f"{path}.{os.getpid()}"
-    try:
-        with open(part, "w", encoding="ascii") as f:
-            f.writelines(f"{digest}  {name}\n" for name, digest in sums.items())
-        os.utime(part, ns=(changed, changed))
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        print(f"{model_dir}: cannot be written to, so it is verified at every start: {error}", file=sys.stderr)
-
-
-def recorded_time(model_dir):
-    """When, in ns, the data file had changed that SHA256SUMS vouches for; None without SHA256SUMS."""
-    path = os.path.join(model_dir, SUMS)
-    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
-
-
-def sums_of(model_dir, known=None):
-    """{name: SHA-256} of those files of a model that are there. known: the same, of files that take long to hash."""
-    paths = {name: os.path.join(model_dir, name) for name in SUMMED}
-    known = known or {}
-    return {name: known.get(name) or hexdigest(path) for name, path in paths.items() if os.path.exists(path)}
-
-
-def hexdigest(path, algorithm="sha256"):
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    with open(path, "rb") as f:
-        while chunk := f.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-if __name__ == "__main__":  # for verify_apart()
-    try:
-        verdict = {"can_be_mapped": verify(sys.argv[1])}
-    except CheckpointError as error:
-        verdict = {"error": str(error)}
-    print(json.dumps(verdict))
+    with replacing(model_dir) as new:
+        with open(os.path.join(new, HPARAMS), "w", encoding="utf-8") as f:
+            json.dump(hparams, f)
+        write_bundle(os.path.join(new, "model.ckpt"), tensors)
+        with open(os.path.join(new, "checkpoint"), "w", encoding="utf-8", newline="\n") as f:
+            f.write('model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n')
+        sums = sums_of(new, [HPARAMS]) | sums_of(model_dir, [ENCODER, VOCAB]) | sums_of(new, [INDEX, DATA])
+        write_sums(new, sums, os.stat(os.path.join(new, DATA)).st_mtime_ns)

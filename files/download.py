@@ -26,6 +26,7 @@ if __name__ == "__main__":  # where files/ is no package
     arguments = " ".join(arg if arg.isprintable() else "?" for arg in sys.argv[1:])
     sys.exit(f"download.py: fetches nothing by itself: use python utils.py {arguments or 'MODEL_SIZE'}")
 
+from files.lock import locked, plain_file
 from files.web import Client, DownloadError, PassingError, blocks, check_proxy, one_line, read
 
 PIECE = 2**18  # bytes of a connection that are on disk together with their SHA-256, if not earlier
@@ -97,60 +98,6 @@ def announce(title, missing, source):
 
 def say(text):
     print(one_line(text), file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Makes folder, and keeps other processes from downloading into it; if nothing has come in the end, it is removed.
-
-    The system takes the lock back from a process that dies.
-    """
-    path = os.path.join(folder, ".lock")
-    while True:
-        os.makedirs(folder, exist_ok=True)
-        with open(plain_file(path), "a") as f:
-            wait_for_lock(f, folder)
-            if not (os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path))):
-                continue  # the process that had the lock has removed the folder
-            try:
-                yield
-            finally:
-                if os.name == "nt":
-                    f.close()  # Windows removes no file that is open, here or in another process
-                with contextlib.suppress(OSError):
-                    if os.listdir(folder) == [".lock"]:
-                        os.remove(path)
-                        os.rmdir(folder)
-            return
-
-
-def wait_for_lock(f, folder):
-    if not try_lock(f):
-        say(f"waiting for another process that downloads into {folder}")
-        while not try_lock(f):
-            time.sleep(0.1)
-
-
-def try_lock(f):
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # as POSIX and Windows say that another process has it
-        return False
-    return True
-
-
-def plain_file(path):
-    """path, which may be opened. Raises OSError if it leads to anything but a file: to open a FIFO takes for ever."""
-    if os.path.lexists(path) and not os.path.isfile(path):
-        raise OSError(f"{path} is no file: remove it")
-    return path
 
 
 class Progress:

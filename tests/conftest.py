@@ -1,6 +1,6 @@
 """What the tests share: models, small and odd in shape, and one way each to run a command, on a terminal or not.
 
-The models are written by TensorFlow, with the head of GPT-2's genuine vocabulary.
+The models have the head of GPT-2's genuine vocabulary.
 """
 
 import contextlib
@@ -206,13 +206,7 @@ def leaves(node, name="params"):
         yield name, node
 
 
-def need_tensorflow():
-    if not importlib.util.find_spec("tensorflow"):  # whose import takes seconds
-        pytest.skip("tensorflow is not installed")
-
-
 def write_model(model_dir, hparams, params):
-    need_tensorflow()
     checkpoint.save_checkpoint(model_dir, hparams, params)
     write_tokenizer(model_dir, hparams["n_vocab"])
     return model_dir
@@ -229,15 +223,13 @@ def write_models(path):
     long = {"n_vocab": 300, "n_ctx": 200_000, "n_embd": 16, "n_head": 2, "n_layer": 1}
     write_model(path / "long", long, wild_params(long))
     for name in ("tiny", "long"):
-        utils.load_encoder_hparams_and_params(name, path)  # verified, so that later loads need no TensorFlow
+        utils.load_encoder_hparams_and_params(name, path)  # which adds the tokenizer to SHA256SUMS
     return path
 
 
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory):
-    """What write_models wrote: to the folder GPT2_TEST_MODELS, for others to use, or for this run."""
-    written = os.environ.get("GPT2_TEST_MODELS")
-    return pathlib.Path(written) if written else write_models(tmp_path_factory.mktemp("models"))
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
@@ -271,6 +263,5 @@ def continuation(models_dir):
 @pytest.fixture
 def model_dir(tmp_path, models_dir):
     """A copy of the tiny model, not verified yet, for tests to change or break."""
-    need_tensorflow()
     shutil.copytree(models_dir / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("SHA256SUMS"))
     return tmp_path / "tiny"

@@ -102,7 +102,7 @@ def test_models_are_found_beside_gpt2_py_from_any_working_directory(models_dir, 
     assert result.stdout == continuation("Hello") + "\n"
 
 
-def test_the_first_run_reads_the_checkpoint_without_a_word_from_tensorflow(model_dir, continuation):
+def test_the_first_run_verifies_the_checkpoint_without_a_word(model_dir, continuation):
     result = command("Hello", model=model_dir, n=N)
     assert (result.stdout, result.stderr) == (continuation("Hello") + "\n", "")
 

@@ -585,10 +585,14 @@ def test_one_that_waits_goes_on_when_the_other_is_killed(server, folder):
 
 
 def test_a_lock_that_is_free_is_taken_at_once(folder, capsys):
-    with download.locked(folder):
-        open(os.path.join(folder, "first"), "w").close()  # so that the folder stays
-    with open(os.path.join(folder, ".lock"), "w") as f:
+    os.makedirs(folder)
+    with open(os.path.join(folder, ".lock"), "w") as f:  # which a process that was killed has left
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with download.locked(folder):
+        open(os.path.join(folder, "first"), "w").close()
+    assert os.listdir(folder) == ["first"]
+    with download.locked(folder):
+        pass
     assert capsys.readouterr().err == ""
 
 

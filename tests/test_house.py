@@ -2,6 +2,9 @@
 
 import ast
 import graphlib
+import importlib
+import re
+import sys
 
 import pytest
 from conftest import REPO
@@ -19,13 +22,18 @@ MAY_IMPORT = {
     "backends.on_jax": {"backends.arrays", "backends.cache", "backends.devices"},
     "backends": {"backends.arrays", "backends.lookup", "backends.on_jax", "backends.on_numpy"},
     "files": set(),
-    "files.checkpoint": set(),
+    "files.lock": set(),
     "files.web": set(),
-    "files.download": {"files.web"},
+    "files.download": {"files.lock", "files.web"},
+    "files.crc32c": set(),
+    "files.bundle": {"files.crc32c"},
+    "files.sums": set(),
+    "files.together": {"files.lock"},
+    "files.checkpoint": {"files.bundle", "files.sums", "files.together"},
     "encoder": set(),
     "sampling": {"backends.arrays"},
     "cli": {"backends.checks"},
-    "utils": {"encoder", "files.checkpoint", "files.download"},
+    "utils": {"encoder", "files.checkpoint", "files.download", "files.sums", "files.together"},
     "gpt2": {"backends", "backends.arrays", "backends.checks", "sampling"},
 }
 MAIN_MAY_IMPORT = {
@@ -34,6 +42,9 @@ MAIN_MAY_IMPORT = {
     "gpt2": {"backends.devices", "backends.threads", "utils", "cli"},
 }
 ROOMS = "", "backends", "files"
+TOML = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest brings
+PYPROJECT = TOML.loads((REPO / "pyproject.toml").read_text("utf-8"))
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 
 def path_of(module):
@@ -86,9 +97,20 @@ def test_no_state_hides_in_closures(module):
     assert not [node.lineno for node in ast.walk(parsed(module)) if isinstance(node, ast.Nonlocal)]
 
 
-def test_the_packages_of_requirements_txt_are_those_that_the_command_names():
+def test_the_dependencies_of_the_project_are_those_that_the_command_names():
+    assert [re.match(r"[\w-]+", dependency)[0] for dependency in PROJECT["dependencies"]] == [*cli.BASIC]
+
+
+def test_requirements_txt_has_the_dependencies_of_the_project_and_tensorflow():
     lines = (REPO / "requirements.txt").read_text("utf-8").splitlines()
-    assert [line.partition(">")[0] for line in lines] == [*cli.BASIC]
+    *requirements, tensorflow = (line.partition("#")[0].strip() for line in lines if not line.startswith("#"))
+    assert requirements == PROJECT["dependencies"]
+    assert tensorflow.startswith("tensorflow>=")
+
+
+def test_pip_installs_what_the_house_has():
+    names = {*SETUPTOOLS["py-modules"], *SETUPTOOLS["packages"]}
+    assert names == {module.partition(".")[0] for module in MAY_IMPORT}
 
 
 def test_the_model_brings_no_array_library_of_its_own():

@@ -1,26 +1,29 @@
-"""Loading: TensorFlow writes the checkpoints, checkpoint.py maps them."""
+"""Loading and saving: what TensorFlow writes is mapped, and what is saved, TensorFlow reads."""
 
 import hashlib
 import json
 import os
 import pathlib
 import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import GENUINE, HPARAMS, REPO, assert_one_line_error, command, leaves, wild_params, write_model
+from conftest import (
+    GENUINE,
+    HPARAMS,
+    REPO,
+    assert_one_line_error,
+    command,
+    leaves,
+    optional,
+    wild_params,
+    write_model,
+)
 from flaky_server import serving
 
 import utils
-from files import checkpoint
+from files import bundle, checkpoint, sums
 from files.checkpoint import DATA, INDEX
-
-
-@pytest.fixture(autouse=True)
-def tensorflow_in_this_process(monkeypatch):
-    """To verify a checkpoint in a process of its own would import TensorFlow for every test."""
-    monkeypatch.setattr(checkpoint, "verify_apart", checkpoint.verify)
 
 
 def load(model_dir):
@@ -39,20 +42,18 @@ def shape_tree(node):
     return [shape_tree(value) for value in node] if isinstance(node, list) else list(node.shape)
 
 
-def save(model_dir, tensors, **kwargs):
-    """Writes a checkpoint of exactly these tensors, in this order."""
-    import tensorflow as tf
-
-    prefix = str(model_dir / "model.ckpt")
-    tf.raw_ops.SaveV2(
-        prefix=prefix, tensor_names=list(tensors), shape_and_slices=[""] * len(tensors), tensors=list(tensors.values())
+def save(model_dir, tensors, prefix="model.ckpt"):
+    """Has TensorFlow write a checkpoint of exactly these tensors, in this order."""
+    optional("tensorflow").raw_ops.SaveV2(
+        prefix=str(model_dir / prefix),
+        tensor_names=list(tensors),
+        shape_and_slices=[""] * len(tensors),
+        tensors=list(tensors.values()),
     )
 
 
 def tensors_of(model_dir):
-    import tensorflow as tf
-
-    reader = tf.train.load_checkpoint(str(model_dir / "model.ckpt"))
+    reader = optional("tensorflow").train.load_checkpoint(str(model_dir / "model.ckpt"))
     return {name: reader.get_tensor(name) for name in sorted(reader.get_variable_to_shape_map())}
 
 
@@ -79,7 +80,7 @@ def test_params_have_the_names_shapes_and_type_of_the_tutorial(model_dir):
 
 def test_params_are_the_weights_that_were_saved(model_dir, params):
     assert_same(load(model_dir)[2], params)
-    assert_same(load(model_dir)[2], params)  # mapped, this time without TensorFlow
+    assert_same(load(model_dir)[2], params)  # this time SHA256SUMS vouches for them
 
 
 def test_eleven_blocks_come_in_the_order_of_their_numbers(tmp_path):
@@ -96,12 +97,12 @@ def test_the_encoder_is_the_models_own(model_dir):
     assert encoder.decode(encoder.encode("the end")) == "the end"
 
 
-def test_a_verified_checkpoint_is_loaded_without_tensorflow_or_requests(models_dir):
+def test_a_checkpoint_is_loaded_without_what_downloads(model_dir):
     code = """if True:
         import sys, utils
         utils.load_encoder_hparams_and_params("tiny", sys.argv[1])
         print({"tensorflow", "requests", "files.download", "tqdm"} & {*sys.modules})"""
-    assert command(models_dir, code=code, cwd=REPO).stdout == "set()\n"
+    assert command(model_dir.parent, code=code, cwd=REPO).stdout == "set()\n"
 
 
 def test_weights_are_mapped_and_changes_to_them_stay_in_memory(model_dir, params):
@@ -120,31 +121,26 @@ def test_sums_are_what_sha256sum_checks(model_dir):
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=model_dir, check=True, capture_output=True)
 
 
-def needs_tensorflow(model_dir):
-    """Whether a model cannot be loaded where TensorFlow is not installed; it is then loaded with it."""
+def verifies(model_dir):
+    """Whether loading a model compares the checksums of its weights."""
+    compared = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "tensorflow", None)
-        try:
-            load(model_dir)
-        except utils.ModelError as error:
-            message = str(error)
-        else:
-            return False
-    assert "TensorFlow is needed" in message
-    load(model_dir)
-    return True
+        patch.setattr(checkpoint, "checksum", lambda array: compared.append(array) or bundle.checksum(array))
+        load(model_dir)
+    assert len(compared) in (0, len(list(checkpoint.variables(HPARAMS))))
+    return bool(compared)
 
 
 def test_a_checkpoint_is_verified_once(model_dir):
-    assert needs_tensorflow(model_dir)
-    assert not needs_tensorflow(model_dir)
+    assert verifies(model_dir)
+    assert not verifies(model_dir)
 
 
 def test_missing_sums_are_made_anew(model_dir):
     load(model_dir)
     path, good = model_dir / "SHA256SUMS", (model_dir / "SHA256SUMS").read_text()
     path.unlink()
-    assert needs_tensorflow(model_dir)
+    assert verifies(model_dir)
     assert path.read_text() == good
 
 
@@ -183,24 +179,24 @@ def test_a_damaged_sums_does_not_let_another_number_of_heads_pass(model_dir):
 def test_a_changed_checkpoint_is_verified_and_loaded_anew(model_dir, params):
     load(model_dir)
     save(model_dir, {name: 2 * tensor for name, tensor in tensors_of(model_dir).items()})
-    assert needs_tensorflow(model_dir)
+    assert verifies(model_dir)
     np.testing.assert_array_equal(load(model_dir)[2]["wte"], 2 * params["wte"])
 
 
 def test_a_checkpoint_that_this_project_saved_is_verified_already(model_dir):
     checkpoint.save_checkpoint(model_dir, HPARAMS, wild_params(HPARAMS, seed=1))
-    assert not needs_tensorflow(model_dir)
+    assert not verifies(model_dir)
     assert_same(load(model_dir)[2], wild_params(HPARAMS, seed=1))
 
 
 def test_a_copied_checkpoint_is_recognised_by_its_contents(model_dir):
     load(model_dir)
     os.utime(model_dir / DATA)  # as after git clone or cp
-    assert not needs_tensorflow(model_dir)
+    assert not verifies(model_dir)
     assert (model_dir / DATA).stat().st_mtime_ns == (model_dir / "SHA256SUMS").stat().st_mtime_ns
 
 
-def test_data_that_grew_at_the_time_of_its_sums_is_verified_anew(model_dir, params):
+def test_what_is_appended_to_the_data_is_none_of_the_weights(model_dir, params):
     load(model_dir)
     time = (model_dir / "SHA256SUMS").stat().st_mtime_ns
     with open(model_dir / DATA, "ab") as f:
@@ -231,13 +227,108 @@ BESIDE = {  # variables that change nothing in the model
 
 
 @pytest.mark.parametrize("change", ["another order", *BESIDE])
-def test_a_checkpoint_laid_out_otherwise_works_and_says_so_once(change, model_dir, params, capsys):
+def test_a_checkpoint_laid_out_otherwise_is_mapped_all_the_same(change, model_dir, params, capsys):
     tensors = tensors_of(model_dir)
     save(model_dir, {change: BESIDE[change], **tensors} if change in BESIDE else dict(reversed(tensors.items())))
+    for _ in range(2):
+        found = load(model_dir)[2]
+        assert_same(found, params)
+        assert isinstance(found["wte"], np.memmap)
+    assert not verifies(model_dir)
+    assert capsys.readouterr().err == ""
+
+
+def test_weights_behind_an_odd_number_of_bytes_are_copied_to_where_they_compute_as_fast(model_dir, params):
+    save(model_dir, {"flag": np.array([True]), **tensors_of(model_dir)})
+    found = load(model_dir)[2]
+    assert_same(found, params)
+    assert all(array.flags.aligned for _, array in leaves(found))
+
+
+def in_shards(model_dir, n):
+    """Has TensorFlow write the checkpoint in several data files."""
+    tf, tensors = optional("tensorflow"), list(tensors_of(model_dir).items())
+    prefixes = [str(model_dir / f"part{i}") for i in range(n)]
+    for i, prefix in enumerate(prefixes):
+        save(model_dir, dict(tensors[i::n]), prefix=os.path.basename(prefix))
+    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=prefixes, destination_prefix=str(model_dir / "model.ckpt"))
+    (model_dir / DATA).unlink()
+    return [model_dir / f"model.ckpt.data-{i:05}-of-{n:05}" for i in range(n)]
+
+
+def test_a_checkpoint_of_several_data_files_is_mapped(model_dir, params):
+    shards = in_shards(model_dir, 3)
+    assert all(path.exists() for path in shards)
+    assert verifies(model_dir)
+    assert not verifies(model_dir)
     assert_same(load(model_dir)[2], params)
-    stderr = capsys.readouterr().err
-    assert stderr.count("\n") == 1
-    assert "laid out unlike OpenAI's" in stderr
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=model_dir, check=True, capture_output=True)
+
+
+def test_a_changed_file_of_several_is_noticed_whatever_its_time(model_dir):
+    _, shard, _ = in_shards(model_dir, 3)
+    load(model_dir)
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, (0, 0))
+    assert f"{shard} is damaged" in error_of(model_dir)
+
+
+def test_one_of_several_data_files_that_is_not_there_is_named(model_dir):
+    _, shard, _ = in_shards(model_dir, 3)
+    shard.unlink()
+    assert f"lacks {shard.name}" in error_of(model_dir)
+
+
+def test_an_index_of_more_data_files_than_there_are_is_an_error(model_dir):
+    data = (model_dir / DATA).read_bytes()
+    for path in in_shards(model_dir, 3):
+        path.unlink()
+    (model_dir / DATA).write_bytes(data)
+    assert f"{model_dir / INDEX} is of 3 data files" in error_of(model_dir)
+
+
+def rename_checkpoint(model_dir, prefix):
+    (model_dir / INDEX).rename(model_dir / f"{prefix}.index")
+    (model_dir / DATA).rename(model_dir / f"{prefix}.data-00000-of-00001")
+    (model_dir / "checkpoint").write_text(
+        f'model_checkpoint_path: "{prefix}"\nall_model_checkpoint_paths: "{prefix}"\n'
+    )
+
+
+def test_the_file_checkpoint_names_the_checkpoint_as_it_does_for_openais_code(model_dir, params):
+    rename_checkpoint(model_dir, "model-1000")
+    assert verifies(model_dir)
+    assert not verifies(model_dir)
+    assert_same(load(model_dir)[2], params)
+    assert "mine" in utils.folders_in(model_dir.rename(model_dir.with_name("mine")).parent)
+
+
+def test_another_checkpoint_of_the_folder_is_verified_when_it_is_named(model_dir, params):
+    load(model_dir)
+    save(model_dir, {name: 2 * tensor for name, tensor in tensors_of(model_dir).items()}, prefix="model-7")
+    (model_dir / "checkpoint").write_text('model_checkpoint_path: "model-7"\n')
+    assert verifies(model_dir)
+    np.testing.assert_array_equal(load(model_dir)[2]["wte"], 2 * params["wte"])
+
+
+def test_a_named_checkpoint_that_is_not_there_is_an_error_that_says_what_is_missing(model_dir):
+    (model_dir / "checkpoint").write_text('model_checkpoint_path: "model-7"\n')
+    assert "lacks model-7.index, model-7.data-00000-of-00001" in error_of(model_dir)
+
+
+@pytest.mark.parametrize(
+    "path", ["../tiny/model.ckpt", "/etc/model.ckpt", "a/b", "..", ".hidden", "C:\\x", "", 'x"y', "*"]
+)
+def test_the_file_checkpoint_leads_nowhere_outside_its_folder(path, model_dir):
+    (model_dir / "checkpoint").write_text(f'model_checkpoint_path: "{path}"\n')
+    assert f"{model_dir / 'checkpoint'} must begin with" in error_of(model_dir)
+
+
+def test_without_the_file_checkpoint_it_is_model_ckpt(model_dir, params):
+    (model_dir / "checkpoint").unlink()
+    assert_same(load(model_dir)[2], params)
 
 
 # Errors
@@ -294,9 +385,7 @@ def test_a_flipped_byte_of_the_data_is_found_and_its_variable_named(model_dir):
         byte = f.read(1)[0]
         f.seek(-4, os.SEEK_END)
         f.write(bytes([byte ^ 1]))
-    error = error_of(model_dir)
-    assert str(model_dir / DATA) in error
-    assert "is damaged: model/wte" in error
+    assert f"{model_dir / DATA} is damaged: model/wte is not what its checksum" in error_of(model_dir)
 
 
 def test_truncated_data_is_an_error(model_dir):
@@ -308,7 +397,7 @@ def test_a_file_that_cannot_be_read_is_an_error(model_dir, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(checkpoint, "hexdigest", refuse)  # permissions would not stop root, who may be running this
+    monkeypatch.setattr(sums, "hexdigest", refuse)  # permissions would not stop root, who may be running this
     assert "cannot be read: [Errno 13] Permission denied" in error_of(model_dir)
 
 
@@ -373,6 +462,12 @@ def test_a_folder_that_lacks_a_file_is_an_error_that_names_it(name, model_dir):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", "C:x", "a\0b"])
+def test_a_numpy_that_is_too_old_is_an_error(models_dir, monkeypatch):
+    monkeypatch.setattr(utils.np, "__version__", "1.26.4")
+    with pytest.raises(utils.ModelError, match=r"NumPy 2\.0 or newer is needed, and this is 1\.26\.4"):
+        utils.load_encoder_hparams_and_params("tiny", models_dir)
+
+
 def test_a_model_name_cannot_leave_the_models_folder(name, tmp_path):
     with pytest.raises(utils.ModelError, match="must be a folder inside"):
         utils.load_encoder_hparams_and_params(name, tmp_path / "models")
@@ -383,13 +478,110 @@ def test_models_dir_may_be_a_string_or_a_path(models_dir):
         assert utils.load_encoder_hparams_and_params("tiny", path)[1] == HPARAMS
 
 
+# Saving
+
+
+def test_tensorflow_reads_what_was_saved(tmp_path, params):
+    checkpoint.save_checkpoint(tmp_path / "new", HPARAMS, params)
+    tensors = tensors_of(tmp_path / "new")
+    assert sorted(tensors) == sorted(f"model/{name}" for name, _ in checkpoint.variables(HPARAMS))
+    np.testing.assert_array_equal(tensors["model/wte"], params["wte"], strict=True)
+    np.testing.assert_array_equal(tensors["model/h1/mlp/c_fc/w"], params["blocks"][1]["mlp"]["c_fc"]["w"][None])
+    latest = optional("tensorflow").train.latest_checkpoint(str(tmp_path / "new"))
+    assert latest == str(tmp_path / "new" / "model.ckpt")
+
+
+def test_what_was_saved_is_byte_for_byte_what_tensorflow_writes(tmp_path, params):
+    checkpoint.save_checkpoint(tmp_path / "new", HPARAMS, params)
+    save(tmp_path, tensors_of(tmp_path / "new"))
+    for name in (INDEX, DATA):
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+STEPS = """if True:  # saves one model over another, and is killed at each step in turn; prints what was then found
+    import os, sys
+    sys.path[:0] = [{repo!r}, {tests!r}]
+    import numpy as np
+    from conftest import HPARAMS, leaves, wild_params
+    import utils
+    from files import checkpoint
+
+    folder, old, new = sys.argv[1], wild_params(HPARAMS), wild_params(HPARAMS, seed=1)
+    n = status = 0
+    while os.WEXITSTATUS(status) in (0, 9):
+        n += 1
+        if (child := os.fork()) == 0:
+            steps = iter(range(n - 1))
+            def count(event, args):
+                if event in ("open", "os.mkdir", "os.rename", "os.rmdir", "os.utime", "shutil.rmtree", "os.remove"):
+                    if folder in str(args[0]) and next(steps, None) is None:
+                        os._exit(9)
+            sys.addaudithook(count)
+            checkpoint.save_checkpoint(folder, HPARAMS, new)
+            os._exit(7)
+        status = os.waitpid(child, 0)[1]
+        found = utils.load_encoder_hparams_and_params(os.path.basename(folder), os.path.dirname(folder))[2]
+        is_new = [np.array_equal(a, b) for (_, a), (_, b) in zip(leaves(found), leaves(new), strict=True)]
+        is_old = [np.array_equal(a, b) for (_, a), (_, b) in zip(leaves(found), leaves(old), strict=True)]
+        left = [name for name in os.listdir(folder) if name == ".saved"]
+        print("new" if all(is_new) else "old" if all(is_old) else "neither", *left)
+        checkpoint.save_checkpoint(folder, HPARAMS, old)
+        assert not {{".saving", ".saved"}} & {{*os.listdir(folder)}}
+    print(os.WEXITSTATUS(status))
+"""
+
+
+def test_a_process_that_is_killed_at_any_step_of_saving_leaves_the_old_model_or_the_new(model_dir):
+    code = STEPS.format(repo=str(REPO), tests=str(REPO / "tests"))
+    *found, last, status = command(model_dir, code=code).stdout.splitlines()
+    assert status == "7"  # it was not killed, having no more steps
+    assert last == "new"
+    assert found == sorted(found, reverse=True)  # "old" up to the one that counts, then "new"
+    assert found.count("old") > 10
+    assert found.count("new") > 4
+
+
+def test_a_full_disk_leaves_the_old_model(model_dir, params, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = {path.name for path in model_dir.iterdir()}
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        checkpoint.save_checkpoint(model_dir, HPARAMS, wild_params(HPARAMS, seed=1))
+    assert error.value.filename == model_dir
+    assert {path.name for path in model_dir.iterdir()} == {*before, ".lock"}
+    assert_same(load(model_dir)[2], params)
+
+
+def test_a_file_that_may_not_grow_leaves_the_old_model(model_dir, params):
+    code = """if True:
+        import resource, sys
+        sys.path[:0] = sys.argv[2:]
+        from conftest import HPARAMS, wild_params
+        from files import checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
+        checkpoint.save_checkpoint(sys.argv[1], HPARAMS, wild_params(HPARAMS, seed=1))"""
+    assert "File too large" in command(model_dir, REPO, REPO / "tests", code=code).stderr
+    assert not (model_dir / ".saving").exists()
+    assert_same(load(model_dir)[2], params)
+
+
+def test_a_link_in_place_of_a_saved_checkpoint_brings_nothing_in(model_dir, tmp_path, params):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "hparams.json").write_text("{}")
+    (model_dir / ".saved").symlink_to(tmp_path / "elsewhere")
+    assert_same(load(model_dir)[2], params)
+    assert (tmp_path / "elsewhere" / "hparams.json").exists()
+
+
 # OpenAI's models
 
 
 @pytest.fixture
 def server(monkeypatch, models_dir):
     """A server that has the tiny model as 124M, and all that is known of OpenAI's is known of it."""
-    files = {path.name: path.read_bytes() for path in (models_dir / "tiny").iterdir() if path.name != "SHA256SUMS"}
+    files = {path.name: path.read_bytes() for path in (models_dir / "tiny").glob("[!.]*") if path.name != "SHA256SUMS"}
     files["model.ckpt.meta"] = b"a graph"
     monkeypatch.setattr(utils, "MODEL_SIZES", {"124M": HPARAMS})
     monkeypatch.setattr(utils, "SHA256", {name: hashlib.sha256(files[name]).hexdigest() for name in utils.SHA256})

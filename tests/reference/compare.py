@@ -21,7 +21,6 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from backends.checks import check_room
 from cli import fail, line_text, mistakes, open_lines, run
-from files.checkpoint import CheckpointError, import_tensorflow
 from gpt2 import generate, gpt2
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
@@ -223,11 +222,26 @@ class HParams(types.SimpleNamespace):
         self.__dict__.update(values)
 
 
+def import_tensorflow():
+    """TensorFlow as its version 1, imported without its chatter, which goes past Python's sys.stderr."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # JAX, if it came first, has made it 1
+    sys.stderr.flush()
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        import tensorflow.compat.v1
+    except ImportError as error:
+        fail(f"OpenAI's code needs TensorFlow: pip install -r requirements.txt, or add --docker: {error}")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
+    return tensorflow.compat.v1
+
+
 def import_official(gpt2_repo):
     """The official model.py, sample.py and encoder.py as modules, with today's TensorFlow in place of version 1."""
-    import_tensorflow()
-    import tensorflow.compat.v1 as tf
-
+    tf = import_tensorflow()
     tf.logging.set_verbosity(tf.logging.ERROR)  # every other function is deprecated
     tf.disable_v2_behavior()
     training = types.ModuleType("tensorflow.contrib.training")
@@ -333,7 +347,7 @@ def reason(done):
 if __name__ == "__main__":
     try:
         run(main)
-    except (ModelError, CheckpointError) as error:
+    except ModelError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as error:
