@@ -137,7 +137,7 @@ def csv_values(path):
                 row if fits else ValueError("it has not as many fields as the first"),
             )
     except csv.Error as error:
-        fail(f"{path}, line {rows.line_num}: {error}")
+        fail(f"{path}, behind line {rows.line_num}: {error}")
 
 
 READERS = {".jsonl": jsonl_values, ".json": json_values, ".csv": csv_values}
