@@ -297,6 +297,7 @@ def test_bad_data_are_named_in_one_line_and_leave_nothing_behind(lines, said, mo
         ([TEXT_FILE], {"merge": "models"}, "takes no files"),
         ([], {"merge": "models", "lora_rank": 4, "seed": 1}, "takes no --lora_rank, --seed"),
         ([], {"merge": "no-adapters"}, "the adapters in no-adapters cannot be read"),
+        ([], {"merge": "no-adapters", "name": "base"}, "base exists: choose another name, or delete it"),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_leave_nothing_behind(files, change, said, models):
