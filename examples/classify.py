@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 import lora
 import training
 from recipe import BASE_FLAGS, complete, with_flags

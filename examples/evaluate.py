@@ -23,6 +23,7 @@ if __name__ == "__main__":
 from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 from texts import END, ids_of, read_documents, read_text
 
 import cli
