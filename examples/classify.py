@@ -209,12 +209,12 @@ def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
 
 def draw_confusion(path, confusion, labels):
     """Draws how many texts of each class are taken for which; of many a pixel each, for names would not fit."""
-    from matplotlib.image import imsave
-
     shares, n = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True)), len(labels)
     if n > MOST_NAMED:
-        return imsave(path, shares, cmap="Blues", vmin=0, vmax=1, format="png")
-    from matplotlib import font_manager  # which reads every font there is, when it is first asked
+        from PIL import Image  # which comes with Matplotlib, and reads no fonts
+
+        return Image.fromarray((255 * (1 - shares)).astype(np.uint8)).save(path, "PNG")  # the darker, the more
+    from matplotlib import font_manager
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 + 0.7 * n, 1 + 0.7 * n))

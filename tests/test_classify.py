@@ -5,8 +5,8 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
+import PIL.Image
 import pytest
 import sklearn.metrics
 import torch
@@ -222,11 +222,9 @@ def test_a_damaged_head_is_told_in_one_line(change, said, data, words):
 
 def test_a_thousand_classes_are_drawn_as_pixels_without_a_font(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.font_manager", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     classify.draw_confusion(tmp_path / "a.png", np.eye(1000, dtype=int), [f"L{i}" for i in range(1000)])
-    pixels = matplotlib.image.imread(tmp_path / "a.png")
-    assert pixels.shape[:2] == (1000, 1000)
-    assert (pixels[5, 5] != pixels[5, 6]).any()
+    pixels = np.asarray(PIL.Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(pixels, 255 - 255 * np.eye(1000))
 
 
 def test_labels_are_printed_without_what_a_terminal_would_obey():
