@@ -232,13 +232,17 @@ def test_another_seed_gives_other_first_weights_and_another_order():
 
 
 def test_the_model_kept_is_the_one_with_the_lowest_held_out_loss(tmp_path, monkeypatch):
-    losses = iter([500.0, 300.0, 200.0, 400.0])
+    def save_and_see(*args):
+        seen.append(np.array(args[-1][0]["params"]["ln_f"]["g"]))
+        save_state(*args)
+
+    losses, save_state = iter([500.0, 300.0, 200.0, 400.0]), training.save_state
     monkeypatch.setattr(training, "text_nats", lambda *args: [next(losses)])
     kept, seen = [], []
     monkeypatch.setattr(
         training, "save_checkpoint", lambda folder, hparams, params: kept.append(np.array(params["ln_f"]["g"]))
     )
-    monkeypatch.setattr(training, "save_state", lambda *args: seen.append(np.array(args[-1][0]["params"]["ln_f"]["g"])))
+    monkeypatch.setattr(training, "save_state", save_and_see)
     train.main(TEXT_FILE, name="small", models_dir=tmp_path, **{**SETTINGS, "n_steps": 3, "evaluate_every": 1})
     assert [np.array_equal(g, kept[-1]) for g in seen] == [False, False, True, False]
 
