@@ -21,7 +21,8 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
 from encoder import SHA256, bytes_to_unicode
-from files.checkpoint import ENCODER, VOCAB, hexdigest, n_params, variables
+from files.checkpoint import ENCODER, VOCAB, n_params, variables
+from files.sums import hexdigest
 from utils import MODEL_SIZES
 
 END, N_VOCAB = "<|endoftext|>", 50257  # of GPT-2's own vocabulary

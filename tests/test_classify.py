@@ -3,7 +3,10 @@
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import sklearn.metrics
 import torch
@@ -74,7 +77,7 @@ def test_jax_finds_in_padded_batches_what_numpy_finds_one_by_one(words):
     _, hparams, params, head, _ = words
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 307, n).tolist() for n in rng.integers(1, 25, 40)]
-    on_jax = training.jax.tree.map(training.jnp.asarray, params)
+    on_jax = jax.tree.map(jnp.asarray, params)
     expected = classify.probabilities(params, head, rows, hparams["n_head"])
     np.testing.assert_allclose(classify.probabilities(on_jax, head, rows, hparams["n_head"]), expected, atol=1e-4)
 
@@ -82,7 +85,7 @@ def test_jax_finds_in_padded_batches_what_numpy_finds_one_by_one(words):
 def test_the_head_alone_leaves_the_weights_as_they_are_and_adapters_change_some(data):
     _, _, base = load_encoder_hparams_and_params("base", str(data / "models"))
     _, _, params, head, _ = learn(data, "head", head_only=True)
-    for ours, theirs in zip(*map(training.jax.tree.leaves, (params, base)), strict=True):
+    for ours, theirs in zip(*map(jax.tree.leaves, (params, base)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert head["b"].any()
 
@@ -133,9 +136,8 @@ def test_predict_reads_standard_input_for_a_dash(data, words):
 
 
 def test_a_random_tenth_is_held_out_by_default_even_of_files_that_are_sorted(data, tmp_path, monkeypatch):
-    def stop(*args, data, **kwargs):
-        order, rows = data
-        learned.extend(rows(order(np.random.default_rng(0)))["label"].tolist())
+    def stop(model_dir, tokenizer_dir, hparams, learns, frozen, task, *args):
+        learned.extend(task.data.rows(task.data.order(np.random.default_rng(0)))["label"].tolist())
         raise SystemExit
 
     learned, lines = [], (data / "train.jsonl").read_text("utf-8").splitlines()
@@ -161,7 +163,8 @@ def message(function, *args, **settings):
     ("lines", "said"),
     [
         ('{"text": "a", "label": "b"}\n{"text": "a"}', 'line 2: no object with {"text", "label"}'),
-        ('{"text": "a", "label": 5}', 'line 1: "label" is 5, not a text'),
+        ('{"text": "a", "label": 5.5}', 'line 1: "label" is 5.5, not a text'),
+        ('{"text": "a", "label": true}', 'line 1: "label" is True, not a text'),
         ('{"text": "a", "label": "b"}', "there is one class only, 'b'"),
         ('{"text": "a", "label": "b"}\n{"text": "a", "label": "c"}', "too few to learn from"),
     ],
@@ -185,6 +188,47 @@ def test_mistakes_are_told_in_one_line(data, words, tmp_path):
     both = {"head_only": True, "lora_rank": 2}
     assert "do not go together" in message(classify.train, held_out, name="new", models_dir=models_dir, **both)
     assert_one_line_error(command("learn", script="examples/classify.py"), "learn is none of train, evaluate, predict")
+
+
+def test_a_classifier_whose_run_died_while_it_saved_a_better_one_is_told_of(data, words):
+    models_dir = data / "models"
+    (models_dir / ".words.new").mkdir()
+    try:
+        said = message(classify.predict, "red", name="words", models_dir=str(models_dir))
+    finally:
+        (models_dir / ".words.new").rmdir()
+    assert "died while it saved a better classifier: end it with train and --resume, or delete" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"w": np.zeros((35, 2), np.float32)}, "does not fit the model beside it"),
+        ({"labels": np.array(["a", "a", "b"])}, "is damaged"),
+        ({"labels": np.array([1, 2, 3])}, "does not fit"),
+        ({"b": np.zeros(3, np.int32)}, "is damaged"),
+        ({"labels": np.array(["a", None, 5], object)}, "Object arrays cannot be loaded"),
+    ],
+)
+def test_a_damaged_head_is_told_in_one_line(change, said, data, words):
+    path = data / "models" / "words" / "classes.npz"
+    content = path.read_bytes()
+    try:
+        np.savez(path, **(dict(np.load(path)) | change))
+        assert said in message(classify.predict, "red", name="words", models_dir=str(data / "models"))
+    finally:
+        path.write_bytes(content)
+
+
+def test_a_thousand_classes_are_drawn_as_pixels_without_a_font(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.font_manager", None)
+    classify.draw_confusion(tmp_path / "a.png", np.eye(1000, dtype=int), [f"L{i}" for i in range(1000)])
+    pixels = np.asarray(PIL.Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(pixels, 255 - 255 * np.eye(1000))
+
+
+def test_labels_are_printed_without_what_a_terminal_would_obey():
+    assert classify.printable("a\x1b[2Jé") == "a?[2Jé"
 
 
 @pytest.mark.filterwarnings("error")

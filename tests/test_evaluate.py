@@ -96,8 +96,8 @@ def test_the_bundled_model_has_the_loss_that_its_readme_states():
 
 
 def test_figures_per_token_character_and_byte_are_of_the_same_nats(tiny, tmp_path):
-    text = "naïve café 東京 🙂\r\n" * 9
-    (tmp_path / "text.txt").write_bytes(text.encode())
+    text = "naïve café 東京 🙂\n" * 9
+    (tmp_path / "text.txt").write_bytes(text.replace("\n", "\r\n").encode())  # which training does not see, either
     got = figures(command(tmp_path / "text.txt", model=tiny, script=SCRIPT))
     assert (got["characters"], got["bytes"]) == (len(text), len(text.encode()))
     nats = got["nats per token"] * got["tokens"]

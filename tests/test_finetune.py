@@ -1,5 +1,6 @@
 """examples/finetune.py: it makes the same steps as PyTorch, transformers and PEFT, and takes data for what they are."""
 
+import functools
 import json
 import re
 import sys
@@ -12,7 +13,9 @@ from conftest import REPO, command, hugging_face, leaves, wild_params, write_tok
 
 sys.path.insert(0, str(REPO / "examples"))
 import finetune
-import training
+import lora
+import on_jax
+import texts
 
 from encoder import get_encoder
 from files.checkpoint import save_checkpoint
@@ -34,26 +37,21 @@ def some_rows(hparams, n_rows=4, n_seq=17, seed=0):
     return {"ids": ids, "counted": (np.arange(n_seq) >= rng.integers(0, n_seq // 2, (n_rows, 1))).astype(np.float32)}
 
 
-def loss_of(model, n_head, dtype="float32", recompute=False):
-    def loss(learned, frozen, rows, keys):
-        return training.text_loss(model(learned, frozen), rows, keys, n_head, 0.0, dtype, recompute)
-
-    return loss
+def loss_of(n_head, dtype="float32", recompute=False):
+    options = {"n_head": n_head, "scale": 2.0, "dropout": 0.0, "dtype": dtype, "recompute": recompute}
+    return functools.partial(on_jax.loss, **options)
 
 
 def steps(learned, frozen, loss, all_rows, accumulate=1, recipe=RECIPE):
     """(losses, learned) of as many steps as there are rows, by the loop's own update."""
-    optimizer = training.optimizer(learned, **recipe)
-    update, state, losses = jax.jit(training.update_of(loss, optimizer, 0, accumulate)), optimizer.init(learned), []
+    optimizer, losses = on_jax.optimizer(learned, **recipe), []
+    options = {"loss": loss, "optimizer": optimizer, "seed": 0, "accumulate": accumulate}
+    update, state = jax.jit(functools.partial(on_jax.update, **options)), optimizer.init(learned)
     for step, rows in enumerate(all_rows):
         rows = {name: array.reshape(accumulate, -1, array.shape[-1]) for name, array in rows.items()}
         mean, learned, state = update(learned, state, frozen, rows, step)
         losses.append(float(mean))
     return losses, learned
-
-
-def full(learned, frozen):
-    return learned
 
 
 def torch_steps(model, all_rows, recipe=RECIPE, dtype=torch.float32):
@@ -117,12 +115,14 @@ MODELS = pytest.mark.parametrize("model", [lambda: (ODD, wild_params(ODD)), bund
 def test_a_step_of_full_fine_tuning_is_that_of_pytorch(model):
     hparams, params = model()
     theirs, rows = hugging_face(hparams, params), some_rows(hparams)
-    (loss,), learned = steps(params, {}, loss_of(full, hparams["n_head"]), [rows])
+    (loss,), learned = steps({"params": params}, {}, loss_of(hparams["n_head"]), [rows])
     (their_loss,) = torch_steps(theirs, [rows])
     assert loss == pytest.approx(their_loss, rel=1e-5)
 
     weights, n_sure, n = dict(theirs.named_parameters()), 0, 0
-    for name, array in leaves({"h" if key == "blocks" else key: node for key, node in learned.items()}, "transformer"):
+    for name, array in leaves(
+        {"h" if key == "blocks" else key: node for key, node in learned["params"].items()}, "transformer"
+    ):
         stem, _, leaf = name.rpartition(".")
         other = weights[{"g": f"{stem}.weight", "w": f"{stem}.weight", "b": f"{stem}.bias"}.get(leaf, f"{name}.weight")]
         n_sure, n = n_sure + nearly_same(array, other.detach(), other.grad), n + other.numel()
@@ -133,12 +133,11 @@ def test_a_step_of_full_fine_tuning_is_that_of_pytorch(model):
 def test_a_step_of_lora_is_that_of_peft_and_moves_the_adapters_alone(model):
     hparams, params = model()
     rows, rng = some_rows(hparams), np.random.default_rng(1)
-    adapters = finetune.new_adapters(params, 3, LAYERS)
+    adapters = lora.new_adapters(params, 3, LAYERS)
     for matrices in (matrices for adapter in adapters for matrices in adapter.values()):  # B = 0 leaves A still
         matrices["B"] = 0.1 * rng.standard_normal(matrices["B"].shape, dtype=np.float32)
     theirs = with_peft(hugging_face(hparams, params), 3, adapters)
-    loss = loss_of(lambda learned, frozen: finetune.with_adapters(frozen, learned, 2), hparams["n_head"])
-    (loss,), learned = steps(adapters, params, loss, [rows])
+    (loss,), learned = steps({"adapters": adapters}, {"params": params}, loss_of(hparams["n_head"]), [rows])
     (their_loss,) = torch_steps(theirs, [rows])
     assert loss == pytest.approx(their_loss, rel=1e-5)
 
@@ -146,16 +145,16 @@ def test_a_step_of_lora_is_that_of_peft_and_moves_the_adapters_alone(model):
     for name, weights in theirs.named_parameters():
         if "lora_" in name:
             _, _, _, _, i, sublayer, layer, which, *_ = name.split(".")
-            ours = np.asarray(learned[int(i)][f"{sublayer}/{layer}"][which[-1]]).T
+            ours = np.asarray(learned["adapters"][int(i)][f"{sublayer}/{layer}"][which[-1]]).T
             n_sure, n = n_sure + nearly_same(ours, weights.detach(), weights.grad), n + ours.size
-    assert n_sure > 0.9 * n == 0.9 * training.size(learned)
+    assert n_sure > 0.9 * n == 0.9 * on_jax.size(learned)
 
 
 def test_fifty_steps_in_bfloat16_are_as_near_to_float32_as_in_pytorch():
     recipe, params, n_head = RECIPE | {"n_steps": 50}, wild_params(ODD), ODD["n_head"]
     rows = [some_rows(ODD, seed=step % 5) for step in range(50)]
-    ours, _ = steps(params, {}, loss_of(full, n_head), rows, recipe=recipe)
-    ours_half, learned = steps(params, {}, loss_of(full, n_head, "bfloat16"), rows, recipe=recipe)
+    ours, _ = steps({"params": params}, {}, loss_of(n_head), rows, recipe=recipe)
+    ours_half, learned = steps({"params": params}, {}, loss_of(n_head, "bfloat16"), rows, recipe=recipe)
     theirs = torch_steps(hugging_face(ODD, params), rows, recipe)
     theirs_half = torch_steps(hugging_face(ODD, params), rows, recipe, torch.bfloat16)
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)
@@ -166,8 +165,8 @@ def test_fifty_steps_in_bfloat16_are_as_near_to_float32_as_in_pytorch():
 
 def test_a_batch_in_parts_whose_activations_are_computed_again_gives_the_same_curve():
     params, n_head, rows = wild_params(ODD), ODD["n_head"], [some_rows(ODD, seed=step % 5) for step in range(20)]
-    losses, _ = steps(params, {}, loss_of(full, n_head), rows)
-    in_parts, _ = steps(params, {}, loss_of(full, n_head, recompute=True), rows, accumulate=4)
+    losses, _ = steps({"params": params}, {}, loss_of(n_head), rows)
+    in_parts, _ = steps({"params": params}, {}, loss_of(n_head, recompute=True), rows, accumulate=4)
     np.testing.assert_allclose(in_parts, losses, rtol=1e-4)
 
 
@@ -175,9 +174,9 @@ def test_recomputation_takes_less_memory():
     params, rows = wild_params(ODD | {"n_layer": 4}), some_rows(ODD, n_rows=32)
     takes = []
     for recompute in (False, True):
-        loss = loss_of(full, ODD["n_head"], recompute=recompute)
-        gradient = jax.jit(jax.grad(lambda params, loss=loss: loss(params, {}, rows, np.zeros(32))[0]))
-        takes.append(training.compiled(gradient, recompute, params).memory_analysis().temp_size_in_bytes)
+        loss = loss_of(ODD["n_head"], recompute=recompute)
+        gradient = jax.jit(jax.grad(lambda params, loss=loss: loss({"params": params}, {}, rows, np.zeros(32))[0]))
+        takes.append(on_jax.compiled(gradient, recompute, params).memory_analysis().temp_size_in_bytes)
     assert takes[1] < 0.6 * takes[0]
 
 
@@ -211,18 +210,18 @@ def test_a_file_a_folder_and_a_glob_hold_documents_and_endoftext_parts_them(tmp_
         ([str(tmp_path)], ["one", "two", "thrée", "four", "five", "six"]),
         ([f"{tmp_path}/c.jsonl", f"{tmp_path}/b.txt"], ["four", "five", "thrée"]),
     ]:
-        documents = training.read_documents(patterns, ("text",))
+        documents = texts.read_documents(patterns, ("text",))
         assert [document["text"] for document in documents] == expected
     end = encoder.encoder["<|endoftext|>"]
-    assert training.text_ids(encoder, ["one", "two"]).tolist() == [
+    assert texts.text_ids(encoder, ["one", "two"]).tolist() == [
         end, *encoder.encode("one"), end, *encoder.encode("two")
     ]  # fmt: skip
 
 
 def test_the_last_tenth_of_the_characters_is_held_out_even_if_it_begins_within_a_text():
-    assert training.hold_out(["abcdefghij" * 2]) == (["abcdefghijabcdefgh"], ["ij"])
-    assert training.hold_out(["a" * 20, "b" * 9, "c"]) == (["a" * 20, "bbbbbbb"], ["bb", "c"])
-    assert training.hold_out(["a" * 18, "cc"]) == (["a" * 18], ["cc"])
+    assert texts.hold_out(["abcdefghij" * 2]) == (["abcdefghijabcdefgh"], ["ij"])
+    assert texts.hold_out(["a" * 20, "b" * 9, "c"]) == (["a" * 20, "bbbbbbb"], ["bb", "c"])
+    assert texts.hold_out(["a" * 18, "cc"]) == (["a" * 18], ["cc"])
 
 
 def test_only_completions_are_learned_as_with_labels_of_minus_100_in_transformers(encoder):
@@ -232,8 +231,8 @@ def test_only_completions_are_learned_as_with_labels_of_minus_100_in_transformer
     ]
     rows = finetune.padded(finetune.examples_of(encoder, documents, 40))
     params, end = wild_params(ODD | {"n_ctx": 40}), encoder.encoder["<|endoftext|>"]
-    loss = jax.jit(loss_of(full, ODD["n_head"]))
-    total, n = loss(params, {}, rows, np.zeros(2))
+    loss = jax.jit(loss_of(ODD["n_head"]))
+    total, n = loss({"params": params}, {}, rows, np.zeros(2))
 
     labels = np.full(rows["ids"].shape, -100)  # by hand
     for row, (prompt, completion) in enumerate([("What is this?", " It is a test."), ("", "No.")]):
@@ -257,7 +256,7 @@ def message(*args, **settings):
         ('{"text": "a"}\nno JSON', "line 2: Expecting value"),
         (
             '{"text": "a"}\n[]\n{"text": 5}\n{',
-            'line 2: no object with {"text"} or {"prompt", "completion"} (lines 3, 4',
+            'line 2: no object with {"text"} or {"prompt", "completion"} or {"messages"} (line 3, line 4',
         ),
         ('{"prompt": "a", "completion": ""}', "line 1: \"completion\" is ''"),
         ('{"prompt": "a"}', "line 1: no object with"),
@@ -298,6 +297,7 @@ def test_bad_data_are_named_in_one_line_and_leave_nothing_behind(lines, said, mo
         ([TEXT_FILE], {"merge": "models"}, "takes no files"),
         ([], {"merge": "models", "lora_rank": 4, "seed": 1}, "takes no --lora_rank, --seed"),
         ([], {"merge": "no-adapters"}, "the adapters in no-adapters cannot be read"),
+        ([], {"merge": "no-adapters", "name": "base"}, "base exists: choose another name, or delete it"),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_leave_nothing_behind(files, change, said, models):
@@ -360,7 +360,7 @@ def test_peft_loads_the_adapters_onto_transformers_model_and_merged_they_give_th
 
 
 def test_who_may_read_their_configuration_may_read_the_adapters(adapted):
-    files = finetune.ADAPTER, finetune.ADAPTER_CONFIG
+    files = lora.ADAPTER, lora.ADAPTER_CONFIG
     assert len({(adapted[0] / name).stat().st_mode for name in files}) == 1
 
 
@@ -369,7 +369,7 @@ def test_merge_applies_adapters_of_ours_and_of_peft(adapted, models, tmp_path):
     assert (models / "again" / DATA).read_bytes() == (adapted[0] / DATA).read_bytes()
 
     _, hparams, params = load_encoder_hparams_and_params("base", str(models))
-    adapters = finetune.new_adapters(params, 2, LAYERS)
+    adapters = lora.new_adapters(params, 2, LAYERS)
     theirs = with_peft(hugging_face(hparams, params), 2, adapters)
     for name, weights in theirs.named_parameters():
         if "lora_B" in name:
@@ -382,6 +382,84 @@ def test_merge_applies_adapters_of_ours_and_of_peft(adapted, models, tmp_path):
     np.testing.assert_allclose(logits_of("peft", models, ids), expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_merge_never_overwrites_a_model(adapted, models):
+    before = (adapted[0] / DATA).read_bytes()
+    said = message(merge=str(adapted[0]), model_size="base", name="mine", models_dir=str(models))
+    assert f"{adapted[0]} exists: go on with --resume, choose another name, or delete it" in said
+    assert "exists: choose another name" in message(
+        merge=str(adapted[0]), model_size="base", name="base", models_dir=str(models)
+    )
+    assert (adapted[0] / DATA).read_bytes() == before
+
+
+@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 32 / 16), (True, 32 / 4)])
+def test_adapters_are_scaled_as_their_configuration_says(use_rslora, scale):
+    # alpha / r, and of rsLoRA (https://arxiv.org/abs/2312.03732) alpha / sqrt(r)
+    assert lora.rank_and_scale({"r": 16, "lora_alpha": 32, "use_rslora": use_rslora}) == (16, scale)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        *(("[" * 100_000, "recursion"), ("[]", "r must be"), ("{}", "r must be a whole number above 0, not None")),
+        ('{"r": 0, "lora_alpha": 1}', "r must be a whole number above 0, not 0"),
+        ('{"r": 2, "lora_alpha": 1' + "0" * 400 + "}", "lora_alpha must be a number, not 1000"),
+        ('{"r": 2, "lora_alpha": 1, "rank_pattern": {"a": 1}}', "ranks or scales of their own"),
+        ('{"r": 2, "lora_alpha": 1, "use_dora": true}', "DoRA"),
+    ],
+)
+def test_a_configuration_of_no_plain_lora_is_told_in_one_line(config, said, tmp_path):
+    (tmp_path / lora.ADAPTER_CONFIG).write_text(config)
+    with pytest.raises(SystemExit, match=said) as error:
+        lora.load_adapters(tmp_path, {"blocks": []})
+    assert "\n" not in error.value.code
+
+
+def test_a_pickle_of_adapters_gives_tensors_and_runs_nothing(tmp_path):
+    params = wild_params(ODD)
+    tensors = {
+        f"{lora.peft_name(0, 'attn/c_attn')}.lora_{x}.weight": torch.ones(s)
+        for x, s in (("A", (2, 35)), ("B", (105, 2)))
+    }
+    (tmp_path / lora.ADAPTER_CONFIG).write_text('{"r": 2, "lora_alpha": 4}')
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    adapters, scale, base = lora.load_adapters(tmp_path, params)
+    assert (scale, base, [*adapters[0]]) == (2.0, None, ["attn/c_attn"])
+    assert adapters[0]["attn/c_attn"]["A"].shape == (35, 2)
+
+    torch.save({**tensors, "x": Payload(tmp_path / "run")}, tmp_path / "adapter_model.bin")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        lora.load_adapters(tmp_path, params)
+    assert not (tmp_path / "run").exists()
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (type(self.path).touch, (self.path,))
+
+
+def test_all_weights_learn_slower_than_adapters_unless_told_otherwise():
+    recipe = {"lora_rank": 0, "lora_alpha": None, "lora_on": "c_attn", "learning_rate": None}
+    assert lora.complete(recipe, is_part=False)["learning_rate"] == 1e-4
+    assert lora.complete(recipe | {"lora_rank": 4}, is_part=True) == {
+        "lora_rank": 4, "lora_alpha": 8, "lora_on": ["c_attn"], "learning_rate": 1e-3
+    }  # fmt: skip
+    assert lora.complete(recipe | {"learning_rate": 0.5}, is_part=True)["learning_rate"] == 0.5
+
+
+def test_each_step_silences_other_features():
+    params, n_head, (rows,) = wild_params(ODD), ODD["n_head"], [some_rows(ODD)]
+    options = {"n_head": n_head, "scale": 1.0, "dropout": 0.3, "dtype": "float32", "recompute": False}
+    recipe = {"n_steps": 20, "learning_rate": 0.0, "weight_decay": 0.0}  # the weights stay
+    losses, _ = steps({"params": params}, {}, functools.partial(on_jax.loss, **options), [rows] * 3, recipe=recipe)
+    assert len({*losses}) == 3
+    again, _ = steps({"params": params}, {}, functools.partial(on_jax.loss, **options), [rows] * 3, recipe=recipe)
+    assert again == losses
+
+
 def test_adapters_of_another_model_are_refused(adapted, models):
     said = message(merge=str(adapted[0]), model_size="shakespeare", name="new", models_dir=str(REPO / "models"))
     assert "do not fit the model: attn/c_attn of block 0 is 160 x 480" in said
@@ -391,6 +469,6 @@ def test_a_model_fine_tuned_on_texts_predicts_them_better(models, capfd):
     finetune.main(
         TEXT_FILE, model_size="base", name="better", models_dir=str(models), n_steps=20, learning_rate=5e-3, n_ctx=16
     )
-    first, *_, last = re.findall(r"([\d.]+) per character", capfd.readouterr().err)
+    first, *_, last = re.findall(r"([\d.]+) nats per character", capfd.readouterr().err)
     assert float(last) < 0.8 * float(first)
     assert load_encoder_hparams_and_params("better", str(models))[1]["n_ctx"] == 40

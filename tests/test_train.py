@@ -15,12 +15,17 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 from conftest import REPO, TIMEOUT, assert_one_line_error, command, running
 
 sys.path.insert(0, str(REPO / "examples"))
+import on_jax
+import recipe
+import texts
 import train
 import training
 
@@ -90,20 +95,19 @@ def test_the_loss_curve_is_drawn_beside_the_checkpoint_from_before_the_first_ste
 
 def test_there_are_at_most_sixteen_evaluations_unless_told_otherwise(tmp_path):
     for n_steps, expected in [(8000, 500), (500, 32), (3, 1)]:
-        settings = {"batch_size": 8, "accumulate": 1, "dtype": "float32", "dropout": 0, "seed": 0}
-        settings |= {"n_steps": n_steps, "evaluate_every": None}
-        _, settings = training.begin("new", tmp_path, False, False, settings)
+        flags = {"name": "new", "models_dir": str(tmp_path), "n_steps": n_steps}
+        _, settings = training.begin(recipe.complete(train.main, flags))
         assert settings["evaluate_every"] == expected
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one_with_the_same_seed(models_dir, tmp_path, monkeypatch):
-    def save_and_stop(path, settings, step, *rest):
-        save_state(path, settings, step, *rest)
-        if step == 60:
+    def look_and_stop(run):
+        look(run)
+        if run.step == 60:
             raise SystemExit
 
-    save_state = training.save_state
-    monkeypatch.setattr(training, "save_state", save_and_stop)
+    look = training.Run.look
+    monkeypatch.setattr(training.Run, "look", look_and_stop)
     with pytest.raises(SystemExit):
         train.main(TEXT_FILE, name="small", models_dir=tmp_path, **SETTINGS)
     monkeypatch.undo()
@@ -163,6 +167,7 @@ def test_nothing_is_on_stderr_that_the_run_does_not_say_itself(models_dir):
     lines = [line for line in said.splitlines() if not line.startswith("    ")]  # those are samples
     expected = [r"[0-9,]+ of .* numbers learn; a step needs about \S+ GB", "step 0: held out .*", "a step takes .*"]
     expected += ["step 60: held out .*", "step 120: held out .*", ".* has the weights of step .*"]
+    expected += [r".*state.npz, of \d+ MB, is for --resume alone: delete it if done"]
     assert len(lines) == len(expected)
     assert all(map(re.fullmatch, expected, lines))
 
@@ -227,13 +232,17 @@ def test_another_seed_gives_other_first_weights_and_another_order():
 
 
 def test_the_model_kept_is_the_one_with_the_lowest_held_out_loss(tmp_path, monkeypatch):
-    losses = iter([500.0, 300.0, 200.0, 400.0])
+    def save_and_see(*args):
+        seen.append(np.array(args[-1][0]["params"]["ln_f"]["g"]))
+        save_state(*args)
+
+    losses, save_state = iter([500.0, 300.0, 200.0, 400.0]), training.save_state
     monkeypatch.setattr(training, "text_nats", lambda *args: [next(losses)])
     kept, seen = [], []
     monkeypatch.setattr(
-        train, "save_checkpoint", lambda model_dir, hparams, params: kept.append(np.array(params["ln_f"]["g"]))
+        training, "save_checkpoint", lambda folder, hparams, params: kept.append(np.array(params["ln_f"]["g"]))
     )
-    monkeypatch.setattr(training, "save_state", lambda *args: seen.append(np.array(args[-1][0]["ln_f"]["g"])))
+    monkeypatch.setattr(training, "save_state", save_and_see)
     train.main(TEXT_FILE, name="small", models_dir=tmp_path, **{**SETTINGS, "n_steps": 3, "evaluate_every": 1})
     assert [np.array_equal(g, kept[-1]) for g in seen] == [False, False, True, False]
 
@@ -261,8 +270,8 @@ def test_the_tokenizer_learns_from_the_first_nine_tenths_alone(tmp_path, monkeyp
 
 def windows_of_steps(n_ids, seed, first_step, n_steps):
     """7 windows of 40 of consecutive ids for every step."""
-    order, rows = training.windows_of(np.arange(n_ids), 40, 7)
-    return [rows(which)["ids"] for which in training.batches(order, 7, seed, first_step, n_steps)]
+    windows = training.Windows(np.arange(n_ids), 40, 7)
+    return [windows.rows(which)["ids"] for which in training.batches(windows.order, 7, seed, first_step, n_steps)]
 
 
 def test_an_epoch_cuts_the_text_into_shuffled_windows_that_do_not_overlap():
@@ -290,9 +299,9 @@ def test_batches_go_on_at_any_step_as_if_they_had_begun_at_the_first():
 
 def test_dropout_silences_features_behind_each_layer_norm_and_scales_the_others():
     rng = np.random.default_rng(0)
-    norms = [{name: training.jnp.asarray(rng.uniform(0.5, 1.5, 4000)) for name in ("g", "b")} for _ in range(5)]
+    norms = [{name: jnp.asarray(rng.uniform(0.5, 1.5, 4000)) for name in ("g", "b")} for _ in range(5)]
     params = {"blocks": [dict(zip(("ln_1", "ln_2"), norms[i : i + 2], strict=True)) for i in (0, 2)], "ln_f": norms[4]}
-    dropped = training.with_dropout(params, 0.25, training.jax.random.key(0))
+    dropped = on_jax.with_dropout(params, 0.25, jax.random.key(0))
     norms = [(params["ln_f"], dropped["ln_f"])]
     for before, after in zip(params["blocks"], dropped["blocks"], strict=True):
         norms += [(before["ln_1"], after["ln_1"]), (before["ln_2"], after["ln_2"])]
@@ -307,12 +316,12 @@ def test_dropout_silences_features_behind_each_layer_norm_and_scales_the_others(
 
 
 def test_dropout_of_0_changes_nothing_and_each_window_has_a_mask_of_its_own():
-    params = training.jax.tree.map(training.jnp.asarray, random_params(SMALL))
+    params = jax.tree.map(jnp.asarray, random_params(SMALL))
     params["wte"] *= 50  # far from uniform
     rows = {"ids": np.tile(np.arange(33), (2, 1)), "counted": np.ones((2, 32), np.float32)}
-    keys = training.jax.random.split(training.jax.random.key(1), 2)
+    keys = jax.random.split(jax.random.key(1), 2)
 
-    loss = training.jax.jit(training.text_loss, static_argnums=(3, 4, 5, 6))
+    loss = jax.jit(on_jax.text_loss, static_argnums=(3, 4, 5, 6))
 
     def mean(n_rows, dropout):
         part = {name: array[:n_rows] for name, array in rows.items()}
@@ -386,7 +395,7 @@ def test_without_what_draws_the_plot_nothing_begins(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     said = message(TEXT_FILE, name="new", models_dir=tmp_path)
-    assert said.endswith("matplotlib is not installed here, which training needs: pip install -r requirements-dev.txt")
+    assert said.endswith("matplotlib is not installed here, which training needs: pip install matplotlib")
     assert not any(tmp_path.iterdir())
 
 
@@ -413,19 +422,36 @@ def test_mistakes_of_the_command_are_told_in_one_line(args, said, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def without(folder, *packages):
+    """Variables for a command in whose Python these cannot be imported."""
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({packages})")
+    return {"PYTHONPATH": str(folder)}
+
+
 @pytest.mark.parametrize("script", ["train.py", "finetune.py", "classify.py"])
-@pytest.mark.parametrize("name", ["jax", "optax"])
-def test_a_package_that_is_missing_is_named_in_one_line(name, script, tmp_path):
-    (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
-    done = command("train", "--name", "new", script=f"examples/{script}", env={"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 1
-    assert re.fullmatch(rf"{script}: {name} is not installed here, .*requirements-dev.txt\n", done.stderr)
+def test_packages_that_are_missing_are_named_all_at_once_with_the_least_that_helps(script, tmp_path):
+    env = without(tmp_path, "jax", "optax", "matplotlib")
+    done = command("train", "--name", "new", script=f"examples/{script}", env=env)
+    assert_one_line_error(done, f"{script}: jax, optax, matplotlib are not installed here, which training needs: ")
+    assert done.stderr.endswith(": pip install jax optax matplotlib\n")
+
+
+def test_nothing_but_on_jax_imports_jax():
+    code = "import sys; sys.path[:0] = [{0!r}, {0!r} + '/examples']; import train, finetune, classify, evaluate\n"
+    code += "print(*({{'jax', 'optax', 'tensorflow', 'matplotlib'}} & sys.modules.keys()))"
+    assert command(code=code.format(str(REPO))).stdout == "\n"
+
+
+def test_a_platform_that_jax_does_not_have_is_told_in_one_line(tmp_path):
+    args = TEXT_FILE, "--name", "new", "--models_dir", tmp_path
+    done = command(*args, script="examples/train.py", env={"JAX_PLATFORMS": "nonsense"})
+    assert_one_line_error(done, "train.py: JAX has no device to run on")
 
 
 @pytest.mark.parametrize("script", ["train.py", "finetune.py", "classify.py"])
 def test_help_needs_no_package_of_trainings(script, tmp_path):
-    (tmp_path / "jax.py").write_text("raise ModuleNotFoundError(name='jax')")
-    done = command("train", "--help", script=f"examples/{script}", env={"PYTHONPATH": str(tmp_path)})
+    env = without(tmp_path, "jax", "optax", "matplotlib", "tensorflow", "tokenizers", "safetensors")
+    done = command("train", "--help", script=f"examples/{script}", env=env)
     assert (done.returncode, done.stderr) == (0, "")
     assert "--n_steps" in done.stdout
 
@@ -462,8 +488,19 @@ def test_held_out_data_may_not_move_to_those_learned_from(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
     a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
-    assert training.checksums([a], b) != training.checksums([a, b], "")
-    assert training.checksums([a], b) == training.checksums([a], b)
+    assert texts.checksums([a], b) != texts.checksums([a, b], "")
+    assert texts.checksums([a], b) == texts.checksums([a], b)
+
+
+def test_a_run_that_died_at_its_first_save_leaves_no_tokenizer_to_the_next(tmp_path):
+    for name in ("small", ".small.new"):  # as earlier versions, and as this one, leave it
+        (tmp_path / name).mkdir()
+        for file, content in (("encoder.json", "{}"), ("vocab.bpe", "")):
+            (tmp_path / name / file).write_text(content)
+    train.main(TEXT_FILE, name="small", models_dir=tmp_path, **SETTINGS | {"n_steps": 1})
+    assert len(get_encoder("small", tmp_path).encoder) == 300
+    assert load_encoder_hparams_and_params("small", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"small"}
 
 
 def test_a_damaged_state_is_told_in_one_line(models_dir, tmp_path):

@@ -455,6 +455,12 @@ def test_a_line_break_in_the_name_of_a_folder_stays_one_line(model_dir):
     assert "models of ?mine is no complete checkpoint" in error_of(folder)
 
 
+def test_a_numpy_that_is_too_old_is_an_error(models_dir, monkeypatch):
+    monkeypatch.setattr(utils.np, "__version__", "1.26.4")
+    with pytest.raises(utils.ModelError, match=r"NumPy 2\.0 or newer is needed, and this is 1\.26\.4"):
+        utils.load_encoder_hparams_and_params("tiny", models_dir)
+
+
 @pytest.mark.parametrize("name", ["hparams.json", "encoder.json", "vocab.bpe", INDEX, DATA])
 def test_a_folder_that_lacks_a_file_is_an_error_that_names_it(name, model_dir):
     (model_dir / name).unlink()
@@ -462,12 +468,6 @@ def test_a_folder_that_lacks_a_file_is_an_error_that_names_it(name, model_dir):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", "C:x", "a\0b"])
-def test_a_numpy_that_is_too_old_is_an_error(models_dir, monkeypatch):
-    monkeypatch.setattr(utils.np, "__version__", "1.26.4")
-    with pytest.raises(utils.ModelError, match=r"NumPy 2\.0 or newer is needed, and this is 1\.26\.4"):
-        utils.load_encoder_hparams_and_params("tiny", models_dir)
-
-
 def test_a_model_name_cannot_leave_the_models_folder(name, tmp_path):
     with pytest.raises(utils.ModelError, match="must be a folder inside"):
         utils.load_encoder_hparams_and_params(name, tmp_path / "models")
