@@ -17,14 +17,26 @@ from gpt2 import causal_attention, gelu, layer_norm, linear, matmul, softmax
 
 
 def gelu_backward(d, x):
-    """gelu(x) = x * h, where h = (1 + tanh(u)) / 2, u = c * (x + 0.044715 * x**3).
+    """gelu(x) = x * h, where h = (1 + tanh(u)) / 2, u = c * x + s * x, c = sqrt(2 / pi), s = 0.044715 * c * x**2.
 
-    As tanh' = 1 - tanh**2 is 4 * h * (1 - h), h' = 2 * h * (1 - h) * u', and gelu' = h + x * h'.
+    As tanh' = 1 - tanh**2, which is 4 * h * (1 - h), gelu' = h + x * h' = h * (1 + 2 * (1 - h) * x * u').
     """
     c = math.sqrt(2 / math.pi)
-    cubic = 0.044715 * c * x * x
-    h = 0.5 + 0.5 * np.tanh(x * (c + cubic))
-    return {"x": d * h * (1 + 2 * x * (c + 3 * cubic) * (1 - h))}
+    s = x * x
+    s *= 0.044715 * c  # in place, as in lines below: large temporaries cost time
+    h = s + c
+    h *= x  # u
+    np.tanh(h, out=h)
+    h += 1
+    h *= 0.5
+    s *= 3
+    s += c  # u' = c + 3 * s
+    s *= x
+    s *= 2 - 2 * h
+    s += 1
+    s *= h
+    s *= d
+    return {"x": s}
 
 
 def softmax_backward(d, p):
@@ -143,18 +155,21 @@ def hidden_states_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] ->
     return layer_norm(x, **ln_f), (inputs, kept, x)
 
 
-def hidden_states_backward(d, kept, wte, wpe, blocks, ln_f, n_head):
-    """Every use of a row of wte or of wpe adds to its gradient. What is kept is used up: it takes much memory."""
+def hidden_states_backward(d, kept, wte, wpe, blocks, ln_f, n_head, d_wte=None):
+    """Every use of a row of wte or wpe adds to its gradient. d_wte: that of other uses of wte, which is added to.
+
+    What is kept is used up: each block's is let go when its gradient is there.
+    """
     inputs, kept, x = kept
     ln_f = layer_norm_backward(d, x, **ln_f)
     d, gradients = ln_f.pop("x"), []
     for block in reversed(blocks):
         gradients.insert(0, transformer_block_backward(d, kept.pop(), **block, n_head=n_head))
         d = gradients[0].pop("x")
-    wte, wpe = np.zeros_like(wte), np.zeros_like(wpe)
-    np.add.at(wte, inputs, d)
-    wpe[: d.shape[-2]] = d.reshape(-1, *d.shape[-2:]).sum(axis=0)
-    return {"wte": wte, "wpe": wpe, "blocks": gradients, "ln_f": ln_f}
+    d_wte, d_wpe = np.zeros(wte.shape, wte.dtype) if d_wte is None else d_wte, np.zeros(wpe.shape, wpe.dtype)
+    np.add.at(d_wte, inputs, d)
+    d_wpe[: d.shape[-2]] = d.reshape(-1, *d.shape[-2:]).sum(axis=0)
+    return {"wte": d_wte, "wpe": d_wpe, "blocks": gradients, "ln_f": ln_f}
 
 
 def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_vocab]
@@ -163,35 +178,39 @@ def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, 
     return matmul(x, wte.T), (x, kept)  # [n_seq, n_embd] -> [n_seq, n_vocab]
 
 
-def gpt2_backward(d, kept, wte, wpe, blocks, ln_f, n_head):  # [n_seq, n_vocab]
+def gpt2_backward(d, kept, wte, wpe, blocks, ln_f, n_head):
     """wte is used twice, to embed and to project: its gradient is the sum of both."""
     x, kept = kept
-    gradients = hidden_states_backward(matmul(d, wte), kept, wte, wpe, blocks, ln_f, n_head)
-    gradients["wte"] += d.reshape(-1, d.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-    return gradients
+    d_wte = d.reshape(-1, d.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # [n_vocab, n_embd]
+    d = matmul(d, wte)  # [n_seq, n_vocab] -> [n_seq, n_embd]
+    return hidden_states_backward(d, kept, wte, wpe, blocks, ln_f, n_head, d_wte)
 
 
-def cross_entropy(logits, targets, shares):  # [n_seq, n_vocab], [n_seq], [n_seq] -> number, [n_seq, n_vocab]
-    """(the loss, its gradient): the sum of -log(softmax(logits)[target]), each times its share; 1/n makes it the mean.
+def cross_entropy(logits, targets, shares):  # [n_seq, n_vocab], [n_seq], [n_seq] -> a number, [n_seq, n_vocab]
+    """(the loss, its gradient): each target's -log(softmax(logits)[target]), times its share; 1/n makes that the mean.
 
-    -log(softmax(x)[t]) = log(sum(exp(x))) - x_t, whose gradient is softmax(x), less 1 at t. As there are so many
-    logits, their gradient takes their place.
+    -log(softmax(x)[target]) = log(sum(exp(x))) - x[target]: its gradient is softmax(x), less 1 at the target. Logits are
+    many: their gradient takes their place.
     """
-    logits -= logits.max(axis=-1, keepdims=True)
-    target = np.take_along_axis(logits, targets[..., None], axis=-1)  # [n_seq, 1]
-    p = np.exp(logits, out=logits)  # [n_seq, n_vocab]
-    total = p.sum(axis=-1, keepdims=True)  # [n_seq, 1]
-    loss = (shares * (np.log(total) - target)[..., 0]).sum()
-    p *= shares[..., None] / total
-    np.put_along_axis(p, targets[..., None], np.take_along_axis(p, targets[..., None], axis=-1) - shares[..., None], axis=-1)
-    return loss, p
+    targets, shares = targets[..., None], shares[..., None]  # [n_seq, 1]
+    logits -= logits.max(axis=-1, keepdims=True)  # the largest becomes 0: exp does not overflow
+    of_targets = np.take_along_axis(logits, targets, axis=-1)  # [n_seq, 1]
+    np.exp(logits, out=logits)
+    total = logits.sum(axis=-1, keepdims=True)  # [n_seq, 1]
+    loss = (shares * (np.log(total) - of_targets)).sum()
+    logits *= shares / total
+    np.put_along_axis(logits, targets, shares * (np.exp(of_targets) / total - 1), axis=-1)
+    return loss, logits
 
 
-def lm_loss(params, inputs, n_head, shares=None):  # [n_seq+1]
-    """(the loss, its gradients): """
+def lm_loss_and_gradients(params, inputs, n_head, shares=None):  # [n_seq+1], [n_seq]
+    """(the loss, its gradient by params, a dict like it): how badly each token is predicted by those before it.
+
+    shares: what each token but the first counts, such as 0 for padding; by default all do, and the loss is their mean.
+    """
     inputs = np.asarray(inputs)
-    x, y = inputs[..., :-1], inputs[..., 1:]
-    shares = np.full(y.shape, 1 / y.size, params["wte"].dtype) if shares is None else shares
-    logits, kept = gpt2_forward(x, **params, n_head=n_head)
-    loss, d = cross_entropy(logits, y, shares)
+    inputs, targets = inputs[..., :-1], inputs[..., 1:]  # [n_seq], [n_seq]
+    shares = np.full(targets.shape, 1 / targets.size, params["wte"].dtype) if shares is None else shares
+    logits, kept = gpt2_forward(inputs, **params, n_head=n_head)  # [n_seq] -> [n_seq, n_vocab]
+    loss, d = cross_entropy(logits, targets, shares)
     return loss, gpt2_backward(d, kept, **params, n_head=n_head)

@@ -18,17 +18,18 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPES = {
     "124M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12},
+    "quarter": {"n_vocab": 12564, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 3},
     "shakespeare": {"n_vocab": 1024, "n_ctx": 256, "n_embd": 160, "n_head": 5, "n_layer": 4},
 }
-N_TURNS = 7
+N_TURNS = 4
 RATE, DECAY, BETAS = 1e-4, 0.01, (0.9, 0.99)
 
 
 def of_numpy(hparams, params):
-    from backward import lm_loss
+    from backward import lm_loss_and_gradients
 
     def step(ids):
-        loss, gradients = lm_loss(params, ids, hparams["n_head"])
+        loss, gradients = lm_loss_and_gradients(params, ids, hparams["n_head"])
         return loss
 
     return step
@@ -126,9 +127,9 @@ def contestant(which, shape):
 
     step = CONTESTANTS[which](SHAPES[shape], random_params(SHAPES[shape], 0))
     for line in sys.stdin:
-        ids, started = np.array(json.loads(line)), time.perf_counter()
+        ids, started = np.array(json.loads(line)), (time.process_time if os.environ.get("CPU") else time.perf_counter)()
         loss = float(step(ids))
-        seconds = time.perf_counter() - started
+        seconds = (time.process_time if os.environ.get("CPU") else time.perf_counter)() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps([seconds, loss, peak]), flush=True)
 

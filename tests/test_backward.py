@@ -187,7 +187,7 @@ def test_the_loss_is_the_mean_of_minus_log_probabilities_and_its_gradient_that_o
         p = gpt2.softmax(gpt2.gpt2(inputs[:-1], **params, n_head=3))
         return np.mean([-math.log(p[i, inputs[i + 1]]) for i in range(4)])
 
-    found, gradients = backward.lm_loss(params, inputs, 3)
+    found, gradients = backward.lm_loss_and_gradients(params, inputs, 3)
     assert found == pytest.approx(loss(**params))
     assert_close(gradients, finite_differences(loss, params, params), 1e-7)
 
@@ -226,7 +226,7 @@ def test_gradients_are_those_of_jax(rows):
             cast = mapped(dtype, params)
             shares = np.full((*rows, 133), 1 / inputs[..., 1:].size, dtype) if rows != "ragged" else ragged(3, 133, dtype)
             right, expected = gradients_of_jax(cast, inputs, n_head, shares)
-            loss, gradients = backward.lm_loss(cast, inputs, n_head, shares)
+            loss, gradients = backward.lm_loss_and_gradients(cast, inputs, n_head, shares)
             assert loss == pytest.approx(right, rel=tolerance)
             assert {x.dtype for x in leaves(gradients).values()} == {np.dtype(dtype)}
             assert_close(gradients, expected, tolerance)
@@ -241,7 +241,7 @@ def test_gradients_of_the_bundled_model_are_those_of_jax():
             cast = mapped(dtype, params)
             shares = np.full((2, 256), 1 / 512, dtype)
             right, expected = gradients_of_jax(cast, inputs, hparams["n_head"], shares)
-            loss, gradients = backward.lm_loss(cast, inputs, hparams["n_head"])
+            loss, gradients = backward.lm_loss_and_gradients(cast, inputs, hparams["n_head"])
             assert loss == pytest.approx(right, rel=tolerance)
             assert_close(gradients, expected, tolerance)
 
@@ -250,7 +250,7 @@ def test_what_is_padded_has_no_gradient():
     params, inputs = wild_params(HPARAMS), RNG.integers(500, size=(3, 20))
     others, shares = inputs.copy(), ragged(3, 19, np.float32)
     others[:, 1:][shares == 0] = 7
-    one, other = (backward.lm_loss(params, rows, 5, shares) for rows in (inputs, others))
+    one, other = (backward.lm_loss_and_gradients(params, rows, 5, shares) for rows in (inputs, others))
     assert one[0] == other[0]
     assert_close(one[1], other[1], 1e-6)
 
@@ -258,7 +258,7 @@ def test_what_is_padded_has_no_gradient():
 def test_the_weights_are_left_as_they_are():
     params = wild_params(HPARAMS)
     before = mapped(np.copy, params)
-    backward.lm_loss(params, RNG.integers(500, size=(2, 20)), 5)
+    backward.lm_loss_and_gradients(params, RNG.integers(500, size=(2, 20)), 5)
     assert_close(params, before, 0)
 
 
