@@ -22,44 +22,36 @@ if __name__ == "__main__":
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import finetune
+import lora
 import training
+from recipe import BASE_FLAGS, complete, with_flags
+from texts import END, read_documents
+from training import HEAD
 
 from backends.arrays import is_jax, round_up
 from cli import fail, line_text, mistakes, open_lines, run
-from files.checkpoint import save_checkpoint
-from gpt2 import linear, softmax
+from gpt2 import softmax, transformer_block
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
-HEAD, CONFUSION = "classes.npz", "confusion.png"
+CONFUSION = "confusion.png"
 CHINESE = (  # fonts, of which one or the other comes with every system that shows Chinese
     "Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB",
     "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback",
 )  # fmt: skip
 
 
-def class_logits(params, head, ids, last, n_head, recompute=False):  # [n_seq], [] -> [n_classes]
-    """What the head makes of the hidden state of the token at last; behind it is padding. Rows need JAX's vmap."""
-    return linear(training.hidden_states(ids, **params, n_head=n_head, recompute=recompute)[last], **head)
-
-
-@functools.cache
-def compiled_logits():
-    import jax
-
-    rows = jax.vmap(class_logits, in_axes=(None, None, 0, 0, None))
-    return jax.jit(rows, static_argnums=4)
-
-
 def probabilities(params, head, rows, n_head):  # lists of ids -> [n_rows, n_classes]
     """On NumPy one by one; on JAX 32 at once, padded, of similar lengths, so that few shapes are compiled."""
     if not is_jax(params["wte"]):
-        return np.array([softmax(class_logits(params, head, np.array(ids), -1, n_head)) for ids in rows])
+        block = functools.partial(transformer_block, n_head=n_head)
+        return np.array([softmax(training.class_logits(params, head, np.array(ids), -1, block)) for ids in rows])
+    from on_jax import compiled_class_logits
+
     order, logits = sorted(range(len(rows)), key=lambda i: len(rows[i])), [None] * len(rows)
     for which in (order[i : i + 32] for i in range(0, len(rows), 32)):
         n_seq = round_up(len(rows[which[-1]]), len(params["wpe"]))
         batch = padded([rows[i] for i in which] + [[0]] * (32 - len(which)), n_seq)
-        found = np.asarray(compiled_logits()(params, head, batch["ids"], batch["last"], n_head))
+        found = np.asarray(compiled_class_logits(n_head)(params, head, batch["ids"], batch["last"]))
         for i, row in zip(which, found, strict=False):
             logits[i] = row
     return softmax(np.array(logits))
@@ -77,7 +69,7 @@ def encoded(encoder, texts, n_ctx):
     rows = [encoder.encode(text) for text in texts]
     if n_cut := sum(len(row) >= n_ctx for row in rows):
         print(f"{n_cut} of {len(rows)} texts are longer than {n_ctx} tokens: their ends are left out", file=sys.stderr)
-    return [[*row[: n_ctx - 1], encoder.encoder[training.END]] for row in rows]
+    return [[*row[: n_ctx - 1], encoder.encoder[END]] for row in rows]
 
 
 def load(name, models_dir):
@@ -97,145 +89,72 @@ def load(name, models_dir):
     return encoder, hparams, params, head, labels
 
 
-def read_labelled(patterns, labels=None):
-    """(texts, labels) of files. labels: those that are known; ends with one line for a file with others."""
-    documents = training.read_documents(patterns, ("text", "label"))
+def check_labels(documents, labels):
+    """Ends with one line for a document of another class."""
     for document in documents:
-        if labels is not None and document["label"] not in labels:
+        if document["label"] not in labels:
             fail(f"{document['where']}: {document['label']!r} is none of the classes {', '.join(labels)}")
-    return [document["text"] for document in documents], [document["label"] for document in documents]
 
 
-def train(
-    *files: str,
-    model_size: str = "124M",
-    name: str = "",
-    models_dir: str = MODELS_DIR,
-    held_out: str = "",
-    head_only: bool = False,
-    lora_rank: int = 0,
-    lora_alpha: float | None = None,
-    lora_on: str = "c_attn",
-    n_ctx: int | None = None,
-    n_steps: int = 500,
-    batch_size: int = 16,
-    accumulate: int = 1,
-    learning_rate: float | None = None,
-    weight_decay: float = 0.01,
-    dropout: float = 0.0,
-    dtype: str = "float32",
-    recompute: bool = False,
-    evaluate_every: int | None = None,
-    seed: int = 0,
-    distributed: bool = False,
-    resume: bool = False,
-):
+class Labelled:
+    """A task: to tell classes of texts apart. rows, held_out: lists of ids; classes: the number of each one's class."""
+
+    unit, scale = "nats per text", 1.0
+
+    def __init__(self, rows, classes, held_out, held_out_classes, n_head, batch_size):
+        arrays = padded(rows, max(map(len, rows))) | {"label": np.array(classes)}
+        self.data, self.n_head = training.Rows(arrays, batch_size), n_head
+        self.held_out, self.right = held_out, np.array(held_out_classes)
+
+    def evaluate(self, params, learned):
+        """(nats per text held out, a line that says so)."""
+        found = probabilities(params, learned["head"], self.held_out, self.n_head)
+        nats = float(-np.log(np.maximum(found[np.arange(len(found)), self.right], 1e-30)).mean())
+        return nats, f"held out {nats:.4f} nats per text, accuracy {np.mean(found.argmax(-1) == self.right):.3f}"
+
+
+@with_flags(BASE_FLAGS, batch_size=16)
+def train(*files: str, head_only: bool = False, **recipe):
     """Teaches a GPT-2 to tell classes of texts apart.
 
     Args:
-        files: JSONL with {"text", "label"}; folders with all that is in them, or globs
-        model_size: 124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint
-        name: the result is saved in the folder of this name in models_dir
-        models_dir: the folder that holds the models
-        held_out: a file, folder or glob to evaluate on, instead of a random tenth of files
+        files: JSONL with {"text", "label"}; folders with all that is in them, or globs; a random tenth is held out
         head_only: learn the head alone, and leave all weights as they are
-        lora_rank: learn adapters of this rank instead of all weights (0), and the head
-        lora_alpha: adapters are scaled by lora_alpha / lora_rank (by default, 2)
-        lora_on: which matrices get an adapter: c_attn, c_proj, c_fc, or several with commas between
-        n_ctx: tokens that are read of a text (by default 256, or what the model sees at once, if that is less)
-        n_steps: updates of the weights
-        batch_size: texts that an update learns from
-        accumulate: parts of a batch that are computed one after another: less memory, the same result
-        learning_rate: the highest; it rises to that over the first 2 % of the steps and falls to 0 along a cosine (by
-            default 1e-4, and 1e-3 for adapters or the head alone)
-        weight_decay: AdamW's, of all matrices
-        dropout: the part of the features behind each layer norm that training silences
-        dtype: float32, or bfloat16 to compute in; the weights stay float32
-        recompute: keep fewer activations, and compute them again: less memory, a third more time
-        evaluate_every: steps from one evaluation to the next (by default there are 16 at most, and one before the first
-            step); each saves the run, and the model if it is the best yet
-        seed: of the head, of the adapters, of what is held out and of the order of the texts
-        distributed: be one of several processes that each take some rows of a batch (see README.md)
-        resume: go on with a run with the same arguments; more n_steps lengthen it
     """
-    import jax
-
-    names = finetune.lora_layers(lora_rank, lora_alpha, lora_on)
+    options = complete(train, recipe)
+    lora_rank, seed = options["lora_rank"], options["seed"]
     if head_only and lora_rank:
         fail("--head_only and --lora_rank do not go together")
-    settings = {"lora_rank": lora_rank, "lora_alpha": 2 * lora_rank if lora_alpha is None else lora_alpha}
-    settings |= {"n_steps": n_steps, "batch_size": batch_size, "accumulate": accumulate, "n_ctx": n_ctx}
-    usual = 1e-3 if lora_rank or head_only else 1e-4
-    settings |= {"learning_rate": usual if learning_rate is None else learning_rate, "weight_decay": weight_decay}
-    settings |= {"dropout": dropout, "dtype": dtype, "recompute": recompute, "evaluate_every": evaluate_every}
-    model_dir, settings = training.begin(name, models_dir, resume, distributed, settings | {"seed": seed})
-    settings |= {"model_size": model_size, "lora_on": names, "head_only": head_only}
+    options = lora.complete(options, is_part=bool(head_only or lora_rank))
+    model_dir, settings = training.begin(options)
 
-    texts, classes = read_labelled(files)
-    labels = sorted({*classes})
+    documents, others, settings["data"] = training.read_data(files, options["held_out"], ("text", "label"))
+    labels = sorted({document["label"] for document in documents})
     if len(labels) < 2:
         fail(f"there is one class only, {labels[0]!r}: there must be two or more")
-    settings |= {"data": training.checksums(files, held_out)}
-    if held_out:
-        others, other_classes = read_labelled([held_out], labels)
-    else:
-        order = np.random.default_rng(seed).permutation(len(texts))
-        n = max(1, len(texts) // 10)
-        others, other_classes = ([column[i] for i in order[:n]] for column in (texts, classes))
-        texts, classes = ([column[i] for i in order[n:]] for column in (texts, classes))
+    settings |= {"head_only": head_only, "labels": labels}
+    check_labels(others, labels)
+    if not others:
+        order = np.random.default_rng(seed).permutation(len(documents))
+        n = max(1, len(documents) // 10)
+        documents, others = [documents[i] for i in order[n:]], [documents[i] for i in order[:n]]
+    model_size, models_dir = options["model_size"], options["models_dir"]
     with mistakes(ModelError):
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    n_ctx, n_head = training.context(n_ctx, hparams), hparams["n_head"]
-    rows, others = (encoded(encoder, part, n_ctx) for part in (texts, others))
-    right = np.array([labels.index(label) for label in other_classes])
-    arrays = padded(rows, max(map(len, rows))) | {"label": np.array([labels.index(label) for label in classes])}
+    n_ctx, n_head = training.context(options["n_ctx"], hparams), hparams["n_head"]
+    rows, held_out = (encoded(encoder, [document["text"] for document in part], n_ctx) for part in (documents, others))
+    classes, right = ([labels.index(document["label"]) for document in part] for part in (documents, others))
+    task = Labelled(rows, classes, held_out, right, n_head, options["batch_size"])
 
     rng, n_classes = np.random.default_rng(seed), len(labels)
     head = {"w": 0.02 * rng.standard_normal((hparams["n_embd"], n_classes), dtype=np.float32)}
-    learned, frozen = {"head": {**head, "b": np.zeros(n_classes, np.float32)}}, params
+    learned, frozen = {"head": {**head, "b": np.zeros(n_classes, np.float32)}}, {"params": params}
     if lora_rank:
-        learned["adapters"] = finetune.new_adapters(params, lora_rank, names, seed)
+        learned["adapters"] = lora.new_adapters(params, lora_rank, options["lora_on"], seed)
     elif not head_only:
-        learned["params"], frozen = params, {}
-
-    def model(learned, frozen):
-        if lora_rank:
-            return finetune.with_adapters(frozen, learned["adapters"], settings["lora_alpha"] / lora_rank)
-        return learned.get("params", frozen)
-
-    def loss(learned, frozen, rows, keys):
-        params, head = jax.tree.map(lambda x: x.astype(dtype), (model(learned, frozen), learned["head"]))
-
-        def row_loss(ids, last, label, key):
-            dropped = training.with_dropout(params, dropout, key)
-            logits = class_logits(dropped, head, ids, last, n_head, recompute)
-            return -jax.nn.log_softmax(logits.astype("float32"))[label]
-
-        losses = jax.vmap(row_loss)(rows["ids"], rows["last"], rows["label"], keys)
-        return losses.sum(), float(len(losses))
-
-    def evaluate(learned, frozen):
-        found = probabilities(model(learned, frozen), learned["head"], others, n_head)
-        nats = float(-np.log(np.maximum(found[np.arange(len(right)), right], 1e-30)).mean())
-        return nats, f"held out {nats:.4f} nats per text, accuracy {np.mean(found.argmax(-1) == right):.3f}"
-
-    def save(learned, frozen):
-        save_checkpoint(model_dir, hparams, model(learned, frozen))
-        np.savez(os.path.join(model_dir, HEAD), labels=np.array(labels), **learned["head"])
-
-    training.train(
-        model_dir,
-        os.path.join(models_dir, model_size),
-        learned=learned,
-        frozen=frozen,
-        loss=loss,
-        data=training.shuffled(arrays, batch_size),
-        evaluate=evaluate,
-        save=save,
-        settings=settings | {"labels": labels},
-        resume=resume,
-        unit="nats per text",
-    )
+        learned, frozen = learned | frozen, {}
+    tokenizer_dir = os.path.join(models_dir, model_size)
+    training.train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, options["resume"])
 
 
 def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
@@ -247,12 +166,14 @@ def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
         models_dir: the folder that holds the models
     """
     encoder, hparams, params, head, labels = load(name, models_dir)
-    texts, classes = read_labelled(files, labels)
-    found = probabilities(params, head, encoded(encoder, texts, hparams["n_ctx"]), hparams["n_head"]).argmax(-1)
+    documents = read_documents(files, ("text", "label"))
+    check_labels(documents, labels)
+    rows = encoded(encoder, [document["text"] for document in documents], hparams["n_ctx"])
+    found = probabilities(params, head, rows, hparams["n_head"]).argmax(-1)
     confusion = np.zeros((len(labels), len(labels)), int)  # [the right class, the class found]
-    np.add.at(confusion, ([labels.index(label) for label in classes], found), 1)
+    np.add.at(confusion, ([labels.index(document["label"]) for document in documents], found), 1)
 
-    print(f"accuracy {np.trace(confusion) / len(texts):.3f}")
+    print(f"accuracy {np.trace(confusion) / len(rows):.3f}")
     width = max(5, *map(len, labels))
     print(f"{'class':{width}}  precision  recall     f1  texts")
     for label, row, column, hits in zip(labels, confusion, confusion.T, np.diag(confusion), strict=True):
@@ -300,7 +221,7 @@ def predict(*texts: str, name: str = "", texts_file: str = "", models_dir: str =
         texts, texts_file = (), "-"
     texts = [*texts]
     if texts_file.lower().endswith(".jsonl"):
-        texts += [document["text"] for document in training.read_documents([texts_file], ("text",))]
+        texts += [document["text"] for document in read_documents([texts_file], ("text",))]
     elif texts_file:
         with mistakes(UnicodeDecodeError, f"{texts_file} is "):
             texts += map(line_text, open_lines(texts_file))

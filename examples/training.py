@@ -1,104 +1,82 @@
-"""What train.py, finetune.py and classify.py share: texts, windows, and one loop that evaluates, saves and resumes.
+"""What train.py, finetune.py and classify.py share: what is learned from, and a loop that evaluates, saves and resumes.
 
-The loop knows neither text nor classes. It is handed numbers that learn and others that stay as they are, a loss of
-both, rows to learn from, and what to do at an evaluation. JAX compiles and differentiates the NumPy model as it stands,
-on one device or on all that JAX sees: the rows of a batch are divided over them, the weights are on each.
+The loop knows neither texts nor classes, nor whose arrays compute. It is handed numbers that learn and others that stay
+as they are, and a task: rows to learn from (task.data), and a measure of how good the model is (task.evaluate). What
+computes gradients and makes steps is a Learner: see on_jax.py.
 """
 
 import contextlib
-import functools
-import glob
 import importlib.util
-import json
 import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import textwrap
 import time
-import zipfile
-import zlib
 
 import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from evaluate import scores, text_nats
+import recipe
+from evaluate import text_nats
+from lora import save_adapters
+from saving import STATE, alone, beside, copy_tokenizer, leaves, load_state, plot, replaced, save_state, with_leaves
+from texts import END, checksums, read_documents, text_ids
 
-from backends.arrays import in_float32
-from backends.devices import keep_compiled
-from cli import asks_for_help, fail, mistakes
-from files.checkpoint import ENCODER, VOCAB
-from gpt2 import generate, layer_norm, matmul, transformer_block
+from backends.arrays import on_processor
+from cli import fail, mistakes
+from files.checkpoint import ENCODER, VOCAB, save_checkpoint
+from gpt2 import generate, layer_norm, linear
 from utils import MODEL_SIZES, NEW_NAME
 
+HEAD = "classes.npz"
+OURS = ENCODER, VOCAB, f"{STATE}.part"  # what earlier versions left of a run that died before its first state
 
-def missing(package):
-    if not asks_for_help(sys.argv):  # which needs none
-        fail(f"{package} is not installed here, which training needs: pip install -r requirements-dev.txt")
+# how a run begins
 
 
 def need(*packages):
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            missing(package)
+    """Ends with one line that names those of packages that are not installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        are = "are" if missing[1:] else "is"
+        fail(f"{', '.join(missing)} {are} not installed here, which training needs: pip install {' '.join(missing)}")
 
 
-try:
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-except ModuleNotFoundError as error:
-    missing(error.name)
-
-END, STATE = "<|endoftext|>", "state.npz"
-MAY_CHANGE = ("n_steps", "evaluate_every", "accumulate", "recompute")  # when a run is resumed
-
-# flags
-
-
-def begin(name, models_dir, resume, distributed, settings):
+def begin(options, *packages):
     """(the folder of the new model, or of the one to resume, settings): what a run needs before it looks at its data.
 
-    settings: the numbers of a recipe, by name. Ends with one line for what cannot be.
+    options: the flags of a recipe and other numbers, by name. settings: those of them that make the run what it is.
+    packages: what it needs besides.
+    Ends with one line for what cannot be.
     """
-    for key, value in settings.items():
-        if key in ("dtype", "recompute") or value is None:
-            continue
-        kinds = (int, float) if key in ("learning_rate", "weight_decay", "dropout", "lora_alpha") else (int,)
-        may_be_0 = key in ("weight_decay", "dropout", "seed", "lora_rank", "lora_alpha")
-        if type(value) not in kinds or not 0 <= value < math.inf or (value == 0 and not may_be_0):
-            least = ", 0 or more," if may_be_0 else " above 0,"
-            fail(f"--{key} must be a {'number' if float in kinds else 'whole number'}{least} not {value!r}")
-    if settings["seed"] >= 2**32:
-        fail(f"--seed must be below 2**32, not {settings['seed']}")
-    batch_size, accumulate = settings["batch_size"], settings["accumulate"]
-    if settings["dtype"] not in ("float32", "bfloat16"):
-        fail(f"--dtype must be float32 or bfloat16, not {settings['dtype']!r}")
-    if settings["dropout"] >= 1:
-        fail(f"--dropout must be below 1, not {settings['dropout']!r}")
-    if batch_size % accumulate:
-        fail(f"a --batch_size of {batch_size} cannot be cut into {accumulate} equal parts")
-    model_dir = new_model(name, models_dir)
-    if distributed:
-        join_processes()
-    n_rows, n_devices = batch_size // accumulate, jax.device_count()
+    recipe.check(options)
+    settings = {key: value for key, value in options.items() if key not in recipe.NO_SETTINGS}
+    settings["evaluate_every"] = settings["evaluate_every"] or -(-settings["n_steps"] // 16)
+    need("jax", "optax", "tensorflow", "matplotlib", *packages)
+    model_dir, resume = new_model(options["name"], options["models_dir"]), options["resume"]
+
+    import on_jax  # only here: all before needs none, and is done in no time
+
+    n_devices, is_first = on_jax.begin(options["distributed"])
+    n_rows = settings["batch_size"] // settings["accumulate"]
     if n_rows % n_devices:
         fail(f"{n_rows} rows cannot be divided over {n_devices} devices: choose another --batch_size or --accumulate")
+    if is_first and any(os.path.exists(beside(model_dir, kind)) for kind in ("lock", "old")):
+        with alone(model_dir):
+            pass  # ends if another process has it; else puts in order what one has left
     if resume and not os.path.exists(os.path.join(model_dir, STATE)):
         fail(f"there is no run to resume in {model_dir}")
-    if not resume and jax.process_index() == 0:  # it alone writes
+    if not resume and is_first:
         refuse_existing(model_dir)
-    return model_dir, {**settings, "evaluate_every": settings["evaluate_every"] or -(-settings["n_steps"] // 16)}
+    return model_dir, settings
 
 
 def new_model(name, models_dir):
-    """The folder for a new model. Ends with one line for a name that cannot be one, or if the model cannot be saved."""
-    need("tensorflow", "matplotlib")  # which save the model and the plot
+    """The folder for a new model. Ends with one line for a name that cannot be one, or with nowhere to be."""
     if not name:
         fail("--name is needed (see --help)")
     if name in MODEL_SIZES:
@@ -116,20 +94,20 @@ def new_model(name, models_dir):
 def refuse_existing(model_dir):
     if os.path.exists(os.path.join(model_dir, STATE)):
         fail(f"{model_dir} exists: go on with --resume, choose another name, or delete it")
-    if os.path.exists(model_dir) and not (os.path.isdir(model_dir) and {*os.listdir(model_dir)} <= {ENCODER, VOCAB}):
+    if os.path.exists(model_dir) and not (os.path.isdir(model_dir) and {*os.listdir(model_dir)} <= {*OURS}):
         fail(f"{model_dir} exists: choose another name, or delete it")
 
 
-def join_processes():
-    """Makes this process one of several: as JAX finds them itself (SLURM, Kubernetes, ...), or the environment says."""
-    numbers = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    try:
-        jax.distributed.initialize(
-            **{key: int(os.environ[name]) for key, name in numbers.items() if name in os.environ}
-        )
-    except (ValueError, RuntimeError) as error:
-        names = ", ".join(["JAX_COORDINATOR_ADDRESS", *numbers.values()])
-        fail(f"the processes cannot be joined: {' '.join(str(error).split())}: see {names}")
+def read_data(files, held_out, *kinds):
+    """(documents to learn from, those to be evaluated on, checksums of both, which are a setting): see read_documents.
+
+    held_out: "" for none.
+    """
+    documents = read_documents(files, *kinds)
+    others = read_documents([held_out], *kinds) if held_out else []
+    if others and others[0].keys() != documents[0].keys():
+        fail(f"{held_out} is of another kind than {files[0]}")
+    return documents, others, checksums(files, held_out)
 
 
 def context(n_ctx, hparams):
@@ -139,150 +117,46 @@ def context(n_ctx, hparams):
     return n_ctx or min(256, hparams["n_ctx"])
 
 
-# texts
+# rows: dicts of arrays [..., n], and the order in which an epoch takes them
 
 
-def paths_of(patterns):
-    """Files, folders and globs -> files, in order. Ends with one line for one that names no file, or one twice."""
-    paths = []
-    for pattern in patterns:
-        inside = os.path.join(glob.escape(pattern), "**") if os.path.isdir(pattern) else pattern
-        found = glob.glob(inside, recursive=True)
-        found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, found))
-        if not found:
-            fail(f"{pattern} cannot be read: there is no such file, and no files in such a folder")
-        paths += found
-    places = set()
-    for path in paths:
-        if (place := os.path.realpath(path)) in places:
-            fail(f"{path} is given twice")
-        places.add(place)
-    return paths
-
-
-def checksums(files, held_out):
-    """[of all that a run learns from, of what it is evaluated on]. held_out: "" for a part of files."""
-    held_out = [held_out] if held_out else []
-    paths_of([*files, *held_out])  # ends if a file is in both
-    return [checksum(paths_of(patterns)) for patterns in (files, held_out)]
-
-
-def checksum(paths):
-    total = 0
-    for path in paths:
-        with mistakes(OSError), open(path, "rb") as f:
-            total = zlib.crc32(f.read(), total)
-    return total
-
-
-def read_text(path):
-    """Ends with one line for a file that cannot be read, is not UTF-8, or has nothing in it."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            text = f.read()
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read: {error}")
-    if not text:
-        fail(f"{path} is empty")
-    return text
-
-
-def read_documents(patterns, *kinds):
-    """The documents in files: dicts of texts with the keys of one of kinds, and "where" each is from.
-
-    A file in .jsonl has one on every line, whose other fields are left out. Any other file holds {"text"}, several of
-    them parted by <|endoftext|>. Ends with one line that names bad lines by file and number.
-    """
-    documents = []
-    if not patterns:
-        fail("no files to learn from (see --help)")
-    for path in paths_of(patterns):
-        if path.lower().endswith(".jsonl"):
-            documents += read_jsonl(path, kinds)
-        elif ("text",) in kinds:
-            documents += [{"text": text, "where": path} for text in read_text(path).split(END) if text]
-        else:
-            fail(f"{path} is no .jsonl file")
-    if not documents:
-        fail(f"{patterns[0]} has no text")
-    if odd := [document for document in documents if document.keys() != documents[0].keys()]:
-        fail(f"{odd[0]['where']} is of another kind than {documents[0]['where']}")
-    return documents
-
-
-def read_jsonl(path, kinds):
-    documents, faults = [], {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-            fields = next((kind for kind in kinds if isinstance(found, dict) and {*kind} <= found.keys()), None)
-            if fields is None:
-                wanted = " or ".join("{" + ", ".join(f'"{field}"' for field in kind) + "}" for kind in kinds)
-                raise ValueError(f"no object with {wanted}")
-            document = {field: found[field] for field in fields}
-            for field, text in document.items():
-                if not isinstance(text, str) or not (text or field in ("prompt", "text")):
-                    raise ValueError(f'"{field}" is {text!r:.40}, not a text')
-                text.encode()
-            documents.append({**document, "where": f"{path}, line {number}"})
-        except (ValueError, RecursionError) as error:
-            faults[number] = "not valid Unicode text" if isinstance(error, UnicodeError) else error
-    if faults:
-        (number, fault), *others = faults.items()
-        more = f" (lines {', '.join(str(n) for n, _ in others[:10])} are bad, too)" if others else ""
-        fail(f"{path}, line {number}: {fault}{more}")
-    return documents
-
-
-def hold_out(texts):
-    """(texts to learn from, texts held out): the last tenth of all characters, even if it begins within a text."""
-    texts, held_out, n_left = [*texts], [], sum(map(len, texts)) // 10
-    if not n_left:
-        fail("the text is too short to hold out a tenth of it")
-    while n_left:
-        text = texts.pop()
-        n = min(n_left, len(text))
-        held_out.append(text[len(text) - n :])
-        texts += [text[:-n]] if n < len(text) else []
-        n_left -= n
-    return texts, held_out[::-1]
-
-
-def text_ids(encoder, texts):
-    """All ids of texts in one array; <|endoftext|> begins each, as it begins what is generated from nothing."""
-    return np.array([i for text in texts for i in (encoder.encoder[END], *encoder.encode(text))])
-
-
-# rows: a dict of arrays [n_rows, ...], and the order in which epochs take them
-
-
-def windows_of(ids, n_ctx, batch_size):
-    """(order, rows) for batches(): each epoch cuts the text elsewhere, into windows of n_ctx+1 ids, and shuffles them.
+class Windows:
+    """The rows of a text: each epoch cuts it elsewhere, into windows of n_ctx+1 ids, and shuffles them.
 
     Ends with one line if there are fewer than batch_size.
     """
-    n_windows = (len(ids) - 1) // n_ctx - 1  # one less: wherever the first begins, the last is whole
-    if n_windows < batch_size:
-        fail(
-            f"the text is too short for {batch_size} windows of {n_ctx} tokens: it has {len(ids)}: "
-            "choose a smaller --n_ctx or --batch_size"
-        )
 
-    def rows(starts):
-        windows = ids[starts[..., None] + np.arange(n_ctx + 1)]
-        return {"ids": windows, "counted": np.ones((*starts.shape, n_ctx), np.float32)}
+    def __init__(self, ids, n_ctx, batch_size):
+        self.ids, self.n_ctx = ids, n_ctx
+        self.n_windows = (len(ids) - 1) // n_ctx - 1  # one less: wherever the first begins, the last is whole
+        if self.n_windows < batch_size:
+            fail(
+                f"the text is too short for {batch_size} windows of {n_ctx} tokens: it has {len(ids)}: "
+                "choose a smaller --n_ctx or --batch_size"
+            )
 
-    return lambda rng: rng.integers(n_ctx) + n_ctx * rng.permutation(n_windows), rows
+    def order(self, rng):  # where the windows of an epoch begin: [n_windows]
+        return rng.integers(self.n_ctx) + self.n_ctx * rng.permutation(self.n_windows)
+
+    def rows(self, starts):
+        windows = self.ids[starts[..., None] + np.arange(self.n_ctx + 1)]
+        return {"ids": windows, "counted": np.ones((*starts.shape, self.n_ctx), np.float32)}
 
 
-def shuffled(arrays, batch_size):
-    """(order, rows) for batches() of arrays {name: [n_rows, ...]}."""
-    (n_rows,) = {len(array) for array in arrays.values()}
-    if n_rows < batch_size:
-        fail(f"{n_rows} are too few to learn from {batch_size} at once: choose a smaller --batch_size")
-    return lambda rng: rng.permutation(n_rows), lambda which: {name: array[which] for name, array in arrays.items()}
+class Rows:
+    """Rows of arrays {name: [n_rows, ...]}, shuffled. Ends with one line if there are fewer than batch_size."""
+
+    def __init__(self, arrays, batch_size):
+        self.arrays = arrays
+        (self.n_rows,) = {len(array) for array in arrays.values()}
+        if self.n_rows < batch_size:
+            fail(f"{self.n_rows} are too few to learn from {batch_size} at once: choose a smaller --batch_size")
+
+    def order(self, rng):
+        return rng.permutation(self.n_rows)
+
+    def rows(self, which):
+        return {name: array[which] for name, array in self.arrays.items()}
 
 
 def batches(order, batch_size, seed, first_step, n_steps):
@@ -301,89 +175,50 @@ def batches(order, batch_size, seed, first_step, n_steps):
 # the model
 
 
-def hidden_states(ids, wte, wpe, blocks, ln_f, n_head, recompute=False):  # [n_seq] -> [n_seq, n_embd]
-    """gpt2() up to its projection to the vocabulary.
-
-    recompute: under JAX's grad, keep only what goes into a block, and compute what is within it again (jax.checkpoint,
-    https://arxiv.org/abs/1604.06174): less memory, a third more time.
-    """
-    run = functools.partial(transformer_block, n_head=n_head)
-    run = jax.checkpoint(run) if recompute else run
-    x = wte[ids] + wpe[: ids.shape[-1]]
-    for block in blocks:
-        x = run(x, **block)
+def hidden_states(ids, wte, wpe, blocks, ln_f, block):  # [n_seq] -> [n_seq, n_embd]
+    """gpt2() up to its projection to the vocabulary. block: transformer_block, or what computes the same."""
+    x = wte[ids] + wpe[: len(ids)]
+    for weights in blocks:
+        x = block(x, **weights)
     return layer_norm(x, **ln_f)
 
 
-def token_losses(params, windows, n_head, recompute=False):  # [..., n_seq+1] -> [..., n_seq]
-    """Cross-entropy in nats: -log of the probability that the model gives each token of windows but the first."""
-    x = hidden_states(windows[..., :-1], **params, n_head=n_head, recompute=recompute)
-    logits = matmul(x, params["wte"].T, in_float32)  # [..., n_seq, n_vocab]
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, windows[..., 1:, None], axis=-1)[..., 0]
+def class_logits(params, head, ids, last, block):  # [n_seq], [] -> [n_classes]
+    """What the head makes of the hidden state of the token at last; behind it is padding. Rows need JAX's vmap."""
+    return linear(hidden_states(ids, **params, block=block)[last], **head)
 
 
-def text_loss(params, rows, keys, n_head, dropout, dtype, recompute):
-    """(nats of the tokens that count, how many do).
+class Texts:
+    """A task: to predict texts, learned from windows of n_ctx tokens, measured on others that are held out."""
 
-    rows: {"ids": [n_rows, n_seq+1], "counted": [n_rows, n_seq] of 0 and 1}; keys: [n_rows], for dropout.
-    """
-    params = jax.tree.map(lambda weights: weights.astype(dtype), params)
+    unit = "nats per character"
 
-    def losses(window, key):
-        return token_losses(with_dropout(params, dropout, key), window, n_head, recompute)
+    def __init__(self, encoder, texts, held_out, n_ctx, n_head, batch_size):
+        self.encoder, self.n_ctx, self.n_head = encoder, n_ctx, n_head
+        ids, self.held_out, self.n_chars = (
+            text_ids(encoder, texts),
+            text_ids(encoder, held_out),
+            sum(map(len, held_out)),
+        )
+        self.data = Windows(ids, n_ctx, batch_size)
+        self.scale = (len(ids) - 1) / sum(map(len, texts))  # tokens per character
 
-    return (jax.vmap(losses)(rows["ids"], keys) * rows["counted"]).sum(), rows["counted"].sum()
-
-
-def with_dropout(params, rate, key):
-    """Params whose layer norms silence a random part of their features: gpt2() needs no flag for training.
-
-    The mask is the same at all positions of a window (variational dropout, https://arxiv.org/abs/1512.05287).
-    """
-    if not rate:
-        return params
-
-    def drop(ln, key):
-        mask = (jax.random.bernoulli(key, 1 - rate, ln["g"].shape) / (1 - rate)).astype(ln["g"].dtype)
-        return {"g": ln["g"] * mask, "b": ln["b"] * mask}
-
-    key, *keys = jax.random.split(key, 1 + 2 * len(params["blocks"]))
-    blocks = [
-        {**block, "ln_1": drop(block["ln_1"], key_1), "ln_2": drop(block["ln_2"], key_2)}
-        for block, key_1, key_2 in zip(params["blocks"], keys[::2], keys[1::2], strict=True)
-    ]
-    return {**params, "blocks": blocks, "ln_f": drop(params["ln_f"], key)}
-
-
-def text_evaluator(encoder, texts, n_ctx, n_head):
-    """evaluate(params) -> (nats per character of texts held out, a line that says so, with a sample)."""
-    ids, n_chars = text_ids(encoder, texts), sum(map(len, texts))
-
-    def evaluate(params):
-        params = on_numpy(params) if jax.default_backend() == "cpu" else params  # in smaller batches: less memory
-        nats = sum(map(np.sum, text_nats(params, ids, n_ctx, n_head)))
-        line = f"held out {nats / (len(ids) - 1):.4f} nats per token, {nats / n_chars:.4f} per character"
-        return nats / n_chars, f"{line}\n{sample(encoder, params, n_head)}"
-
-    return evaluate
-
-
-def completion_evaluator(encoder, examples, n_head):
-    """evaluate(params) -> (nats per token of the completions in examples, a line that says so, with a sample)."""
-    examples = sorted(examples, key=lambda example: len(example[0]))
-    prompt = encoder.decode(examples[0][0][: -examples[0][1]])
-
-    def evaluate(params):
-        params = on_numpy(params) if jax.default_backend() == "cpu" else params
-        nats = np.concatenate([nats for nats, _ in scores(params, examples, n_head)]).mean()
-        line = f"held out {nats:.4f} nats per token\n{indented(prompt)}"
-        return nats, f"{line}\n{sample(encoder, params, n_head, prompt)}"
-
-    return evaluate
+    def evaluate(self, params, learned):
+        """(nats per character of the texts held out, a line that says so, with a sample)."""
+        params = in_small_batches(params)
+        nats = sum(map(np.sum, text_nats(params, self.held_out, self.n_ctx, self.n_head)))
+        per_token, per_character = nats / (len(self.held_out) - 1), nats / self.n_chars
+        line = f"held out {per_token:.4f} nats per token, {per_character:.4f} per character"
+        return per_character, f"{line}\n{sample(self.encoder, params, self.n_head)}"
 
 
 def on_numpy(params):
-    return jax.tree.map(np.asarray, params)
+    return with_leaves(params, map(np.asarray, leaves(params)))
+
+
+def in_small_batches(params):
+    """Params to evaluate with: on the processor NumPy's, which take less at once, and so less memory."""
+    return on_numpy(params) if on_processor(params["wte"]) else params
 
 
 def sample(encoder, params, n_head, prompt="", n_tokens=40):
@@ -399,155 +234,144 @@ def indented(text):
     return textwrap.indent(text.strip(), "    ", lambda _: True)
 
 
-# the loop
+# the run
 
 
-def optimizer(learned, n_steps, learning_rate, weight_decay):
-    """AdamW (https://arxiv.org/abs/1711.05101) with warm-up and cosine, for gradients clipped at a norm of 1."""
-    schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, n_steps // 50, n_steps)
-    matrices = jax.tree.map(lambda weights: weights.ndim > 1, learned)
-    adamw = optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+class Run:
+    """A run of training: where it lies, how far it is, and what it has seen.
 
-
-def update_of(loss, optimizer, seed, accumulate):
-    """update(learned, optimizer_state, frozen, rows, step) -> (mean loss, learned, optimizer_state), to be compiled.
-
-    rows: {name: [accumulate, n_rows, ...]}; the parts are computed one after another, and only their sums are kept.
+    settings: a run is resumed with the same ones only, but for saving.MAY_CHANGE. step: how many there have been;
+    losses: of each since the last evaluation; history: [step, mean of losses or None, what task.evaluate found] of each
+    evaluation. model_dir gets the tokenizer's files from tokenizer_dir.
     """
 
-    def update(learned, optimizer_state, frozen, rows, step):
-        n_rows = jax.tree.leaves(rows)[0].shape[1]
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), accumulate * n_rows)
-        parts = (rows, keys.reshape(accumulate, n_rows))
+    def __init__(self, model_dir, tokenizer_dir, hparams, settings, learner, task):
+        self.model_dir, self.tokenizer_dir, self.hparams, self.settings = model_dir, tokenizer_dir, hparams, settings
+        self.learner, self.task, self.step, self.history, self.losses = learner, task, 0, [], []
 
-        def add(sums, part):
-            (total, n), gradients = jax.value_and_grad(loss, has_aux=True)(learned, frozen, *part)
-            return jax.tree.map(jnp.add, sums, (total, n, gradients)), None
+    def start(self, resume):
+        """Reads the state that it goes on from, and has the learner compile a step."""
+        state, settings = None, self.settings
+        if resume:
+            found = load_state(os.path.join(self.model_dir, STATE), settings, self.learner.state)
+            self.step, self.history, self.losses, state = found
+        (any_batch,) = batches(self.task.data.order, settings["batch_size"], settings["seed"], 0, 1)
+        n_learned, n, n_gb = self.learner.start(self.rows(any_batch), state)  # their shapes are all the same
+        self.say(f"{n_learned:,} of {n:,} numbers learn; a step needs about {n_gb:.2g} GB")
 
-        nothing = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, learned)
-        (total, n, gradients), _ = jax.lax.scan(add, nothing, parts)
-        gradients = jax.tree.map(lambda gradient: gradient / n, gradients)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, learned)
-        return total / n, optax.apply_updates(learned, updates), optimizer_state
+    def learn(self):
+        """Makes the steps that are left, evaluates and saves. Returns whether Ctrl-C ended it."""
+        n_steps, first_step, seconds = self.settings["n_steps"], self.step, 0.0
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            if not self.history:
+                self.save()  # so that whatever ends the run, it can be resumed
+                self.look()
+            elif self.step > self.history[-1][0] and self.is_time_to_look():
+                self.look()  # Ctrl-C came while that was done
+            steps = batches(
+                self.task.data.order, self.settings["batch_size"], self.settings["seed"], self.step, n_steps
+            )
+            for which in tqdm(steps, "training", n_steps, initial=self.step, unit="step", disable=None):
+                rows, started = self.rows(which), time.monotonic()
+                with uninterrupted():  # the old weights are given away before the new ones are there
+                    self.losses.append(self.learner.update(rows, self.step))
+                    self.step += 1
+                seconds += time.monotonic() - started
+                if self.step == first_step + 10:
+                    minutes = seconds / 10 * (n_steps - self.step) / 60
+                    self.say(f"a step takes {seconds / 10:.2g} s: {minutes:.1f} minutes to go, and evaluations")
+                if self.is_time_to_look():
+                    self.look()
+        except KeyboardInterrupt:
+            with contextlib.suppress(KeyboardInterrupt), uninterrupted():  # pressed again, it waits all the same
+                self.save()
+            return True
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return False
 
-    return update
+    def rows(self, which):
+        return self.task.data.rows(self.learner.share(which))
 
+    def is_time_to_look(self):
+        return self.step % self.settings["evaluate_every"] == 0 or self.step == self.settings["n_steps"]
 
-def train(model_dir, tokenizer_dir, learned, frozen, loss, data, evaluate, save, settings, resume, unit, scale=1.0):
-    """Learns from the rows of data, and leaves the best state in model_dir.
+    def look(self):
+        """Evaluates; saves the run, and the model if it is the best yet."""
+        params, learned = self.learner.model()
+        value, line = self.task.evaluate(params, learned)
+        self.say(f"step {self.step}: {line}")
+        if not math.isfinite(value):
+            fail(f"the loss is no number any more at step {self.step}: the --learning_rate is too high")
+        with uninterrupted():
+            is_best = all(value < earlier for _, _, earlier in self.history)
+            mean = self.task.scale * float(np.mean(self.losses)) if self.losses else None
+            self.history.append([self.step, mean, value])
+            self.losses.clear()
+            if is_best:
+                self.save_model(params, learned)
+            else:
+                self.save()
 
-    learned, frozen: trees of arrays; loss(learned, frozen, rows, keys) -> (sum, number), whose ratio is to fall.
-    data: (order, rows), see windows_of. evaluate(learned, frozen) -> (what is to fall, in units, and a line to show).
-    save(learned, frozen): writes the model into model_dir, which has the tokenizer's files from tokenizer_dir.
-    settings: a run is resumed with the same ones only, but for MAY_CHANGE. unit: what is plotted, scale * loss.
-    """
-    order, rows_of = data
-    n_steps, batch_size, accumulate = (settings[key] for key in ("n_steps", "batch_size", "accumulate"))
-    state_path, is_first = os.path.join(model_dir, STATE), jax.process_index() == 0
-    mesh = Mesh(jax.devices(), ("rows",))
-    everywhere, divided = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (None, "rows")))
+    def save(self):
+        """Writes the state of the run, and draws its losses: into the model's folder, or a new one without a model."""
+        if not self.learner.is_first:
+            return
+        with mistakes(OSError, f"{self.model_dir} cannot be saved: "):
+            if os.path.exists(os.path.join(self.model_dir, STATE)):
+                self.write_state(self.model_dir)
+                return
+            with replaced(self.model_dir) as folder:
+                copy_tokenizer(self.tokenizer_dir, folder)
+                self.write_state(folder)
 
-    def put(tree, sharding):  # each process brings its own part
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+    def save_model(self, params, learned):
+        """Writes the model, and all that belongs to it, with the state of the run."""
+        if not self.learner.is_first:
+            return
+        with mistakes(OSError, f"{self.model_dir} cannot be saved: "), replaced(self.model_dir) as folder:
+            copy_tokenizer(self.tokenizer_dir, folder)
+            save_checkpoint(folder, self.hparams, params)
+            if "head" in learned:
+                np.savez(os.path.join(folder, HEAD), labels=np.array(self.settings["labels"]), **learned["head"])
+            elif "adapters" in learned:
+                names = ("lora_alpha", "lora_on", "model_size")
+                save_adapters(folder, learned["adapters"], *(self.settings[name] for name in names))
+            self.write_state(folder)
 
-    def here(tree):
-        return jax.tree.map(lambda x: x.addressable_data(0), tree)
+    def write_state(self, folder):
+        progress = self.settings, self.step, self.history, self.losses
+        if self.step or not self.history:  # that before the first step is there already
+            save_state(os.path.join(folder, STATE), *progress, self.learner.state)
+        if self.history:
+            plot(os.path.join(folder, "loss.png"), self.history, self.task.unit)
 
-    def rows_at(which):
-        which = which.reshape(accumulate, jax.process_count(), -1)[:, jax.process_index()]
-        return put(rows_of(which), divided)
-
-    def say(text):
-        if is_first:
+    def say(self, text):
+        if self.learner.is_first:
             tqdm.write(text, sys.stderr)
 
-    # where it begins
-    adamw = optimizer(learned, n_steps, settings["learning_rate"], settings["weight_decay"])
-    step, history, losses = 0, [], []
-    if resume:
-        arrays = learned, jax.eval_shape(adamw.init, learned)
-        step, history, losses, (learned, optimizer_state) = load_state(state_path, settings, arrays)
-        optimizer_state = put(optimizer_state, everywhere)
-    learned, frozen = put(learned, everywhere), put(frozen, everywhere)
-    if not resume:
-        optimizer_state = jax.jit(adamw.init, out_shardings=everywhere)(learned)
-    keep_compiled(jax)
-    update = update_of(loss, adamw, settings["seed"], accumulate)
-    update = jax.jit(update, donate_argnums=(0, 1), out_shardings=everywhere)
-    rows = rows_at(next(batches(order, batch_size, settings["seed"], 0, 1)))  # any: their shapes are all the same
-    update = compiled(update, settings["recompute"], learned, optimizer_state, frozen, rows, np.int32(0))
-    say(f"{size(learned):,} of {size((learned, frozen)):,} numbers learn; a step needs about {needs(update):.2g} GB")
 
-    def save_run():
-        if is_first:
-            os.makedirs(model_dir, exist_ok=True)
-            for name in (ENCODER, VOCAB):
-                if not os.path.exists(os.path.join(model_dir, name)):
-                    shutil.copyfile(os.path.join(tokenizer_dir, name), os.path.join(model_dir, name))
-            save_state(state_path, settings, step, history, losses, here((learned, optimizer_state)))
+def train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, resume):
+    """Learns from the rows of task.data, and leaves the best model in model_dir.
 
-    def look():
-        value, line = evaluate(here(learned), here(frozen))
-        say(f"step {step}: {line}")
-        if not math.isfinite(value):
-            fail(f"the loss is no number any more at step {step}: the --learning_rate is too high")
-        with uninterrupted():
-            if is_first and all(value < earlier for _, _, earlier in history):
-                save(here(learned), here(frozen))
-            history.append([step, scale * float(np.mean(losses)) if losses else None, value])
-            losses.clear()
-            if is_first:
-                plot(os.path.join(model_dir, "loss.png"), history, unit)
-            if step:
-                save_run()
+    learned, frozen: see lora.merged. task: such as Texts. Others: see begin and Run.
+    """
+    from on_jax import Learner
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        if not history:
-            save_run()  # so that whatever ends the run, it can be resumed
-            look()
-        elif step > history[-1][0] and (step % settings["evaluate_every"] == 0 or step == n_steps):
-            look()  # Ctrl-C came while that was done
-        first_step, seconds = step, 0.0
-        steps = batches(order, batch_size, settings["seed"], step, n_steps)
-        for rows in tqdm(map(rows_at, steps), "training", n_steps, initial=step, unit="step", disable=None):
-            started = time.monotonic()
-            with uninterrupted():  # the old weights are given away before the new ones are there
-                mean, learned, optimizer_state = update(learned, optimizer_state, frozen, rows, np.int32(step))
-                losses.append(float(mean))
-                step += 1
-            seconds += time.monotonic() - started
-            if step == first_step + 10:
-                minutes = seconds / 10 * (n_steps - step) / 60
-                say(f"a step takes {seconds / 10:.2g} s: {minutes:.1f} minutes to go, and evaluations")
-            if step % settings["evaluate_every"] == 0 or step == n_steps:
-                look()
-    except KeyboardInterrupt:
-        with uninterrupted():
-            save_run()
-        say(f"stopped at step {step} of {n_steps}, which is saved; to go on: {command_to_resume()}")
+    learner = Learner(learned, frozen, hparams["n_head"], settings)
+    run = Run(model_dir, tokenizer_dir, hparams, settings, learner, task)
+    with alone(model_dir) if learner.is_first else contextlib.nullcontext():
+        if learner.is_first and not resume:
+            refuse_existing(model_dir)  # it may have come meanwhile
+        run.start(resume)
+        is_stopped = run.learn()
+    if is_stopped:
+        n_steps = settings["n_steps"]
+        run.say(f"stopped at step {run.step} of {n_steps}, which is saved; to go on: {command_to_resume()}")
         os._exit(130)
-    step, _, value = min(history, key=lambda entry: entry[2])
-    say(f"{model_dir} has the weights of step {step}: {value:.4f} {unit}")
-
-
-def compiled(function, recompute, *arguments):
-    """A function under jit, compiled for arguments like these."""
-    # on CPUs, XLA drops the barriers that part what is computed again from what was, and then makes one of the two
-    passes = "cse_barrier_expander" if recompute and jax.default_backend() == "cpu" else ""
-    return function.lower(*arguments).compile(compiler_options={"xla_disable_hlo_passes": passes})
-
-
-def size(tree):
-    return sum(array.size for array in jax.tree.leaves(tree))
-
-
-def needs(update):
-    """GB that a compiled step takes: the numbers, their gradients and moments, and what is kept for the gradients."""
-    memory = update.memory_analysis()
-    n_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return (n_bytes + memory.temp_size_in_bytes) / 1e9
+    step, _, value = min(run.history, key=lambda entry: entry[2])
+    run.say(f"{model_dir} has the weights of step {step}: {value:.4f} {task.unit}")
 
 
 def command_to_resume():
@@ -565,63 +389,3 @@ def uninterrupted():
         signal.signal(signal.SIGINT, handler)
     if presses:
         raise KeyboardInterrupt
-
-
-def save_state(path, settings, step, history, losses, arrays):
-    """Writes all that a resumed run needs into one .npz file. arrays: any tree of them."""
-    leaves = {f"array_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(arrays))}
-    try:
-        with open(path + ".part", "wb") as f:
-            np.savez(f, progress=json.dumps([settings, step, history, losses]), **leaves)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".part")
-        raise OSError(error.errno, error.strerror, path) from error
-    os.replace(path + ".part", path)
-
-
-def refuse_others(settings, saved):
-    """Ends with one line unless a run was saved with the same settings, but for MAY_CHANGE."""
-    for key, value in settings.items():
-        if key in MAY_CHANGE or saved.get(key) == value:
-            continue
-        if key == "data":
-            fail("the run to resume learned from other data, or was made by another version")
-        fail(f"the run to resume has {key}={saved.get(key)}, not {value}")
-
-
-def load_state(path, settings, arrays):
-    """(step, history, losses, arrays) as save_state wrote them; arrays: a tree like it.
-
-    Ends with one line if it cannot be read, if the settings were others, or if there are no steps left to make.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as state:
-            saved_settings, step, history, losses = json.loads(str(state["progress"]))
-            refuse_others(settings, saved_settings)
-            leaves = [state[f"array_{i}"] for i in range(len(jax.tree.leaves(arrays)))]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        fail(f"the run cannot be resumed from {path}: {error}")
-    if settings["n_steps"] <= step and (settings["n_steps"] < step or (history and history[-1][0] == step)):
-        fail(f"the run has made {step} steps already: to add some, give a larger --n_steps")
-    if settings["n_steps"] != saved_settings["n_steps"]:
-        was, now = saved_settings["n_steps"], settings["n_steps"]
-        tqdm.write(f"{now} steps instead of {was}: the learning rate goes on as in a run of {now}", sys.stderr)
-    return step, history, losses, jax.tree.unflatten(jax.tree.structure(arrays), leaves)
-
-
-def plot(path, history, unit):
-    """Draws the loss curves; history: [step, training or None, held-out]."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
-    training = [(step, loss) for step, loss, _ in history if loss is not None]
-    if training:
-        axes.plot(*zip(*training, strict=True), ".-", label=f"training: {training[-1][1]:.3f} at last")
-    steps, _, held_out = zip(*history, strict=True)
-    axes.plot(steps, held_out, ".-", label=f"held out: {min(held_out):.3f} at best")
-    axes.set(xlabel="step", ylabel=unit)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=100, bbox_inches="tight")

@@ -3,6 +3,8 @@
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -74,7 +76,7 @@ def test_jax_finds_in_padded_batches_what_numpy_finds_one_by_one(words):
     _, hparams, params, head, _ = words
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 307, n).tolist() for n in rng.integers(1, 25, 40)]
-    on_jax = training.jax.tree.map(training.jnp.asarray, params)
+    on_jax = jax.tree.map(jnp.asarray, params)
     expected = classify.probabilities(params, head, rows, hparams["n_head"])
     np.testing.assert_allclose(classify.probabilities(on_jax, head, rows, hparams["n_head"]), expected, atol=1e-4)
 
@@ -82,7 +84,7 @@ def test_jax_finds_in_padded_batches_what_numpy_finds_one_by_one(words):
 def test_the_head_alone_leaves_the_weights_as_they_are_and_adapters_change_some(data):
     _, _, base = load_encoder_hparams_and_params("base", str(data / "models"))
     _, _, params, head, _ = learn(data, "head", head_only=True)
-    for ours, theirs in zip(*map(training.jax.tree.leaves, (params, base)), strict=True):
+    for ours, theirs in zip(*map(jax.tree.leaves, (params, base)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert head["b"].any()
 
@@ -133,9 +135,8 @@ def test_predict_reads_standard_input_for_a_dash(data, words):
 
 
 def test_a_random_tenth_is_held_out_by_default_even_of_files_that_are_sorted(data, tmp_path, monkeypatch):
-    def stop(*args, data, **kwargs):
-        order, rows = data
-        learned.extend(rows(order(np.random.default_rng(0)))["label"].tolist())
+    def stop(model_dir, tokenizer_dir, hparams, learns, frozen, task, *args):
+        learned.extend(task.data.rows(task.data.order(np.random.default_rng(0)))["label"].tolist())
         raise SystemExit
 
     learned, lines = [], (data / "train.jsonl").read_text("utf-8").splitlines()

@@ -1,5 +1,6 @@
 """examples/finetune.py: it makes the same steps as PyTorch, transformers and PEFT, and takes data for what they are."""
 
+import functools
 import json
 import re
 import sys
@@ -12,7 +13,9 @@ from conftest import REPO, command, hugging_face, leaves, wild_params, write_tok
 
 sys.path.insert(0, str(REPO / "examples"))
 import finetune
-import training
+import lora
+import on_jax
+import texts
 
 from encoder import get_encoder
 from files.checkpoint import save_checkpoint
@@ -34,26 +37,21 @@ def some_rows(hparams, n_rows=4, n_seq=17, seed=0):
     return {"ids": ids, "counted": (np.arange(n_seq) >= rng.integers(0, n_seq // 2, (n_rows, 1))).astype(np.float32)}
 
 
-def loss_of(model, n_head, dtype="float32", recompute=False):
-    def loss(learned, frozen, rows, keys):
-        return training.text_loss(model(learned, frozen), rows, keys, n_head, 0.0, dtype, recompute)
-
-    return loss
+def loss_of(n_head, dtype="float32", recompute=False):
+    options = {"n_head": n_head, "scale": 2.0, "dropout": 0.0, "dtype": dtype, "recompute": recompute}
+    return functools.partial(on_jax.loss, **options)
 
 
 def steps(learned, frozen, loss, all_rows, accumulate=1, recipe=RECIPE):
     """(losses, learned) of as many steps as there are rows, by the loop's own update."""
-    optimizer = training.optimizer(learned, **recipe)
-    update, state, losses = jax.jit(training.update_of(loss, optimizer, 0, accumulate)), optimizer.init(learned), []
+    optimizer, losses = on_jax.optimizer(learned, **recipe), []
+    options = {"loss": loss, "optimizer": optimizer, "seed": 0, "accumulate": accumulate}
+    update, state = jax.jit(functools.partial(on_jax.update, **options)), optimizer.init(learned)
     for step, rows in enumerate(all_rows):
         rows = {name: array.reshape(accumulate, -1, array.shape[-1]) for name, array in rows.items()}
         mean, learned, state = update(learned, state, frozen, rows, step)
         losses.append(float(mean))
     return losses, learned
-
-
-def full(learned, frozen):
-    return learned
 
 
 def torch_steps(model, all_rows, recipe=RECIPE, dtype=torch.float32):
@@ -117,12 +115,14 @@ MODELS = pytest.mark.parametrize("model", [lambda: (ODD, wild_params(ODD)), bund
 def test_a_step_of_full_fine_tuning_is_that_of_pytorch(model):
     hparams, params = model()
     theirs, rows = hugging_face(hparams, params), some_rows(hparams)
-    (loss,), learned = steps(params, {}, loss_of(full, hparams["n_head"]), [rows])
+    (loss,), learned = steps({"params": params}, {}, loss_of(hparams["n_head"]), [rows])
     (their_loss,) = torch_steps(theirs, [rows])
     assert loss == pytest.approx(their_loss, rel=1e-5)
 
     weights, n_sure, n = dict(theirs.named_parameters()), 0, 0
-    for name, array in leaves({"h" if key == "blocks" else key: node for key, node in learned.items()}, "transformer"):
+    for name, array in leaves(
+        {"h" if key == "blocks" else key: node for key, node in learned["params"].items()}, "transformer"
+    ):
         stem, _, leaf = name.rpartition(".")
         other = weights[{"g": f"{stem}.weight", "w": f"{stem}.weight", "b": f"{stem}.bias"}.get(leaf, f"{name}.weight")]
         n_sure, n = n_sure + nearly_same(array, other.detach(), other.grad), n + other.numel()
@@ -133,12 +133,11 @@ def test_a_step_of_full_fine_tuning_is_that_of_pytorch(model):
 def test_a_step_of_lora_is_that_of_peft_and_moves_the_adapters_alone(model):
     hparams, params = model()
     rows, rng = some_rows(hparams), np.random.default_rng(1)
-    adapters = finetune.new_adapters(params, 3, LAYERS)
+    adapters = lora.new_adapters(params, 3, LAYERS)
     for matrices in (matrices for adapter in adapters for matrices in adapter.values()):  # B = 0 leaves A still
         matrices["B"] = 0.1 * rng.standard_normal(matrices["B"].shape, dtype=np.float32)
     theirs = with_peft(hugging_face(hparams, params), 3, adapters)
-    loss = loss_of(lambda learned, frozen: finetune.with_adapters(frozen, learned, 2), hparams["n_head"])
-    (loss,), learned = steps(adapters, params, loss, [rows])
+    (loss,), learned = steps({"adapters": adapters}, {"params": params}, loss_of(hparams["n_head"]), [rows])
     (their_loss,) = torch_steps(theirs, [rows])
     assert loss == pytest.approx(their_loss, rel=1e-5)
 
@@ -146,16 +145,16 @@ def test_a_step_of_lora_is_that_of_peft_and_moves_the_adapters_alone(model):
     for name, weights in theirs.named_parameters():
         if "lora_" in name:
             _, _, _, _, i, sublayer, layer, which, *_ = name.split(".")
-            ours = np.asarray(learned[int(i)][f"{sublayer}/{layer}"][which[-1]]).T
+            ours = np.asarray(learned["adapters"][int(i)][f"{sublayer}/{layer}"][which[-1]]).T
             n_sure, n = n_sure + nearly_same(ours, weights.detach(), weights.grad), n + ours.size
-    assert n_sure > 0.9 * n == 0.9 * training.size(learned)
+    assert n_sure > 0.9 * n == 0.9 * on_jax.size(learned)
 
 
 def test_fifty_steps_in_bfloat16_are_as_near_to_float32_as_in_pytorch():
     recipe, params, n_head = RECIPE | {"n_steps": 50}, wild_params(ODD), ODD["n_head"]
     rows = [some_rows(ODD, seed=step % 5) for step in range(50)]
-    ours, _ = steps(params, {}, loss_of(full, n_head), rows, recipe=recipe)
-    ours_half, learned = steps(params, {}, loss_of(full, n_head, "bfloat16"), rows, recipe=recipe)
+    ours, _ = steps({"params": params}, {}, loss_of(n_head), rows, recipe=recipe)
+    ours_half, learned = steps({"params": params}, {}, loss_of(n_head, "bfloat16"), rows, recipe=recipe)
     theirs = torch_steps(hugging_face(ODD, params), rows, recipe)
     theirs_half = torch_steps(hugging_face(ODD, params), rows, recipe, torch.bfloat16)
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)
@@ -166,8 +165,8 @@ def test_fifty_steps_in_bfloat16_are_as_near_to_float32_as_in_pytorch():
 
 def test_a_batch_in_parts_whose_activations_are_computed_again_gives_the_same_curve():
     params, n_head, rows = wild_params(ODD), ODD["n_head"], [some_rows(ODD, seed=step % 5) for step in range(20)]
-    losses, _ = steps(params, {}, loss_of(full, n_head), rows)
-    in_parts, _ = steps(params, {}, loss_of(full, n_head, recompute=True), rows, accumulate=4)
+    losses, _ = steps({"params": params}, {}, loss_of(n_head), rows)
+    in_parts, _ = steps({"params": params}, {}, loss_of(n_head, recompute=True), rows, accumulate=4)
     np.testing.assert_allclose(in_parts, losses, rtol=1e-4)
 
 
@@ -175,9 +174,9 @@ def test_recomputation_takes_less_memory():
     params, rows = wild_params(ODD | {"n_layer": 4}), some_rows(ODD, n_rows=32)
     takes = []
     for recompute in (False, True):
-        loss = loss_of(full, ODD["n_head"], recompute=recompute)
-        gradient = jax.jit(jax.grad(lambda params, loss=loss: loss(params, {}, rows, np.zeros(32))[0]))
-        takes.append(training.compiled(gradient, recompute, params).memory_analysis().temp_size_in_bytes)
+        loss = loss_of(ODD["n_head"], recompute=recompute)
+        gradient = jax.jit(jax.grad(lambda params, loss=loss: loss({"params": params}, {}, rows, np.zeros(32))[0]))
+        takes.append(on_jax.compiled(gradient, recompute, params).memory_analysis().temp_size_in_bytes)
     assert takes[1] < 0.6 * takes[0]
 
 
@@ -211,18 +210,18 @@ def test_a_file_a_folder_and_a_glob_hold_documents_and_endoftext_parts_them(tmp_
         ([str(tmp_path)], ["one", "two", "thrée", "four", "five", "six"]),
         ([f"{tmp_path}/c.jsonl", f"{tmp_path}/b.txt"], ["four", "five", "thrée"]),
     ]:
-        documents = training.read_documents(patterns, ("text",))
+        documents = texts.read_documents(patterns, ("text",))
         assert [document["text"] for document in documents] == expected
     end = encoder.encoder["<|endoftext|>"]
-    assert training.text_ids(encoder, ["one", "two"]).tolist() == [
+    assert texts.text_ids(encoder, ["one", "two"]).tolist() == [
         end, *encoder.encode("one"), end, *encoder.encode("two")
     ]  # fmt: skip
 
 
 def test_the_last_tenth_of_the_characters_is_held_out_even_if_it_begins_within_a_text():
-    assert training.hold_out(["abcdefghij" * 2]) == (["abcdefghijabcdefgh"], ["ij"])
-    assert training.hold_out(["a" * 20, "b" * 9, "c"]) == (["a" * 20, "bbbbbbb"], ["bb", "c"])
-    assert training.hold_out(["a" * 18, "cc"]) == (["a" * 18], ["cc"])
+    assert texts.hold_out(["abcdefghij" * 2]) == (["abcdefghijabcdefgh"], ["ij"])
+    assert texts.hold_out(["a" * 20, "b" * 9, "c"]) == (["a" * 20, "bbbbbbb"], ["bb", "c"])
+    assert texts.hold_out(["a" * 18, "cc"]) == (["a" * 18], ["cc"])
 
 
 def test_only_completions_are_learned_as_with_labels_of_minus_100_in_transformers(encoder):
@@ -232,8 +231,8 @@ def test_only_completions_are_learned_as_with_labels_of_minus_100_in_transformer
     ]
     rows = finetune.padded(finetune.examples_of(encoder, documents, 40))
     params, end = wild_params(ODD | {"n_ctx": 40}), encoder.encoder["<|endoftext|>"]
-    loss = jax.jit(loss_of(full, ODD["n_head"]))
-    total, n = loss(params, {}, rows, np.zeros(2))
+    loss = jax.jit(loss_of(ODD["n_head"]))
+    total, n = loss({"params": params}, {}, rows, np.zeros(2))
 
     labels = np.full(rows["ids"].shape, -100)  # by hand
     for row, (prompt, completion) in enumerate([("What is this?", " It is a test."), ("", "No.")]):
@@ -360,7 +359,7 @@ def test_peft_loads_the_adapters_onto_transformers_model_and_merged_they_give_th
 
 
 def test_who_may_read_their_configuration_may_read_the_adapters(adapted):
-    files = finetune.ADAPTER, finetune.ADAPTER_CONFIG
+    files = lora.ADAPTER, lora.ADAPTER_CONFIG
     assert len({(adapted[0] / name).stat().st_mode for name in files}) == 1
 
 
@@ -369,7 +368,7 @@ def test_merge_applies_adapters_of_ours_and_of_peft(adapted, models, tmp_path):
     assert (models / "again" / DATA).read_bytes() == (adapted[0] / DATA).read_bytes()
 
     _, hparams, params = load_encoder_hparams_and_params("base", str(models))
-    adapters = finetune.new_adapters(params, 2, LAYERS)
+    adapters = lora.new_adapters(params, 2, LAYERS)
     theirs = with_peft(hugging_face(hparams, params), 2, adapters)
     for name, weights in theirs.named_parameters():
         if "lora_B" in name:
