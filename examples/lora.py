@@ -34,6 +34,20 @@ def adapted(block, adapter, scale):
     return block
 
 
+def adapters_backward(d, adapters, scale):
+    """The gradients of adapters; d: those of the params that they were merged into. Of A @ B, A has that @ B.T."""
+    return [
+        {path: adapter_backward(block, path, scale, **adapter[path]) for path in adapter}
+        for block, adapter in zip(d["blocks"], adapters, strict=True)
+    ]
+
+
+def adapter_backward(block, path, scale, A, B):  # noqa: N803
+    sublayer, layer = path.split("/")
+    d = scale * block[sublayer][layer]["w"]  # [in, out]
+    return {"A": d @ B.T, "B": A.T @ d}  # [in, rank], [rank, out]
+
+
 def merged(learned, frozen, scale):
     """The params of a model of which a part learns: learned has all "params", or "adapters" to those in frozen.
 

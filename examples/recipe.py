@@ -30,6 +30,11 @@ FLAGS = {
         "steps from one evaluation to the next (by default there are 16 at most, and one before the first step); "
         "each saves the run, and the model if it is the best yet",
     ),
+    "backend": (
+        *(str, None),
+        "what computes the gradients: numpy, or jax, which compiles for all devices it sees (by default jax, where it is "
+        "installed)",
+    ),
     "seed": (int, 0, "of what learns, of what is held out at random, and of the order of the texts"),
     "distributed": (bool, False, "be one of several processes that each take some rows of a batch (see README.md)"),
     "resume": (bool, False, "go on with a run with the same arguments; more n_steps lengthen it"),
@@ -108,6 +113,8 @@ def check(options):
         fail(f"--seed must be below 2**32, not {options['seed']}")
     if options["dtype"] not in ("float32", "bfloat16"):
         fail(f"--dtype must be float32 or bfloat16, not {options['dtype']!r}")
+    if options["backend"] not in (None, "numpy", "jax"):
+        fail(f"--backend must be numpy or jax, not {options['backend']!r}")
     if options["dropout"] >= 1:
         fail(f"--dropout must be below 1, not {options['dropout']!r}")
     if options["batch_size"] % options["accumulate"]:

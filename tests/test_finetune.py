@@ -38,18 +38,18 @@ def some_rows(hparams, n_rows=4, n_seq=17, seed=0):
 
 
 def loss_of(n_head, dtype="float32", recompute=False):
-    options = {"n_head": n_head, "scale": 2.0, "dropout": 0.0, "dtype": dtype, "recompute": recompute}
+    options = {"n_head": n_head, "scale": 2.0, "dtype": dtype, "recompute": recompute}
     return functools.partial(on_jax.loss, **options)
 
 
 def steps(learned, frozen, loss, all_rows, accumulate=1, recipe=RECIPE):
     """(losses, learned) of as many steps as there are rows, by the loop's own update."""
     optimizer, losses = on_jax.optimizer(learned, **recipe), []
-    options = {"loss": loss, "optimizer": optimizer, "seed": 0, "accumulate": accumulate}
-    update, state = jax.jit(functools.partial(on_jax.update, **options)), optimizer.init(learned)
-    for step, rows in enumerate(all_rows):
+    update = jax.jit(functools.partial(on_jax.update, loss=loss, optimizer=optimizer))
+    state = optimizer.init(learned)
+    for rows in all_rows:
         rows = {name: array.reshape(accumulate, -1, array.shape[-1]) for name, array in rows.items()}
-        mean, learned, state = update(learned, state, frozen, rows, step)
+        mean, learned, state = update(learned, state, frozen, rows)
         losses.append(float(mean))
     return losses, learned
 
@@ -175,7 +175,7 @@ def test_recomputation_takes_less_memory():
     takes = []
     for recompute in (False, True):
         loss = loss_of(ODD["n_head"], recompute=recompute)
-        gradient = jax.jit(jax.grad(lambda params, loss=loss: loss({"params": params}, {}, rows, np.zeros(32))[0]))
+        gradient = jax.jit(jax.grad(lambda params, loss=loss: loss({"params": params}, {}, rows)[0]))
         takes.append(on_jax.compiled(gradient, recompute, params).memory_analysis().temp_size_in_bytes)
     assert takes[1] < 0.6 * takes[0]
 
@@ -232,7 +232,7 @@ def test_only_completions_are_learned_as_with_labels_of_minus_100_in_transformer
     rows = finetune.padded(finetune.examples_of(encoder, documents, 40))
     params, end = wild_params(ODD | {"n_ctx": 40}), encoder.encoder["<|endoftext|>"]
     loss = jax.jit(loss_of(ODD["n_head"]))
-    total, n = loss({"params": params}, {}, rows, np.zeros(2))
+    total, n = loss({"params": params}, {}, rows)
 
     labels = np.full(rows["ids"].shape, -100)  # by hand
     for row, (prompt, completion) in enumerate([("What is this?", " It is a test."), ("", "No.")]):

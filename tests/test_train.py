@@ -296,7 +296,8 @@ def test_dropout_silences_features_behind_each_layer_norm_and_scales_the_others(
     rng = np.random.default_rng(0)
     norms = [{name: jnp.asarray(rng.uniform(0.5, 1.5, 4000)) for name in ("g", "b")} for _ in range(5)]
     params = {"blocks": [dict(zip(("ln_1", "ln_2"), norms[i : i + 2], strict=True)) for i in (0, 2)], "ln_f": norms[4]}
-    dropped = on_jax.with_dropout(params, 0.25, jax.random.key(0))
+    masks = training.dropout_masks(0.25, 0, 0, 1, {"n_layer": 2, "n_embd": 4000})
+    dropped = training.with_dropout(params, masks[0])
     norms = [(params["ln_f"], dropped["ln_f"])]
     for before, after in zip(params["blocks"], dropped["blocks"], strict=True):
         norms += [(before["ln_1"], after["ln_1"]), (before["ln_2"], after["ln_2"])]
@@ -310,23 +311,30 @@ def test_dropout_silences_features_behind_each_layer_norm_and_scales_the_others(
     assert len({mask.tobytes() for mask in masks}) == 5  # each its own
 
 
-def test_dropout_of_0_changes_nothing_and_each_window_has_a_mask_of_its_own():
+def test_each_window_of_each_step_has_masks_of_its_own_which_follow_from_the_seed():
+    hparams = {"n_layer": 2, "n_embd": 50}
+    masks = [training.dropout_masks(0.5, seed, step, 2, hparams) for seed, step in [(0, 0), (0, 1), (1, 0)]]
+    assert len({mask.tobytes() for pair in masks for mask in pair}) == 6
+    np.testing.assert_array_equal(masks[1], training.dropout_masks(0.5, 0, 1, 2, hparams))
+
+
+def test_dropout_of_0_changes_nothing_and_each_window_is_seen_through_its_own_mask():
     params = jax.tree.map(jnp.asarray, random_params(SMALL))
     params["wte"] *= 50  # far from uniform
     rows = {"ids": np.tile(np.arange(33), (2, 1)), "counted": np.ones((2, 32), np.float32)}
-    keys = jax.random.split(jax.random.key(1), 2)
+    masks = training.dropout_masks(0.5, 0, 0, 2, SMALL)
 
-    loss = jax.jit(on_jax.text_loss, static_argnums=(3, 4, 5, 6))
+    loss = jax.jit(on_jax.text_loss, static_argnums=(2, 3, 4))
 
-    def mean(n_rows, dropout):
-        part = {name: array[:n_rows] for name, array in rows.items()}
-        total, n = loss(params, part, keys[:n_rows], 2, dropout, "float32", False)
+    def mean(n_rows, **masks):
+        part = {name: array[:n_rows] for name, array in (rows | masks).items()}
+        total, n = loss(params, part, 2, "float32", False)
         return float(total / n)
 
     logits = gpt2(rows["ids"][0, :-1], **random_params(SMALL) | {"wte": np.asarray(params["wte"])}, n_head=2)
     expected = np.log(np.exp(logits).sum(-1)) - logits[np.arange(32), np.arange(1, 33)]
-    assert mean(2, 0.0) == pytest.approx(expected.mean(), rel=1e-4)
-    assert not np.isclose(mean(1, 0.5), mean(2, 0.5), rtol=1e-4)
+    assert mean(2) == pytest.approx(expected.mean(), rel=1e-4)
+    assert not np.isclose(mean(1, masks=masks), mean(2, masks=masks), rtol=1e-4)
 
 
 def test_first_weights_have_the_spread_of_gpt2():

@@ -1,0 +1,158 @@
+"""How a model learns with NumPy alone: the gradients of backward.py, and AdamW. It has what on_jax.py has."""
+
+import math
+import os
+import sys
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import lora
+from saving import leaves, with_leaves
+from training import with_dropout, with_layer_norms
+
+from backends.threads import each, n_cores
+from backward import cross_entropy, hidden_states_backward, hidden_states_forward, linear_backward, lm_loss_and_gradients
+from cli import fail
+from gpt2 import linear
+
+PIECE = 2**15  # numbers that AdamW changes at a time: what it computes of so few stays in the processor's cache
+BETAS, EPSILON = (0.9, 0.99), 1e-8
+
+
+def begin(options):
+    """(1 device, whether this is the process that writes). Ends with one line for what only JAX can do."""
+    for key, usual in (("distributed", False), ("recompute", False), ("dtype", "float32")):
+        if options[key] != usual:
+            fail(f"--{key} needs --backend jax")
+    return 1, True
+
+
+# losses and gradients
+
+
+def loss_and_gradients(learned, frozen, rows, n, n_head, scale):
+    """(the loss of rows, which are a part of n that count, and its gradients, a tree like learned)."""
+    params, masks = lora.merged(learned, frozen, scale), rows.get("masks")
+    dropped = with_dropout(params, masks)
+    if "label" in rows:
+        loss, gradients, head = class_loss_and_gradients(dropped, learned["head"], rows, n, n_head)
+    else:
+        loss, gradients = lm_loss_and_gradients(dropped, rows["ids"], n_head, rows["counted"] / n)
+        head = None
+    if masks is not None:
+        gradients = with_layer_norms(gradients, silenced_backward, masks)
+    found = {"params": gradients, "head": head}
+    if "adapters" in learned:
+        found["adapters"] = lora.adapters_backward(gradients, learned["adapters"], scale)
+    return loss, {name: found[name] for name in learned}
+
+
+def silenced_backward(d, mask):  # {name: [n_rows, 1, n_embd]}, [n_rows, n_embd] -> {name: [n_embd]}
+    """All rows of a batch have one layer norm, each with a mask of its own: its gradient sums over them."""
+    return {name: (x[:, 0] * mask).sum(axis=0) for name, x in d.items()}
+
+
+def class_loss_and_gradients(params, head, rows, n, n_head):
+    """(the loss, its gradients by params, those by the head), which sees the hidden state of the last token alone."""
+    x, kept = hidden_states_forward(rows["ids"], **params, n_head=n_head)  # [n_rows, n_seq, n_embd]
+    last = np.arange(len(x)), rows["last"]
+    loss, d = cross_entropy(linear(x[last], **head), rows["label"], np.full(len(x), 1 / n, x.dtype))
+    head = linear_backward(d, x[last], **head)  # [n_rows, n_classes] -> [n_rows, n_embd]
+    d = np.zeros_like(x)
+    d[last] = head.pop("x")
+    return loss, hidden_states_backward(d, kept, **params, n_head=n_head), head
+
+
+# steps
+
+
+def learning_rate(step, highest, n_steps):
+    """It rises to the highest over the first 2 % of the steps, and falls to 0 along a cosine."""
+    n_rising = n_steps // 50
+    if step < n_rising:
+        return highest * step / n_rising
+    return highest * (1 + math.cos(math.pi * (step - n_rising) / (n_steps - n_rising))) / 2
+
+
+def adamw(x, gradient, mean, square, step, rate, decay):
+    """A step of AdamW (https://arxiv.org/abs/1711.05101, algorithm 2) from step 0 on, in place, all in one axis.
+
+    mean, square: the running means of the gradients and of their squares, which began at 0: they are divided by what
+    their weights sum to.
+    """
+    b1, b2 = BETAS
+    mean += (1 - b1) * (gradient - mean)
+    square += (1 - b2) * (gradient * gradient - square)
+    change = np.sqrt(square / (1 - b2 ** (step + 1)))
+    change += EPSILON
+    np.divide(mean, change, out=change)
+    change *= rate / (1 - b1 ** (step + 1))
+    x *= 1 - rate * decay
+    x -= change
+
+
+class Learner:
+    """What learns in a run, and how: one step of AdamW after another. See on_jax.Learner, whose names it has."""
+
+    is_first = True
+
+    def __init__(self, learned, frozen, n_head, settings):
+        self.learned = with_leaves(learned, map(np.array, leaves(learned)))  # copies, which steps write to
+        self.means, self.squares = (with_leaves(learned, map(np.zeros_like, leaves(learned))) for _ in range(2))
+        self.frozen, self.n_head, self.scale, self.settings = frozen, n_head, lora.scale_of(settings), settings
+
+    @property
+    def state(self):
+        return self.learned, self.means, self.squares
+
+    def start(self, rows, state=None):
+        """state: that of the run to resume. Returns (how many numbers learn, of how many, None)."""
+        if state:
+            self.learned, self.means, self.squares = state
+        n_learned, n_frozen = (sum(x.size for x in leaves(tree)) for tree in (self.learned, self.frozen))
+        return n_learned, n_learned + n_frozen, None
+
+    def share(self, which):  # [batch_size] -> [accumulate, n_rows]
+        return which.reshape(self.settings["accumulate"], -1)
+
+    def update(self, rows, step):
+        """The mean loss of a step, a number, which changes what learns. rows: {name: [accumulate, n_rows, ...]}."""
+        n = rows["counted"].sum() if "counted" in rows else rows["label"].size
+        loss, gradients = 0.0, None
+        for i in range(self.settings["accumulate"]):
+            part = {name: array[i] for name, array in rows.items()}
+            more, found = loss_and_gradients(self.learned, self.frozen, part, n, self.n_head, self.scale)
+            loss, gradients = loss + float(more), added(gradients, leaves(found))
+        self.change(gradients, step)
+        return loss
+
+    def change(self, gradients, step):
+        """A step of AdamW, with warm-up and cosine, for gradients clipped at a norm of 1; biases do not decay."""
+        norm = math.sqrt(sum(float(np.vdot(gradient, gradient)) for gradient in gradients))
+        rate = learning_rate(step, self.settings["learning_rate"], self.settings["n_steps"])
+        pieces = []
+        for x, *others in zip(leaves(self.learned), gradients, leaves(self.means), leaves(self.squares), strict=True):
+            decay = self.settings["weight_decay"] if x.ndim > 1 else 0
+            flat = [array.reshape(-1) for array in (x, *others)]
+            pieces += [(*(a[i : i + PIECE] for a in flat), decay) for i in range(0, x.size, PIECE)]
+
+        def change_piece(piece):
+            x, gradient, mean, square, decay = piece
+            gradient = gradient / max(1, norm)
+            adamw(x, gradient, mean, square, step, rate, decay)
+
+        each(change_piece, pieces, n_cores())
+
+    def model(self):
+        """(params, learned) as they are now, to evaluate and to save."""
+        return lora.merged(self.learned, self.frozen, self.scale), self.learned
+
+
+def added(sums, arrays):
+    """Lists of arrays, summed in place of the first; None for nothing yet."""
+    if sums is None:
+        return arrays
+    for total, array in zip(sums, arrays, strict=True):
+        total += array
+    return sums

@@ -1,0 +1,139 @@
+"""examples/on_numpy.py: what learns on NumPy alone learns as on JAX."""
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPO, command, wild_params
+
+sys.path.insert(0, str(REPO / "examples"))
+import lora
+import on_jax
+import on_numpy
+import saving
+import training
+
+from utils import load_encoder_hparams_and_params
+
+HPARAMS = {"n_vocab": 101, "n_ctx": 40, "n_embd": 15, "n_head": 3, "n_layer": 2}
+RECIPE = {"n_steps": 60, "batch_size": 4, "accumulate": 1, "learning_rate": 3e-3, "weight_decay": 0.1, "dropout": 0.0}
+RECIPE |= {"dtype": "float32", "recompute": False, "seed": 0, "lora_rank": 0, "lora_alpha": 0.0}
+TEXT_FILE = REPO / "tests" / "data" / "tinyshakespeare_heldout.txt"
+
+
+def text_rows(rng):
+    """Windows, of which not all tokens count."""
+    return {
+        "ids": rng.integers(101, size=(4, 21)),
+        "counted": (np.arange(20) >= rng.integers(0, 10, (4, 1))).astype(np.float32),
+    }
+
+
+def class_rows(rng):
+    """Texts whose last tokens are at other places."""
+    return {"ids": rng.integers(101, size=(4, 20)), "last": rng.integers(5, 20, 4), "label": rng.integers(3, size=4)}
+
+
+def head():
+    rng = np.random.default_rng(1)
+    return {"w": rng.standard_normal((15, 3), np.float32), "b": rng.standard_normal(3, np.float32)}
+
+
+def curve(module, learned, frozen, rows_of, recipe):
+    """(the losses of 30 steps, what was learned) by the Learner of a module."""
+    learner = module.Learner(learned, frozen, HPARAMS["n_head"], recipe)
+    rng, losses = np.random.default_rng(0), []
+    for step in range(30):
+        rows = rows_of(rng)
+        if recipe["dropout"]:
+            rows["masks"] = training.dropout_masks(recipe["dropout"], 0, step, 4, HPARAMS)
+        rows = {name: array[learner.share(np.arange(4))] for name, array in rows.items()}
+        if step == 0:
+            learner.start(rows)
+        losses.append(learner.update(rows, step))
+    return losses, learner.model()[1]
+
+
+def assert_same_curve(learned, frozen, rows_of=text_rows, **recipe):
+    (expected, right), (losses, weights) = (
+        curve(module, learned, frozen, rows_of, RECIPE | recipe) for module in (on_jax, on_numpy)
+    )
+    np.testing.assert_allclose(losses, expected, rtol=2e-4)
+    assert losses[-1] != losses[0]
+    # all together, since Adam makes steps of what is only rounding: the gradient of the keys' biases is 0
+    weights, right, before = (
+        np.concatenate([np.ravel(x) for x in saving.leaves(tree)]) for tree in (weights, right, learned)
+    )
+    assert np.linalg.norm(weights - right) < 0.01 * np.linalg.norm(right - before)
+
+
+def test_all_weights_learn_as_on_jax():
+    assert_same_curve({"params": wild_params(HPARAMS)}, {})
+
+
+def test_behind_dropout_they_learn_as_on_jax():
+    assert_same_curve({"params": wild_params(HPARAMS)}, {}, dropout=0.3)
+
+
+def test_from_a_batch_in_parts_they_learn_as_on_jax():
+    assert_same_curve({"params": wild_params(HPARAMS)}, {}, accumulate=2, dropout=0.3)
+
+
+def test_adapters_learn_as_on_jax():
+    params = wild_params(HPARAMS)
+    adapters = lora.new_adapters(params, 2, ["c_attn", "c_proj", "c_fc"])
+    assert_same_curve({"adapters": adapters}, {"params": params}, lora_rank=2, lora_alpha=4.0)
+
+
+def test_a_classifier_learns_as_on_jax():
+    assert_same_curve({"params": wild_params(HPARAMS), "head": head()}, {}, class_rows)
+
+
+def test_a_head_alone_learns_as_on_jax():
+    assert_same_curve({"head": head()}, {"params": wild_params(HPARAMS)}, class_rows)
+
+
+def test_a_head_and_adapters_learn_as_on_jax():
+    params = wild_params(HPARAMS)
+    learned = {"adapters": lora.new_adapters(params, 2, ["c_attn"]), "head": head()}
+    assert_same_curve(learned, {"params": params}, class_rows, lora_rank=2, lora_alpha=4.0, dropout=0.3)
+
+
+def test_what_it_is_handed_stays_as_it_is():
+    params = wild_params(HPARAMS)
+    before = [x.copy() for x in saving.leaves(params)]
+    curve(on_numpy, {"params": params}, {}, text_rows, RECIPE)
+    for x, was in zip(saving.leaves(params), before, strict=True):
+        np.testing.assert_array_equal(x, was)
+
+
+def test_without_jax_optax_and_matplotlib_a_model_is_fine_tuned_that_continues_text(tmp_path):
+    flags = ["--model_size=shakespeare", "--name=mine", "--n_steps=20", "--n_ctx=32", "--learning_rate=1e-3"]
+    (tmp_path / "shakespeare").symlink_to(REPO / "models" / "shakespeare")
+    code = f"import runpy, sys; sys.path.insert(0, {str(REPO / 'examples')!r})\n"
+    code += "sys.modules |= dict.fromkeys(['jax', 'optax', 'matplotlib'])\n"
+    code += f"runpy.run_path({str(REPO / 'examples' / 'finetune.py')!r}, run_name='__main__')"
+    done = command(TEXT_FILE, "--models_dir", tmp_path, *flags, code=code)
+    assert done.returncode == 0, done.stderr
+    *_, history, _ = saving_state(tmp_path / "mine")
+    assert history[-1][0] == 20
+    assert history[-1][2] < history[0][2]  # held out, nats per character
+    done = command("KING", model=tmp_path / "mine", n=8)
+    assert done.stdout.startswith("KING")
+    encoder, hparams, params = load_encoder_hparams_and_params("mine", tmp_path)
+    assert params["wte"].shape == (1024, 160)
+
+
+def saving_state(model_dir):
+    import json
+
+    with np.load(model_dir / "state.npz", allow_pickle=False) as state:
+        return json.loads(str(state["progress"]))
+
+
+@pytest.mark.parametrize("flag", ["--distributed", "--recompute", "--dtype=bfloat16"])
+def test_what_only_jax_can_do_is_refused(tmp_path, flag):
+    args = (TEXT_FILE, "--name=mine", "--models_dir", tmp_path, "--backend=numpy", flag)
+    done = command(*args, script="examples/train.py")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{flag.partition('=')[0]} needs --backend jax" in done.stderr
