@@ -46,13 +46,16 @@ def of_jax(hparams, params):
         logits = gpt2(ids[:, :-1], **params, n_head=hparams["n_head"])
         nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
         return nats.mean()
+
     if os.environ.get("NOADAM"):
-        vg=jax.jit(jax.value_and_grad(loss))
+        vg = jax.jit(jax.value_and_grad(loss))
         params = jax.tree.map(jnp.asarray, params)
+
         def step(ids):
-            l,g=vg(params, ids)
+            l, g = vg(params, ids)
             jax.block_until_ready(g)
             return float(l)
+
         return step
 
     matrices = jax.tree.map(lambda x: x.ndim > 1, params)
@@ -80,7 +83,13 @@ def of_torch(hparams, params):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    names = {"vocab_size": "n_vocab", "n_positions": "n_ctx", "n_embd": "n_embd", "n_head": "n_head", "n_layer": "n_layer"}
+    names = {
+        "vocab_size": "n_vocab",
+        "n_positions": "n_ctx",
+        "n_embd": "n_embd",
+        "n_head": "n_head",
+        "n_layer": "n_layer",
+    }
     config = {theirs: hparams[ours] for theirs, ours in names.items()}
     off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     model = GPT2LMHeadModel(GPT2Config(**config, **off))

@@ -148,11 +148,9 @@ def train(*files: str, head_only: bool = False, **recipe):
 
     rng, n_classes = np.random.default_rng(seed), len(labels)
     head = {"w": 0.02 * rng.standard_normal((hparams["n_embd"], n_classes), dtype=np.float32)}
-    learned, frozen = {"head": {**head, "b": np.zeros(n_classes, np.float32)}}, {"params": params}
-    if lora_rank:
-        learned["adapters"] = lora.new_adapters(params, lora_rank, options["lora_on"], seed)
-    elif not head_only:
-        learned, frozen = learned | frozen, {}
+    head |= {"b": np.zeros(n_classes, np.float32)}
+    learned, frozen = ({}, {"params": params}) if head_only else lora.parts_of(params, options, seed)
+    learned = learned | {"head": head}
     tokenizer_dir = os.path.join(models_dir, model_size)
     training.train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, options["resume"])
 

@@ -116,12 +116,7 @@ def main(*files: str, merge: str = "", **recipe):
         examples, others = examples[: len(examples) - n], others or examples[-n:]
         task = Pairs(encoder, examples, others, n_head, batch_size)
 
-    learned, frozen = {"params": params}, {}
-    if lora_rank:
-        learned, frozen = (
-            {"adapters": new_adapters(params, lora_rank, options["lora_on"], settings["seed"])},
-            learned,
-        )
+    learned, frozen = lora.parts_of(params, options, settings["seed"])
     tokenizer_dir = os.path.join(models_dir, model_size)
     training.train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, options["resume"])
 

@@ -12,7 +12,14 @@ from saving import leaves, with_leaves
 from training import with_dropout, with_layer_norms
 
 from backends.threads import each, n_cores
-from backward import cross_entropy, hidden_states_backward, hidden_states_forward, linear_backward, lm_loss_and_gradients
+from backward import (
+    cross_entropy,
+    gpt2_backward,
+    gpt2_forward,
+    hidden_states_backward,
+    hidden_states_forward,
+    linear_backward,
+)
 from cli import fail
 from gpt2 import linear
 
@@ -32,36 +39,71 @@ def begin(options):
 
 
 def loss_and_gradients(learned, frozen, rows, n, n_head, scale):
-    """(the loss of rows, which are a part of n that count, and its gradients, a tree like learned)."""
-    params, masks = lora.merged(learned, frozen, scale), rows.get("masks")
-    dropped = with_dropout(params, masks)
+    """(the loss of rows, which are a part of n that count, and its gradients, a tree like learned).
+
+    rows: see on_jax.text_loss and on_jax.class_loss; learned, frozen: see lora.merged.
+    """
+    params, masks = with_dropout(lora.merged(learned, frozen, scale), rows.get("masks")), rows.get("masks")
+    model = params | {"n_head": n_head}
     if "label" in rows:
-        loss, gradients, head = class_loss_and_gradients(dropped, learned["head"], rows, n, n_head)
+        x, kept = hidden_states_forward(rows["ids"], **model)  # [n_rows, n_seq, n_embd]
+        loss, head = class_loss(x, learned["head"], rows["last"], rows["label"], n)
+        d, backward = head.pop("x"), hidden_states_backward
     else:
-        loss, gradients = lm_loss_and_gradients(dropped, rows["ids"], n_head, rows["counted"] / n)
-        head = None
+        logits, kept = gpt2_forward(rows["ids"][..., :-1], **model)  # [n_rows, n_seq, n_vocab]
+        loss, d = cross_entropy(logits, rows["ids"][..., 1:], rows["counted"] / n)
+        head, backward = None, gpt2_backward
+    if learned.keys() == {"head"}:
+        return loss, {"head": head}
+    gradients = backward(d, kept, **model | needed(params, learned))
     if masks is not None:
         gradients = with_layer_norms(gradients, silenced_backward, masks)
     found = {"params": gradients, "head": head}
+    if "weights" in learned:
+        of_all = lora.named(gradients)
+        found["weights"] = {name: of_all[name] for name in learned["weights"]}
     if "adapters" in learned:
         found["adapters"] = lora.adapters_backward(gradients, learned["adapters"], scale)
     return loss, {name: found[name] for name in learned}
 
 
+def class_loss(x, head, last, labels, n):
+    """(the loss, {"x", "w", "b"}: its gradients), of which the head sees the hidden states of last tokens alone."""
+    rows = np.arange(len(x))
+    loss, d = cross_entropy(linear(x[rows, last], **head), labels, np.full(len(x), 1 / n, x.dtype))
+    gradients = linear_backward(d, x[rows, last], **head)  # [n_rows, n_classes] -> [n_rows, n_embd]
+    d = np.zeros_like(x)
+    d[rows, last] = gradients["x"]
+    return loss, gradients | {"x": d}
+
+
+def needed(params, learned):
+    """What backward.py leaves out: the arguments that say so, in the place of those of params."""
+    if "params" in learned:
+        return {}
+    names = learned.get("weights", ()) or [
+        f"blocks.{i}.{path.replace('/', '.')}.w" for i, adapter in enumerate(learned["adapters"]) for path in adapter
+    ]
+    blocks = [marked(block, f"blocks.{i}", names) for i, block in enumerate(params["blocks"])]
+    numbers = [int(name.split(".")[1]) for name in names if name.startswith("blocks.")]
+    return {"blocks": blocks, "down_to": None if {"wte", "wpe"} & {*names} else min(numbers, default=len(blocks))}
+
+
+def marked(block, prefix, names):
+    """A block, with "frozen": True in the layers whose w is not in names."""
+    layers = {
+        sublayer: {
+            layer: weights | {"frozen": f"{prefix}.{sublayer}.{layer}.w" not in names}
+            for layer, weights in block[sublayer].items()
+        }
+        for sublayer in ("attn", "mlp")
+    }
+    return block | layers
+
+
 def silenced_backward(d, mask):  # {name: [n_rows, 1, n_embd]}, [n_rows, n_embd] -> {name: [n_embd]}
     """All rows of a batch have one layer norm, each with a mask of its own: its gradient sums over them."""
     return {name: (x[:, 0] * mask).sum(axis=0) for name, x in d.items()}
-
-
-def class_loss_and_gradients(params, head, rows, n, n_head):
-    """(the loss, its gradients by params, those by the head), which sees the hidden state of the last token alone."""
-    x, kept = hidden_states_forward(rows["ids"], **params, n_head=n_head)  # [n_rows, n_seq, n_embd]
-    last = np.arange(len(x)), rows["last"]
-    loss, d = cross_entropy(linear(x[last], **head), rows["label"], np.full(len(x), 1 / n, x.dtype))
-    head = linear_backward(d, x[last], **head)  # [n_rows, n_classes] -> [n_rows, n_embd]
-    d = np.zeros_like(x)
-    d[last] = head.pop("x")
-    return loss, hidden_states_backward(d, kept, **params, n_head=n_head), head
 
 
 # steps

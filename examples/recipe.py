@@ -32,8 +32,7 @@ FLAGS = {
     ),
     "backend": (
         *(str, None),
-        "what computes the gradients: numpy, or jax, which compiles for all devices it sees (by default jax, where it is "
-        "installed)",
+        "what computes the gradients: numpy, or jax, on all devices it sees (by default jax, where it is installed)",
     ),
     "seed": (int, 0, "of what learns, of what is held out at random, and of the order of the texts"),
     "distributed": (bool, False, "be one of several processes that each take some rows of a batch (see README.md)"),
@@ -45,6 +44,11 @@ BASE_FLAGS = {
         "124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint",
     ),
     "held_out": (str, "", "a file, folder or glob to evaluate on, instead of a part of files"),
+    "learn": (
+        *(str, ""),
+        "only weights learn that have this in their names, such as mlp, ln_1, b, blocks.11 or blocks.0.attn.c_attn.w; "
+        "several with commas between (by default all)",
+    ),
     "lora_rank": (int, 0, "learn adapters of this rank instead of all weights (0)"),
     "lora_alpha": (float, None, "adapters are scaled by lora_alpha / lora_rank (by default, 2)"),
     "lora_on": (

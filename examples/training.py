@@ -199,7 +199,7 @@ def hidden_states(ids, wte, wpe, blocks, ln_f, block):  # [n_seq] -> [n_seq, n_e
 
 
 def with_dropout(params, masks):
-    """Params whose layer norms silence features: gpt2() needs no flag for training. masks: see dropout_masks, or None."""
+    """Params whose layer norms silence features: gpt2() needs no flag for training. masks: dropout_masks', or None."""
     return params if masks is None else with_layer_norms(params, silenced, masks)
 
 
@@ -207,7 +207,7 @@ def with_layer_norms(params, function, masks):  # [..., 2*n_layer+1, n_embd]
     """Params with function(ln, mask) in the place of each layer norm."""
     of_norms = [masks[..., i, :] for i in range(masks.shape[-2])]
     blocks = [
-        {**block, "ln_1": function(block["ln_1"], ln_1), "ln_2": function(block["ln_2"], ln_2)}
+        block | {name: function(block[name], mask) for name, mask in [("ln_1", ln_1), ("ln_2", ln_2)] if name in block}
         for block, ln_1, ln_2 in zip(params["blocks"], of_norms[:-1:2], of_norms[1::2], strict=True)
     ]
     return {**params, "blocks": blocks, "ln_f": function(params["ln_f"], of_norms[-1])}
@@ -326,7 +326,7 @@ class Run:
         return False
 
     def rows(self, which):
-        """The part of a batch that this process learns from, with masks for dropout: {name: [accumulate, n_rows, ...]}."""
+        """The part of a batch that this process learns from: {name: [accumulate, n_rows, ...]}."""
         rows, share = self.task.data.rows(self.learner.share(which)), self.learner.share(np.arange(len(which)))
         rate, seed = self.settings["dropout"], self.settings["seed"]
         masks = {"masks": dropout_masks(rate, seed, self.step, len(which), self.hparams)[share]} if rate else {}

@@ -224,7 +224,9 @@ def test_gradients_are_those_of_jax(rows):
     with jax.enable_x64(True):
         for dtype, tolerance in [(np.float32, 1e-4), (np.float64, 1e-10)]:
             cast = mapped(dtype, params)
-            shares = np.full((*rows, 133), 1 / inputs[..., 1:].size, dtype) if rows != "ragged" else ragged(3, 133, dtype)
+            shares = (
+                np.full((*rows, 133), 1 / inputs[..., 1:].size, dtype) if rows != "ragged" else ragged(3, 133, dtype)
+            )
             right, expected = gradients_of_jax(cast, inputs, n_head, shares)
             loss, gradients = backward.lm_loss_and_gradients(cast, inputs, n_head, shares)
             assert loss == pytest.approx(right, rel=tolerance)
@@ -266,6 +268,6 @@ def test_the_chain_rule_is_read_in_one_sitting():
     text = (REPO / "backward.py").read_text("utf-8")
     assert len(text.splitlines()) <= 200
     functions = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-    forward = "gelu softmax layer_norm linear ffn attention causal_attention mha transformer_block gpt2".split()
+    forward = ["gelu", "softmax", "layer_norm", "linear", "ffn", "attention", "causal_attention", "mha", "transformer_block", "gpt2"]
     there = [name.removesuffix("_backward") for name in functions if name.endswith("_backward")]
     assert [name for name in there if name in forward] == forward
