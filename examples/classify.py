@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import warnings
-import zipfile
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
@@ -25,7 +24,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lora
 import training
 from recipe import BASE_FLAGS, complete, with_flags
-from texts import END, read_documents
+from saving import beside, is_left_half, read_arrays
+from texts import END, ids_of, is_structured, note_parts_of_characters, read_documents, read_structured
 from training import HEAD
 
 from backends.arrays import is_jax, round_up
@@ -33,7 +33,7 @@ from cli import fail, line_text, mistakes, open_lines, run
 from gpt2 import softmax, transformer_block
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
-CONFUSION = "confusion.png"
+CONFUSION, MOST_NAMED = "confusion.png", 40  # classes
 CHINESE = (  # fonts, of which one or the other comes with every system that shows Chinese
     "Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB",
     "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback",
@@ -66,7 +66,7 @@ def padded(rows, n_seq):  # lists of ids -> {"ids": [n_rows, n_seq], "last": [n_
 
 def encoded(encoder, texts, n_ctx):
     """Ids of texts and a last <|endoftext|>. Of a text that is longer than n_ctx, only the beginning: that is said."""
-    rows = [encoder.encode(text) for text in texts]
+    rows = [ids_of(encoder, text) for text in texts]
     if n_cut := sum(len(row) >= n_ctx for row in rows):
         print(f"{n_cut} of {len(rows)} texts are longer than {n_ctx} tokens: their ends are left out", file=sys.stderr)
     return [[*row[: n_ctx - 1], encoder.encoder[END]] for row in rows]
@@ -76,24 +76,38 @@ def load(name, models_dir):
     """(encoder, hparams, params, head, labels) of a classifier. Ends with one line if it is none."""
     if not name:
         fail("--name is needed (see --help)")
-    path = os.path.join(models_dir, name, HEAD)
+    model_dir = os.path.join(models_dir, name)
+    if is_left_half(model_dir):
+        fail(
+            f"the run of {model_dir} died while it saved a better classifier: end it with train and --resume, "
+            f"or delete {beside(model_dir, 'new')} to use the one before"
+        )
+    path = os.path.join(model_dir, HEAD)
     with mistakes(ModelError):
         encoder, hparams, params = load_encoder_hparams_and_params(name, models_dir)
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            head, labels = {"w": saved["w"], "b": saved["b"]}, saved["labels"].tolist()
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        fail(f"{name} is no classifier that train has made: {path}: {error}")
-    if head["w"].shape != (hparams["n_embd"], len(labels)) or head["b"].shape != (len(labels),):
-        fail(f"{path} does not fit the model beside it")
-    return encoder, hparams, params, head, labels
+    with mistakes(ValueError, f"{name} is no classifier that train has made: {path}: "):
+        saved = read_arrays(path)
+        head, labels = {key: saved.get(key) for key in "wb"}, saved.get("labels", np.array(0))
+        shapes = {"w": (hparams["n_embd"], labels.size), "b": (labels.size,)}
+        if labels.ndim != 1 or labels.dtype.kind != "U" or any(np.shape(head[key]) != shapes[key] for key in "wb"):
+            raise ValueError("it does not fit the model beside it")
+        if any(head[key].dtype != np.float32 for key in "wb") or len({*labels.tolist()}) < labels.size:
+            raise ValueError("it is damaged")
+    return encoder, hparams, params, head, labels.tolist()
 
 
 def check_labels(documents, labels):
     """Ends with one line for a document of another class."""
+    known, more = {*labels}, f" and {len(labels) - 20} others" if labels[20:] else ""
     for document in documents:
-        if document["label"] not in labels:
-            fail(f"{document['where']}: {document['label']!r} is none of the classes {', '.join(labels)}")
+        if document["label"] not in known:
+            names = ", ".join(map(printable, labels[:20]))
+            fail(f"{document['where']}: {document['label']!r} is none of the classes {names}{more}")
+
+
+def printable(label):
+    """A label without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in label)
 
 
 class Labelled:
@@ -118,7 +132,8 @@ def train(*files: str, head_only: bool = False, **recipe):
     """Teaches a GPT-2 to tell classes of texts apart.
 
     Args:
-        files: JSONL with {"text", "label"}; folders with all that is in them, or globs; a random tenth is held out
+        files: .jsonl, .json (an array) or .csv with {"text", "label"}; folders with all that is in them, or globs; a
+            random tenth is held out
         head_only: learn the head alone, and leave all weights as they are
     """
     options = complete(train, recipe)
@@ -141,9 +156,13 @@ def train(*files: str, head_only: bool = False, **recipe):
     model_size, models_dir = options["model_size"], options["models_dir"]
     with mistakes(ModelError):
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    settings["base"] = training.base_of(os.path.join(models_dir, model_size))
     n_ctx, n_head = training.context(options["n_ctx"], hparams), hparams["n_head"]
     rows, held_out = (encoded(encoder, [document["text"] for document in part], n_ctx) for part in (documents, others))
-    classes, right = ([labels.index(document["label"]) for document in part] for part in (documents, others))
+    ids = [i for row in rows for i in row]
+    note_parts_of_characters(encoder, ids, f"the tokenizer of {model_size} is not for them")
+    numbers = {label: i for i, label in enumerate(labels)}
+    classes, right = ([numbers[document["label"]] for document in part] for part in (documents, others))
     task = Labelled(rows, classes, held_out, right, n_head, options["batch_size"])
 
     rng, n_classes = np.random.default_rng(seed), len(labels)
@@ -159,7 +178,7 @@ def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
     """Prints how many of the labels a classifier finds, and draws which it takes for which.
 
     Args:
-        files: JSONL with {"text", "label"}; folders or globs of such files
+        files: .jsonl, .json or .csv with {"text", "label"}; folders or globs of such files
         name: the classifier: a folder in models_dir that train has made
         models_dir: the folder that holds the models
     """
@@ -169,12 +188,14 @@ def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
     rows = encoded(encoder, [document["text"] for document in documents], hparams["n_ctx"])
     found = probabilities(params, head, rows, hparams["n_head"]).argmax(-1)
     confusion = np.zeros((len(labels), len(labels)), int)  # [the right class, the class found]
-    np.add.at(confusion, ([labels.index(document["label"]) for document in documents], found), 1)
+    numbers = {label: i for i, label in enumerate(labels)}
+    np.add.at(confusion, ([numbers[document["label"]] for document in documents], found), 1)
 
     print(f"accuracy {np.trace(confusion) / len(rows):.3f}")
-    width = max(5, *map(len, labels))
+    names = [*map(printable, labels)]
+    width = max(5, *map(len, names))
     print(f"{'class':{width}}  precision  recall     f1  texts")
-    for label, row, column, hits in zip(labels, confusion, confusion.T, np.diag(confusion), strict=True):
+    for label, row, column, hits in zip(names, confusion, confusion.T, np.diag(confusion), strict=True):
         precision, recall = hits / max(1, column.sum()), hits / max(1, row.sum())
         f1 = 2 * hits / max(1, row.sum() + column.sum())
         print(f"{label:{width}}  {precision:9.3f}  {recall:6.3f}  {f1:5.3f}  {row.sum():5}")
@@ -184,21 +205,27 @@ def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
 
 
 def draw_confusion(path, confusion, labels):
-    from matplotlib import font_manager
+    """Draws how many texts of each class are taken for which; of many a pixel each, for names would not fit."""
+    from matplotlib.image import imsave
+
+    shares, n = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True)), len(labels)
+    if n > MOST_NAMED:
+        return imsave(path, shares, cmap="Blues", vmin=0, vmax=1, format="png")
+    from matplotlib import font_manager  # which reads every font there is, when it is first asked
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 + 0.7 * len(labels), 1 + 0.7 * len(labels)))
+    figure = Figure(figsize=(1.5 + 0.7 * n, 1 + 0.7 * n))
     axes = figure.subplots()
-    shares = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), n in np.ndenumerate(confusion):
+    for (row, column), count in np.ndenumerate(confusion):
         color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, n, ha="center", va="center", color=color)
+        axes.text(column, row, count, ha="center", va="center", color=color)
     axes.set(xlabel="found", ylabel="right")
     installed = {font.name for font in font_manager.fontManager.ttflist}
     text = {"parse_math": False, "fontfamily": ["DejaVu Sans", *(name for name in CHINESE if name in installed)]}
-    axes.set_yticks(range(len(labels)), labels, **text)
-    axes.set_xticks(range(len(labels)), labels, **text, rotation=45, ha="right")
+    names = [f"{printable(label):.40}" for label in labels]
+    axes.set_yticks(range(n), names, **text)
+    axes.set_xticks(range(n), names, **text, rotation=45, ha="right")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of characters that no font has: they become boxes
         figure.savefig(path, dpi=100, bbox_inches="tight")
@@ -210,7 +237,7 @@ def predict(*texts: str, name: str = "", texts_file: str = "", models_dir: str =
     Args:
         texts: the texts, each in quotes; - reads standard input, a text a line
         name: the classifier: a folder in models_dir that train has made
-        texts_file: a file of more texts, one a line, or JSONL with {"text"}; - reads standard input
+        texts_file: a file of more texts, one a line, or .jsonl, .json or .csv with {"text"}; - reads standard input
         models_dir: the folder that holds the models
     """
     if "-" in texts:
@@ -218,8 +245,8 @@ def predict(*texts: str, name: str = "", texts_file: str = "", models_dir: str =
             fail("- stands for standard input: give it alone")
         texts, texts_file = (), "-"
     texts = [*texts]
-    if texts_file.lower().endswith(".jsonl"):
-        texts += [document["text"] for document in read_documents([texts_file], ("text",))]
+    if is_structured(texts_file):
+        texts += [document["text"] for document in read_structured(texts_file, [("text",)])]
     elif texts_file:
         with mistakes(UnicodeDecodeError, f"{texts_file} is "):
             texts += map(line_text, open_lines(texts_file))

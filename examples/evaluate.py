@@ -23,6 +23,8 @@ if __name__ == "__main__":
 from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from texts import END, ids_of, read_documents, read_text
+
 import cli
 from backends import devices
 from backends.arrays import is_jax, is_numpy, namespace, round_up
@@ -239,14 +241,15 @@ def evaluate_text(text, encoder, params, n_head, **options):
     """({figure: value}, ids, nats of each), with the first id predicted from <|endoftext|>; options: see text_nats."""
     from tqdm import tqdm
 
-    ids, parts, total = encoder.encode(text), [], 0.0
-    windows = text_nats(params, [encoder.encoder["<|endoftext|>"], *ids], len(params["wpe"]), n_head, **options)
+    ids, parts, total = ids_of(encoder, text), [], 0.0
+    windows = text_nats(params, [encoder.encoder[END], *ids], len(params["wpe"]), n_head, **options)
     with tqdm(total=len(ids), desc="evaluating", unit="token", disable=None) as bar:
         for part in windows:
             parts.append(part)
             total += part.sum()
             bar.update(len(part))
             bar.set_postfix({"nats per token": total / sum(map(len, parts))}, refresh=False)
+    text = text.replace(END, "")  # which parts documents, and is no text
     n_bytes = len(text.encode())
     figures = {"tokens": len(ids), "characters": len(text), "bytes": n_bytes}
     figures |= {"nats per token": total / len(ids), "perplexity per token": exp(total / len(ids))}
@@ -310,7 +313,8 @@ def main(
     """Measures how well a model predicts a text, or how well it does a task.
 
     Args:
-        file: a UTF-8 text, or the task's examples, a JSON object a line; - is standard input
+        file: a UTF-8 text, documents in it parted by <|endoftext|>, or .jsonl, .json or .csv with {"text"}; or the
+            task's examples, a JSON object a line; - is standard input
         task: lambada, hellaswag, or cloze, whose lines have {"context", "endings", "label"}
         model_size: 124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint
         models_dir: the folder that holds the models
@@ -335,10 +339,8 @@ def main(
     if task:
         examples = read_examples(file, task)
     else:
-        with cli.mistakes(UnicodeDecodeError, f"{file}: "):
-            text = cli.open_lines(file).read().decode()
-        if not text:
-            cli.fail(f"{file} is empty")
+        documents = [{"text": read_text(file)}] if file == "-" else read_documents([file], ("text",))
+        text = END.join(document["text"] for document in documents)
 
     with cli.mistakes((ModelError, devices.DeviceError)):
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)

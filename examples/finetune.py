@@ -26,7 +26,7 @@ from evaluate import scores
 from lora import load_adapters, new_adapters, save_adapters, with_adapters  # noqa: F401
 from recipe import BASE_FLAGS, complete, with_flags
 from saving import alone, copy_tokenizer, replaced
-from texts import END, hold_out
+from texts import END, hold_out, ids_of, note_parts_of_characters
 
 from cli import fail, mistakes, note, run
 from files.checkpoint import save_checkpoint
@@ -40,8 +40,8 @@ def examples_of(encoder, documents, n_ctx):
     """
     end, examples = encoder.encoder[END], []
     for document in documents:
-        completion = [*encoder.encode(document["completion"]), end]
-        examples.append(((encoder.encode(document["prompt"]) or [end]) + completion, len(completion)))
+        completion = [*ids_of(encoder, document["completion"].removesuffix(END)), end]
+        examples.append(((ids_of(encoder, document["prompt"]) or [end]) + completion, len(completion)))
     too_long = [
         document["where"] for document, (ids, _) in zip(documents, examples, strict=True) if len(ids) > n_ctx + 1
     ]
@@ -86,8 +86,8 @@ def main(*files: str, merge: str = "", **recipe):
 
     Args:
         files: UTF-8 texts, folders with all that is in them, or globs; documents are parted by <|endoftext|>, or one a
-            file; or JSONL with {"text"}, or with {"prompt", "completion"}, of which only the completion is learned; the
-            last tenth is held out
+            file; or .jsonl, .json (an array) or .csv with {"text"}, or with {"prompt", "completion"} or chats of
+            {"messages"}, of which only the completions or answers are learned; the last tenth is held out
         merge: do not train, but apply the adapters in this folder to the model, and save the result
     """
     options = complete(main, recipe)
@@ -102,12 +102,14 @@ def main(*files: str, merge: str = "", **recipe):
     model_size, models_dir = options["model_size"], options["models_dir"]
     with mistakes(ModelError):
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    settings["base"] = training.base_of(os.path.join(models_dir, model_size))
     n_head, n_ctx, batch_size = hparams["n_head"], training.context(options["n_ctx"], hparams), options["batch_size"]
 
     if "text" in documents[0]:
         texts, others = ([document["text"] for document in part] for part in (documents, others))
         texts, others = (texts, others) if others else hold_out(texts)
         task = training.Texts(encoder, texts, others, n_ctx, n_head, batch_size)
+        ids = task.data.ids
     else:
         examples, others = (examples_of(encoder, part, n_ctx) for part in (documents, others))
         n = 0 if others else max(1, len(examples) // 10)
@@ -115,6 +117,8 @@ def main(*files: str, merge: str = "", **recipe):
             fail("there are too few pairs to learn from: give two or more")
         examples, others = examples[: len(examples) - n], others or examples[-n:]
         task = Pairs(encoder, examples, others, n_head, batch_size)
+        ids = [i for row, _ in examples for i in row]
+    note_parts_of_characters(encoder, ids, f"train.py makes a tokenizer of the text's own, that of {model_size} is not")
 
     learned, frozen = lora.parts_of(params, options, settings["seed"])
     tokenizer_dir = os.path.join(models_dir, model_size)

@@ -5,7 +5,6 @@ They lie beside the model under the names of PEFT, a library for PyTorch.
 
 import json
 import os
-import shutil
 import sys
 
 import numpy as np
@@ -152,7 +151,7 @@ def complete(options, is_part):
 
 def save_adapters(folder, adapters, alpha, names, model_size):
     """Writes adapters as PEFT does, whose matrices are the other way round: lora_A [rank, in], lora_B [out, rank]."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {
         f"{peft_name(i, path)}.lora_{which}.weight": np.ascontiguousarray(np.asarray(matrix).T)
@@ -164,30 +163,22 @@ def save_adapters(folder, adapters, alpha, names, model_size):
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model_size, "bias": "none"}
     config |= {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": [*names]}
     config |= {"fan_in_fan_out": True, "inference_mode": True}  # GPT-2's w are [in, out] in transformers, too
-    save_file(tensors, os.path.join(folder, ADAPTER))
+    with open(os.path.join(folder, ADAPTER), "wb") as f:
+        f.write(save(tensors))
     with open(os.path.join(folder, ADAPTER_CONFIG), "w", encoding="utf-8") as f:
         json.dump(config, f, indent=2)
-    # save_file has made it its owner's alone
-    shutil.copymode(os.path.join(folder, ADAPTER_CONFIG), os.path.join(folder, ADAPTER))
 
 
 def load_adapters(folder, params):
     """(adapters, scale, the name of the model they were made for) as save_adapters or PEFT wrote them for a model like
     params. Ends with one line if they do not fit it, or are no plain LoRA of its matrices."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
         with open(os.path.join(folder, ADAPTER_CONFIG), encoding="utf-8") as f:
             config = json.load(f)
-        tensors = load_file(os.path.join(folder, ADAPTER))
-        rank, alpha = config["r"], config["lora_alpha"]
-        if config.get("alpha_pattern") or config.get("rank_pattern"):
-            raise ValueError("they have ranks or scales of their own for some layers")
-        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, SafetensorError) as error:
-        fault = f"{ADAPTER_CONFIG} has no {error}" if isinstance(error, KeyError) else one_line(error)
-        fail(f"the adapters in {folder} cannot be read: {fault}")
+        rank, scale = rank_and_scale(config)
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"the adapters in {folder} cannot be read: {ADAPTER_CONFIG}: {one_line(error)}")
+    base, tensors = config.get("base_model_name_or_path"), load_tensors(folder)
     adapters = [{} for _ in params["blocks"]]
     for i, block in enumerate(params["blocks"]):
         for path in (path for paths in LAYERS.values() for path in paths):
@@ -201,7 +192,39 @@ def load_adapters(folder, params):
             adapters[i][path] = {"A": a.T.astype(np.float32), "B": b.T.astype(np.float32)}
     if tensors or not any(adapters):
         fail(f"the adapters in {folder} do not fit the model: it has no {next(iter(tensors), 'adapters')}")
-    return adapters, scale, config.get("base_model_name_or_path")
+    return adapters, scale, base if isinstance(base, str) else None
+
+
+def rank_and_scale(config):
+    """Of what adapter_config.json holds. Raises ValueError if that is no plain LoRA."""
+    rank, alpha = (config.get(key) if isinstance(config, dict) else None for key in ("r", "lora_alpha"))
+    if type(rank) is not int or not 0 < rank < 2**31:
+        raise ValueError(f"r must be a whole number above 0, not {rank!r:.40}")
+    if type(alpha) not in (int, float) or not abs(alpha) < 2**31:
+        raise ValueError(f"lora_alpha must be a number, not {alpha!r:.40}")
+    if config.get("alpha_pattern") or config.get("rank_pattern"):
+        raise ValueError("they have ranks or scales of their own for some layers")
+    if config.get("use_dora"):
+        raise ValueError("they are DoRA's, which are no plain sums")
+    return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def load_tensors(folder):
+    """{name: array} of what PEFT wrote: safetensors, or until 2023 a pickle, of which nothing but tensors is read."""
+    path, pickled = (os.path.join(folder, name) for name in (ADAPTER, "adapter_model.bin"))
+    try:
+        if os.path.exists(path) or not os.path.exists(pickled):
+            from safetensors.numpy import load_file
+
+            return load_file(path)
+        import torch
+
+        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+        return {f"{name}": tensor.float().numpy() for name, tensor in tensors.items()}
+    except ImportError:
+        raise
+    except Exception as error:  # of a damaged file, both raise whatever comes
+        fail(f"the adapters in {folder} cannot be read: {one_line(error):.200}")
 
 
 def peft_name(i, path):

@@ -11,12 +11,11 @@ import json
 import os
 import shutil
 import sys
-import zipfile
 
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from cli import fail
+from cli import fail, mistakes, note, one_line
 from files.checkpoint import ENCODER, VOCAB
 from files.download import try_lock
 
@@ -66,6 +65,17 @@ def settle(model_dir):
             os.rename(os.path.join(old, name), os.path.join(model_dir, name))
     for folder in (new, old):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_left_half(model_dir):
+    """Whether a process died while it saved a model: nobody is at work, and yet there is a part of a new one."""
+    if not os.path.exists(beside(model_dir, "new")):
+        return False
+    try:
+        with open(beside(model_dir, "lock")) as f:
+            return try_lock(f)
+    except OSError:
+        return True
 
 
 @contextlib.contextmanager
@@ -129,6 +139,29 @@ def save_state(path, settings, step, history, losses, arrays):
         raise OSError(error.errno, error.strerror, path) from error
 
 
+def read_arrays(path):
+    """{name: array} of an .npz file, of which nothing is unpickled. Raises ValueError if it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # of a damaged file, NumPy, zipfile and zlib raise whatever comes
+        raise ValueError(one_line(error) or type(error).__name__) from error
+
+
+def progress_of(text):
+    """(settings, step, history, losses) as save_state wrote them. Raises ValueError if they are no such thing."""
+    try:
+        settings, step, history, losses = json.loads(text)
+        is_whole = isinstance(settings, dict) and type(settings.get("n_steps")) is type(step) is int and step >= 0
+        entries = [(type(n), type(mean) in (float, type(None)), type(value)) for n, mean, value in history]
+        are_right = {*entries} <= {(int, True, float)} and {*map(type, losses)} <= {float}
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"its progress is damaged: {one_line(error)}") from error
+    if not is_whole or not are_right:
+        raise ValueError("its progress is damaged")
+    return settings, step, history, losses
+
+
 def refuse_others(settings, saved):
     """Ends with one line unless a run was saved with the same settings, but for MAY_CHANGE."""
     for key, value in settings.items():
@@ -136,26 +169,35 @@ def refuse_others(settings, saved):
             continue
         if key == "data":
             fail("the run to resume learned from other data, or was made by another version")
-        fail(f"the run to resume has {key}={saved.get(key)}, not {value}")
+        if key == "base":
+            fail(f"the run to resume began from another model: {settings['model_size']} has changed since")
+        fail(f"the run to resume has {key}={saved.get(key)!r:.80}, not {value!r:.80}")
 
 
 def load_state(path, settings, arrays):
-    """(step, history, losses, arrays) as save_state wrote them; arrays: a tree like it.
+    """(step, history, losses, arrays) as save_state wrote them; arrays: a tree of what has their shapes and dtypes.
 
     Ends with one line if it cannot be read, if the settings were others, or if there are no steps left to make.
     """
-    try:
-        with np.load(path, allow_pickle=False) as state:
-            saved_settings, step, history, losses = json.loads(str(state["progress"]))
-            refuse_others(settings, saved_settings)
-            found = [state[f"array_{i}"] for i in range(len(leaves(arrays)))]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        fail(f"the run cannot be resumed from {path}: {error}")
-    if settings["n_steps"] <= step and (settings["n_steps"] < step or (history and history[-1][0] == step)):
+    expected = leaves(arrays)
+    with mistakes(ValueError, f"the run cannot be resumed from {path}: "):
+        found = read_arrays(path)
+        saved, step, history, losses = progress_of(str(found.pop("progress", None)))
+        refuse_others(settings, saved)
+        if found.keys() != {f"array_{i}" for i in range(len(expected))}:
+            raise ValueError(f"it has {len(found)} arrays, and this run has {len(expected)}")
+        found = [found[f"array_{i}"] for i in range(len(expected))]
+        for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+                raise ValueError(
+                    f"array_{i} is {ours.dtype} of shape {[*ours.shape]}, "
+                    f"and that of this run {theirs.dtype} of {[*theirs.shape]}"
+                )
+    was, now = saved["n_steps"], settings["n_steps"]
+    if now <= step and (now < step or (history and history[-1][0] == step)):
         fail(f"the run has made {step} steps already: to add some, give a larger --n_steps")
-    if settings["n_steps"] != saved_settings["n_steps"]:
-        was, now = saved_settings["n_steps"], settings["n_steps"]
-        print(f"{now} steps instead of {was}: the learning rate goes on as in a run of {now}", file=sys.stderr)
+    if now != was:
+        note(f"{now} steps instead of {was}: the learning rate goes on as in a run of {now}")
     return step, history, losses, with_leaves(arrays, iter(found))
 
 

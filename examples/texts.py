@@ -1,6 +1,8 @@
 """Texts to learn from and to be evaluated on: files -> documents -> ids."""
 
+import csv
 import glob
+import io
 import json
 import os
 import sys
@@ -9,7 +11,7 @@ import zlib
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from cli import fail, mistakes
+from cli import fail, mistakes, note, open_lines
 
 END = "<|endoftext|>"
 
@@ -43,38 +45,46 @@ def checksum(paths):
     total = 0
     for path in paths:
         with mistakes(OSError), open(path, "rb") as f:
-            total = zlib.crc32(f.read(), total)
+            while chunk := f.read(2**20):
+                total = zlib.crc32(chunk, total)
     return total
 
 
 def read_text(path):
-    """Ends with one line for a file that cannot be read, is not UTF-8, or has nothing in it."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            text = f.read()
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read: {error}")
+    """The text of a file, or of standard input for -: UTF-8, past a byte order mark, its lines ended by \\n alone.
+
+    All that reads a text of the user's, to learn it or to measure it, reads it here. Ends with one line for a file that
+    cannot be read, is not UTF-8, or has nothing in it.
+    """
+    with mistakes((OSError, UnicodeDecodeError), f"{path} cannot be read: "):
+        text = plain(open_lines(path).read().decode())
     if not text:
         fail(f"{path} is empty")
     return text
 
 
+def plain(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_documents(patterns, *kinds):
     """The documents in files: dicts of texts with the keys of one of kinds, and "where" each is from.
 
-    A file in .jsonl has one on every line, whose other fields are left out. Any other file holds {"text"}, several of
-    them parted by <|endoftext|>. Ends with one line that names bad lines by file and number.
+    A file in .jsonl has an object on every line, in .json an array of them, in .csv a row each below their names; other
+    fields are left out. Any other file holds {"text"}. Of {"text"}, <|endoftext|> parts several. Where kinds have
+    {"prompt", "completion"}, {"messages"} become such: see pairs_of. A "label" may be a whole number.
+    Ends with one line that names what is bad by file and number.
     """
     documents = []
     if not patterns:
         fail("no files to learn from (see --help)")
     for path in paths_of(patterns):
-        if path.lower().endswith(".jsonl"):
-            documents += read_jsonl(path, kinds)
+        if is_structured(path):
+            documents += [part for document in read_structured(path, kinds) for part in parted(document)]
         elif ("text",) in kinds:
-            documents += [{"text": text, "where": path} for text in read_text(path).split(END) if text]
+            documents += parted({"text": read_text(path), "where": path})
         else:
-            fail(f"{path} is no .jsonl file")
+            fail(f"{path} is none of {', '.join(READERS)}, and needs to be")
     if not documents:
         fail(f"{patterns[0]} has no text")
     if odd := [document for document in documents if document.keys() != documents[0].keys()]:
@@ -82,30 +92,134 @@ def read_documents(patterns, *kinds):
     return documents
 
 
-def read_jsonl(path, kinds):
-    documents, faults = [], {}
+def parted(document):
+    """The documents that one is, if it is {"text"}: <|endoftext|> parts them."""
+    if document.keys() != {"text", "where"}:
+        return [document]
+    return [document | {"text": text} for text in document["text"].split(END) if text]
+
+
+# readers of files: each yields (where in the file, a value that should be a document, or what is wrong with it)
+
+
+def jsonl_values(path):
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+        if line.strip():
+            yield f"line {number}", json_value(line)
+
+
+def json_values(path):
+    values = json_value(read_text(path))
+    if not isinstance(values, list):
+        fail(f"{path} is no JSON array of objects{f': {values}' if isinstance(values, ValueError) else ''}")
+    for number, value in enumerate(values, 1):
+        yield f"element {number}", value
+
+
+def json_value(text):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        return error
+    except RecursionError:
+        return ValueError("it is nested too deep")
+
+
+def csv_values(path):
+    text = read_text(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        for row in rows:
+            fits = None not in row and None not in row.values()
+            yield (
+                f"line {rows.line_num}",
+                row if fits else ValueError("it has not as many fields as the first"),
+            )
+    except csv.Error as error:
+        fail(f"{path}, behind line {rows.line_num}: {error}")
+
+
+READERS = {".jsonl": jsonl_values, ".json": json_values, ".csv": csv_values}
+
+
+def is_structured(path):
+    return os.path.splitext(path)[1].lower() in READERS
+
+
+def read_structured(path, kinds):
+    """The documents in a file that READERS know, as they stand there. Ends with one line that names what is none."""
+    documents, faults = [], {}
+    for where, value in READERS[os.path.splitext(path)[1].lower()](path):
         try:
-            found = json.loads(line)
-            fields = next((kind for kind in kinds if isinstance(found, dict) and {*kind} <= found.keys()), None)
-            if fields is None:
-                wanted = " or ".join("{" + ", ".join(f'"{field}"' for field in kind) + "}" for kind in kinds)
-                raise ValueError(f"no object with {wanted}")
-            document = {field: found[field] for field in fields}
-            for field, text in document.items():
-                if not isinstance(text, str) or not (text or field in ("prompt", "text")):
-                    raise ValueError(f'"{field}" is {text!r:.40}, not a text')
-                text.encode()
-            documents.append({**document, "where": f"{path}, line {number}"})
-        except (ValueError, RecursionError) as error:
-            faults[number] = "not valid Unicode text" if isinstance(error, UnicodeError) else error
+            document = document_of(value, kinds)
+        except ValueError as error:
+            faults[where] = "not valid Unicode text" if isinstance(error, UnicodeError) else error
+            continue
+        pairs = pairs_of(document["messages"]) if "messages" in document else [document]
+        documents += [pair | {"where": f"{path}, {where}"} for pair in pairs]
     if faults:
-        (number, fault), *others = faults.items()
-        more = f" (lines {', '.join(str(n) for n, _ in others[:10])} are bad, too)" if others else ""
-        fail(f"{path}, line {number}: {fault}{more}")
+        (where, fault), *others = faults.items()
+        more = f" ({', '.join(other for other, _ in others[:10])} are bad, too)" if others else ""
+        fail(f"{path}, {where}: {fault}{more}")
     return documents
+
+
+def document_of(value, kinds):
+    """The fields of one of kinds, {name: text}, of a value from JSON or CSV. Raises ValueError if it has none."""
+    if isinstance(value, ValueError):
+        raise value
+    kinds = (*kinds, ("messages",)) if ("prompt", "completion") in kinds else kinds
+    fields = next((kind for kind in kinds if isinstance(value, dict) and {*kind} <= value.keys()), None)
+    if fields is None:
+        wanted = " or ".join("{" + ", ".join(f'"{field}"' for field in kind) + "}" for kind in kinds)
+        raise ValueError(f"no object with {wanted}")
+    if fields == ("messages",):
+        return {"messages": [{"role": role, "content": text} for role, text in turns(value["messages"])]}
+    document = {field: value[field] for field in fields}
+    if type(document.get("label")) is int:
+        document["label"] = f"{document['label']}"
+    return {field: text_of(field, text, may_be_empty=field in ("prompt", "text")) for field, text in document.items()}
+
+
+def text_of(field, text, may_be_empty=False):
+    if not isinstance(text, str) or not (text or may_be_empty):
+        raise ValueError(f'"{field}" is {text!r:.40}, not a text')
+    text.encode()  # lone surrogates are no text
+    return plain(text)
+
+
+# chats
+
+
+def turns(messages):
+    """Yields (role, text) of [{"role", "content"}]. Raises ValueError unless they are a chat that an assistant ends."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError('"messages" is no list of {"role", "content"}')
+    if not messages or messages[-1].get("role") != "assistant":
+        raise ValueError("the last of the messages is not the assistant's")
+    for i, message in enumerate(messages):
+        role = message.get("role")
+        if role not in ("user", "assistant") and (role != "system" or i):
+            raise ValueError(f'"role" is {role!r:.40}, not user or assistant, or at first system')
+        yield role, text_of("content", message.get("content"))
+
+
+def pairs_of(messages):
+    """A {"prompt", "completion"} for each answer in a chat. The prompt holds all before, as the template has it:
+
+    the system's text and an empty line, then "User: " or "Assistant: " and the text of each turn, on a line of its own.
+    """
+    pairs, text = [], ""
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "assistant":
+            pairs.append({"prompt": f"{text}Assistant:", "completion": f" {content}"})
+        text += f"{content}\n\n" if message["role"] == "system" else f"{message['role'].capitalize()}: {content}\n"
+    return pairs
+
+
+# parts and ids
 
 
 def hold_out(texts):
@@ -122,6 +236,28 @@ def hold_out(texts):
     return texts, held_out[::-1]
 
 
+def ids_of(encoder, text):
+    """The ids of a text in which <|endoftext|> is the one token that it is."""
+    first, *others = text.split(END)
+    return [*encoder.encode(first), *(i for part in others for i in (encoder.encoder[END], *encoder.encode(part)))]
+
+
 def text_ids(encoder, texts):
     """All ids of texts in one array; <|endoftext|> begins each, as it begins what is generated from nothing."""
-    return np.array([i for text in texts for i in (encoder.encoder[END], *encoder.encode(text))])
+    return np.array([i for text in texts for i in (encoder.encoder[END], *ids_of(encoder, text))])
+
+
+def note_parts_of_characters(encoder, ids, advice):
+    """Says so, with what to do, if the vocabulary has no tokens for the characters of a text, whose ids these are."""
+    is_part = np.array([not is_text(encoder.decode_bytes([i])) for i in range(len(encoder.encoder))])
+    share = is_part[ids].mean()
+    if share > 0.2:
+        note(f"{share:.0%} of the tokens are mere parts of characters, and little is learned from those: {advice}")
+
+
+def is_text(data):
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import training
 from recipe import FLAGS, complete, with_flags
-from texts import hold_out
+from texts import hold_out, note_parts_of_characters
 
 from cli import fail, note, run
 from encoder import bytes_to_unicode, get_encoder
@@ -71,8 +71,8 @@ def main(
     """Trains a GPT-2 from scratch on texts.
 
     Args:
-        text_file: UTF-8; or JSONL with {"text"}; or a folder with all that is in it, or a glob; the last tenth is held
-            out
+        text_file: UTF-8; or .jsonl, .json (an array) or .csv with {"text"}; or a folder with all that is in it, or a
+            glob; the last tenth is held out
         n_vocab: tokens in the vocabulary: the 256 bytes, what is learned from the text, and <|endoftext|>
         n_ctx: tokens that the model sees at once
         n_embd: width of the model
@@ -97,6 +97,7 @@ def main(
         if hparams["n_vocab"] < n_vocab:
             note(f"the text yields {hparams['n_vocab']} tokens, not {n_vocab}")
         task = training.Texts(encoder, texts, held_out, n_ctx, n_head, settings["batch_size"])
+        note_parts_of_characters(encoder, task.data.ids, f"give a larger --n_vocab than {n_vocab}")
         learned = {"params": initial_params(hparams, settings["seed"])}
         training.train(model_dir, tokenizer_dir, hparams, learned, {}, task, settings, options["resume"])
 

@@ -25,11 +25,11 @@ import recipe
 from evaluate import text_nats
 from lora import save_adapters
 from saving import STATE, alone, beside, copy_tokenizer, leaves, load_state, plot, replaced, save_state, with_leaves
-from texts import END, checksums, read_documents, text_ids
+from texts import END, checksum, checksums, read_documents, text_ids
 
 from backends.arrays import on_processor
 from cli import fail, mistakes
-from files.checkpoint import ENCODER, VOCAB, save_checkpoint
+from files.checkpoint import DATA, ENCODER, VOCAB, save_checkpoint
 from gpt2 import generate, layer_norm, linear
 from utils import MODEL_SIZES, NEW_NAME
 
@@ -101,6 +101,11 @@ def refuse_existing(model_dir):
         fail(f"{model_dir} exists: go on with --resume, choose another name, or delete it")
     if os.path.exists(model_dir) and not (os.path.isdir(model_dir) and {*os.listdir(model_dir)} <= {*OURS}):
         fail(f"{model_dir} exists: choose another name, or delete it")
+
+
+def base_of(model_dir):
+    """A checksum of the model that a run begins with, which is a setting."""
+    return checksum([os.path.join(model_dir, name) for name in (ENCODER, VOCAB, DATA)])
 
 
 def read_data(files, held_out, *kinds):
@@ -242,7 +247,8 @@ class Texts:
         params = in_small_batches(params)
         nats = sum(map(np.sum, text_nats(params, self.held_out, self.n_ctx, self.n_head)))
         per_token, per_character = nats / (len(self.held_out) - 1), nats / self.n_chars
-        line = f"held out {per_token:.4f} nats per token, {per_character:.4f} per character"
+        bits = per_character / math.log(2)
+        line = f"held out {per_token:.4f} nats per token, {per_character:.4f} nats per character ({bits:.4f} bits)"
         return per_character, f"{line}\n{sample(self.encoder, params, self.n_head)}"
 
 
@@ -265,6 +271,7 @@ def sample(encoder, params, n_head, prompt="", n_tokens=40):
 
 
 def indented(text):
+    text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)  # a terminal might obey the others
     return textwrap.indent(text.strip(), "    ", lambda _: True)
 
 
@@ -335,6 +342,9 @@ class Run:
     def is_time_to_look(self):
         return self.step % self.settings["evaluate_every"] == 0 or self.step == self.settings["n_steps"]
 
+    def is_done(self):
+        return self.step == self.settings["n_steps"] and self.history[-1][0] == self.step
+
     def look(self):
         """Evaluates; saves the run, and the model if it is the best yet."""
         params, learned = self.learner.model()
@@ -402,12 +412,15 @@ def train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, re
             refuse_existing(model_dir)  # it may have come meanwhile
         run.start(resume)
         is_stopped = run.learn()
-    if is_stopped:
-        n_steps = settings["n_steps"]
+    n_steps = settings["n_steps"]
+    if is_stopped and not run.is_done():
         run.say(f"stopped at step {run.step} of {n_steps}, which is saved; to go on: {command_to_resume()}")
         os._exit(130)
     step, _, value = min(run.history, key=lambda entry: entry[2])
     run.say(f"{model_dir} has the weights of step {step}: {value:.4f} {task.unit}")
+    state = os.path.join(model_dir, STATE)
+    if learner.is_first:
+        run.say(f"{state}, of {max(1, os.path.getsize(state) // 10**6):,} MB, is for --resume alone: delete it if done")
 
 
 def command_to_resume():
