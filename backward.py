@@ -36,7 +36,7 @@ def softmax_backward(d, p):
 
 
 def layer_norm_backward(d, x, g, b, eps: float = 1e-5):
-    """layer_norm(x) = g * z + b, z = (x - mean) / std. To shift or stretch x, along 1 or z, leaves z and the loss alone."""
+    """g * z + b, where z = (x - mean) / std: to shift or to stretch x, along 1 or along z, changes nothing."""
     x = x - x.mean(axis=-1, keepdims=True)
     std = np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
     z, d_z = x / std, d * g

@@ -248,6 +248,20 @@ def test_gradients_of_the_bundled_model_are_those_of_jax():
             assert_close(gradients, expected, tolerance)
 
 
+def test_what_does_not_learn_gets_no_gradient_and_changes_none_of_the_others():
+    params, inputs = wild_params(HPARAMS), RNG.integers(500, size=(2, 20))
+    _, expected = backward.lm_loss_and_gradients(params, inputs, 5)
+    c_fc = params["blocks"][1]["mlp"]["c_fc"]
+    marked = replaced(params, "/blocks/1/mlp", params["blocks"][1]["mlp"] | {"c_fc": c_fc | {"frozen": True}})
+
+    logits, kept = backward.gpt2_forward(inputs[:, :-1], **params, n_head=5)
+    _, d = backward.cross_entropy(logits, inputs[:, 1:], np.full((2, 19), 1 / 38, np.float32))
+    gradients = backward.gpt2_backward(d, kept, **marked, n_head=5, down_to=1)
+    del expected["wte"], expected["wpe"], expected["blocks"][1]["mlp"]["c_fc"]["w"]
+    expected["blocks"][0] = {}
+    assert_close(gradients, expected, 1e-6)
+
+
 def test_what_is_padded_has_no_gradient():
     params, inputs = wild_params(HPARAMS), RNG.integers(500, size=(3, 20))
     others, shares = inputs.copy(), ragged(3, 19, np.float32)
@@ -268,6 +282,7 @@ def test_the_chain_rule_is_read_in_one_sitting():
     text = (REPO / "backward.py").read_text("utf-8")
     assert len(text.splitlines()) <= 200
     functions = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-    forward = ["gelu", "softmax", "layer_norm", "linear", "ffn", "attention", "causal_attention", "mha", "transformer_block", "gpt2"]
+    forward = ["gelu", "softmax", "layer_norm", "linear", "ffn", "attention", "causal_attention", "mha"]
+    forward += ["transformer_block", "gpt2"]
     there = [name.removesuffix("_backward") for name in functions if name.endswith("_backward")]
     assert [name for name in there if name in forward] == forward

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "files.checkpoint": set(),
     "sampling": {"backends.arrays"},
     "utils": {"encoder", "files.download", "files.checkpoint", "cli"},
+    "backward": {"gpt2", "backends.arrays"},
     "gpt2": {"backends.arrays", "backends.lookup", "backends.devices", "sampling", "utils", "cli"},
 }
 ROOMS = "", "backends", "files"
