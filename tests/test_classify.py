@@ -5,6 +5,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -162,7 +163,8 @@ def message(function, *args, **settings):
     ("lines", "said"),
     [
         ('{"text": "a", "label": "b"}\n{"text": "a"}', 'line 2: no object with {"text", "label"}'),
-        ('{"text": "a", "label": 5}', 'line 1: "label" is 5, not a text'),
+        ('{"text": "a", "label": 5.5}', 'line 1: "label" is 5.5, not a text'),
+        ('{"text": "a", "label": true}', 'line 1: "label" is True, not a text'),
         ('{"text": "a", "label": "b"}', "there is one class only, 'b'"),
         ('{"text": "a", "label": "b"}\n{"text": "a", "label": "c"}', "too few to learn from"),
     ],
@@ -186,6 +188,49 @@ def test_mistakes_are_told_in_one_line(data, words, tmp_path):
     both = {"head_only": True, "lora_rank": 2}
     assert "do not go together" in message(classify.train, held_out, name="new", models_dir=models_dir, **both)
     assert_one_line_error(command("learn", script="examples/classify.py"), "learn is none of train, evaluate, predict")
+
+
+def test_a_classifier_whose_run_died_while_it_saved_a_better_one_is_told_of(data, words):
+    models_dir = data / "models"
+    (models_dir / ".words.new").mkdir()
+    try:
+        said = message(classify.predict, "red", name="words", models_dir=str(models_dir))
+    finally:
+        (models_dir / ".words.new").rmdir()
+    assert "died while it saved a better classifier: end it with train and --resume, or delete" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"w": np.zeros((35, 2), np.float32)}, "does not fit the model beside it"),
+        ({"labels": np.array(["a", "a", "b"])}, "is damaged"),
+        ({"labels": np.array([1, 2, 3])}, "does not fit"),
+        ({"b": np.zeros(3, np.int32)}, "is damaged"),
+        ({"labels": np.array(["a", None, 5], object)}, "Object arrays cannot be loaded"),
+    ],
+)
+def test_a_damaged_head_is_told_in_one_line(change, said, data, words):
+    path = data / "models" / "words" / "classes.npz"
+    content = path.read_bytes()
+    try:
+        np.savez(path, **(dict(np.load(path)) | change))
+        assert said in message(classify.predict, "red", name="words", models_dir=str(data / "models"))
+    finally:
+        path.write_bytes(content)
+
+
+def test_a_thousand_classes_are_drawn_as_pixels_without_a_font(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.font_manager", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    classify.draw_confusion(tmp_path / "a.png", np.eye(1000, dtype=int), [f"L{i}" for i in range(1000)])
+    pixels = matplotlib.image.imread(tmp_path / "a.png")
+    assert pixels.shape[:2] == (1000, 1000)
+    assert (pixels[5, 5] != pixels[5, 6]).any()
+
+
+def test_labels_are_printed_without_what_a_terminal_would_obey():
+    assert classify.printable("a\x1b[2Jé") == "a?[2Jé"
 
 
 @pytest.mark.filterwarnings("error")

@@ -256,7 +256,7 @@ def message(*args, **settings):
         ('{"text": "a"}\nno JSON', "line 2: Expecting value"),
         (
             '{"text": "a"}\n[]\n{"text": 5}\n{',
-            'line 2: no object with {"text"} or {"prompt", "completion"} (lines 3, 4',
+            'line 2: no object with {"text"} or {"prompt", "completion"} or {"messages"} (line 3, line 4',
         ),
         ('{"prompt": "a", "completion": ""}', "line 1: \"completion\" is ''"),
         ('{"prompt": "a"}', "line 1: no object with"),
@@ -381,6 +381,84 @@ def test_merge_applies_adapters_of_ours_and_of_peft(adapted, models, tmp_path):
     np.testing.assert_allclose(logits_of("peft", models, ids), expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_merge_never_overwrites_a_model(adapted, models):
+    before = (adapted[0] / DATA).read_bytes()
+    said = message(merge=str(adapted[0]), model_size="base", name="mine", models_dir=str(models))
+    assert f"{adapted[0]} exists: go on with --resume, choose another name, or delete it" in said
+    assert "exists: choose another name" in message(
+        merge=str(adapted[0]), model_size="base", name="base", models_dir=str(models)
+    )
+    assert (adapted[0] / DATA).read_bytes() == before
+
+
+@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 32 / 16), (True, 32 / 4)])
+def test_adapters_are_scaled_as_their_configuration_says(use_rslora, scale):
+    # alpha / r, and of rsLoRA (https://arxiv.org/abs/2312.03732) alpha / sqrt(r)
+    assert lora.rank_and_scale({"r": 16, "lora_alpha": 32, "use_rslora": use_rslora}) == (16, scale)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        *(("[" * 100_000, "recursion"), ("[]", "r must be"), ("{}", "r must be a whole number above 0, not None")),
+        ('{"r": 0, "lora_alpha": 1}', "r must be a whole number above 0, not 0"),
+        ('{"r": 2, "lora_alpha": 1' + "0" * 400 + "}", "lora_alpha must be a number, not 1000"),
+        ('{"r": 2, "lora_alpha": 1, "rank_pattern": {"a": 1}}', "ranks or scales of their own"),
+        ('{"r": 2, "lora_alpha": 1, "use_dora": true}', "DoRA"),
+    ],
+)
+def test_a_configuration_of_no_plain_lora_is_told_in_one_line(config, said, tmp_path):
+    (tmp_path / lora.ADAPTER_CONFIG).write_text(config)
+    with pytest.raises(SystemExit, match=said) as error:
+        lora.load_adapters(tmp_path, {"blocks": []})
+    assert "\n" not in error.value.code
+
+
+def test_a_pickle_of_adapters_gives_tensors_and_runs_nothing(tmp_path):
+    params = wild_params(ODD)
+    tensors = {
+        f"{lora.peft_name(0, 'attn/c_attn')}.lora_{x}.weight": torch.ones(s)
+        for x, s in (("A", (2, 35)), ("B", (105, 2)))
+    }
+    (tmp_path / lora.ADAPTER_CONFIG).write_text('{"r": 2, "lora_alpha": 4}')
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    adapters, scale, base = lora.load_adapters(tmp_path, params)
+    assert (scale, base, [*adapters[0]]) == (2.0, None, ["attn/c_attn"])
+    assert adapters[0]["attn/c_attn"]["A"].shape == (35, 2)
+
+    torch.save({**tensors, "x": Payload(tmp_path / "run")}, tmp_path / "adapter_model.bin")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        lora.load_adapters(tmp_path, params)
+    assert not (tmp_path / "run").exists()
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (type(self.path).touch, (self.path,))
+
+
+def test_all_weights_learn_slower_than_adapters_unless_told_otherwise():
+    recipe = {"lora_rank": 0, "lora_alpha": None, "lora_on": "c_attn", "learning_rate": None}
+    assert lora.complete(recipe, is_part=False)["learning_rate"] == 1e-4
+    assert lora.complete(recipe | {"lora_rank": 4}, is_part=True) == {
+        "lora_rank": 4, "lora_alpha": 8, "lora_on": ["c_attn"], "learning_rate": 1e-3
+    }  # fmt: skip
+    assert lora.complete(recipe | {"learning_rate": 0.5}, is_part=True)["learning_rate"] == 0.5
+
+
+def test_each_step_silences_other_features():
+    params, n_head, (rows,) = wild_params(ODD), ODD["n_head"], [some_rows(ODD)]
+    options = {"n_head": n_head, "scale": 1.0, "dropout": 0.3, "dtype": "float32", "recompute": False}
+    recipe = {"n_steps": 20, "learning_rate": 0.0, "weight_decay": 0.0}  # the weights stay
+    losses, _ = steps({"params": params}, {}, functools.partial(on_jax.loss, **options), [rows] * 3, recipe=recipe)
+    assert len({*losses}) == 3
+    again, _ = steps({"params": params}, {}, functools.partial(on_jax.loss, **options), [rows] * 3, recipe=recipe)
+    assert again == losses
+
+
 def test_adapters_of_another_model_are_refused(adapted, models):
     said = message(merge=str(adapted[0]), model_size="shakespeare", name="new", models_dir=str(REPO / "models"))
     assert "do not fit the model: attn/c_attn of block 0 is 160 x 480" in said
@@ -390,6 +468,6 @@ def test_a_model_fine_tuned_on_texts_predicts_them_better(models, capfd):
     finetune.main(
         TEXT_FILE, model_size="base", name="better", models_dir=str(models), n_steps=20, learning_rate=5e-3, n_ctx=16
     )
-    first, *_, last = re.findall(r"([\d.]+) per character", capfd.readouterr().err)
+    first, *_, last = re.findall(r"([\d.]+) nats per character", capfd.readouterr().err)
     assert float(last) < 0.8 * float(first)
     assert load_encoder_hparams_and_params("better", str(models))[1]["n_ctx"] == 40

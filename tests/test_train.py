@@ -167,6 +167,7 @@ def test_nothing_is_on_stderr_that_the_run_does_not_say_itself(models_dir):
     lines = [line for line in said.splitlines() if not line.startswith("    ")]  # those are samples
     expected = [r"[0-9,]+ of .* numbers learn; a step needs about \S+ GB", "step 0: held out .*", "a step takes .*"]
     expected += ["step 60: held out .*", "step 120: held out .*", ".* has the weights of step .*"]
+    expected += [r".*state.npz, of \d+ MB, is for --resume alone: delete it if done"]
     assert len(lines) == len(expected)
     assert all(map(re.fullmatch, expected, lines))
 
@@ -440,6 +441,18 @@ def test_packages_that_are_missing_are_named_all_at_once_with_the_least_that_hel
     assert done.stderr.endswith(": pip install jax optax matplotlib\n")
 
 
+def test_nothing_but_on_jax_imports_jax():
+    code = "import sys; sys.path[:0] = [{0!r}, {0!r} + '/examples']; import train, finetune, classify, evaluate\n"
+    code += "print(*({{'jax', 'optax', 'tensorflow', 'matplotlib'}} & sys.modules.keys()))"
+    assert command(code=code.format(str(REPO))).stdout == "\n"
+
+
+def test_a_platform_that_jax_does_not_have_is_told_in_one_line(tmp_path):
+    args = TEXT_FILE, "--name", "new", "--models_dir", tmp_path
+    done = command(*args, script="examples/train.py", env={"JAX_PLATFORMS": "nonsense"})
+    assert_one_line_error(done, "train.py: JAX has no device to run on")
+
+
 @pytest.mark.parametrize("script", ["train.py", "finetune.py", "classify.py"])
 def test_help_needs_no_package_of_trainings(script, tmp_path):
     env = without(tmp_path, "jax", "optax", "matplotlib", "tensorflow", "tokenizers", "safetensors")
@@ -482,6 +495,17 @@ def test_held_out_data_may_not_move_to_those_learned_from(tmp_path):
     a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
     assert texts.checksums([a], b) != texts.checksums([a, b], "")
     assert texts.checksums([a], b) == texts.checksums([a], b)
+
+
+def test_a_run_that_died_at_its_first_save_leaves_no_tokenizer_to_the_next(tmp_path):
+    for name in ("small", ".small.new"):  # as earlier versions, and as this one, leave it
+        (tmp_path / name).mkdir()
+        for file, content in (("encoder.json", "{}"), ("vocab.bpe", "")):
+            (tmp_path / name / file).write_text(content)
+    train.main(TEXT_FILE, name="small", models_dir=tmp_path, **SETTINGS | {"n_steps": 1})
+    assert len(get_encoder("small", tmp_path).encoder) == 300
+    assert load_encoder_hparams_and_params("small", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"small"}
 
 
 def test_a_damaged_state_is_told_in_one_line(models_dir, tmp_path):
