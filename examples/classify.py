@@ -9,6 +9,7 @@ all, as in the GPT paper (Improving Language Understanding by Generative Pre-Tra
 """
 
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ from texts import END, ids_of, is_structured, note_parts_of_characters, read_doc
 from training import HEAD
 
 from backends.arrays import is_jax, round_up
-from cli import fail, line_text, mistakes, open_lines, run
+from cli import fail, line_text, mistakes, note, open_lines, run
 from gpt2 import softmax, transformer_block
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
@@ -200,6 +201,8 @@ def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
         f1 = 2 * hits / max(1, row.sum() + column.sum())
         print(f"{label:{width}}  {precision:9.3f}  {recall:6.3f}  {f1:5.3f}  {row.sum():5}")
     path = os.path.join(models_dir, name, CONFUSION)
+    if not importlib.util.find_spec("matplotlib"):
+        return note("matplotlib is not installed: which class is taken for which is not drawn")
     draw_confusion(path, confusion, labels)
     print(f"which class is taken for which is drawn in {path}", file=sys.stderr)
 

@@ -32,7 +32,7 @@ FLAGS = {
     ),
     "backend": (
         *(str, None),
-        "what computes the gradients: numpy, or jax, on all devices it sees (by default jax, where it is installed)",
+        "what computes the gradients: numpy, or jax on all its devices (by default jax, if it and optax are installed)",
     ),
     "seed": (int, 0, "of what learns, of what is held out at random, and of the order of the texts"),
     "distributed": (bool, False, "be one of several processes that each take some rows of a batch (see README.md)"),

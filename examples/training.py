@@ -28,7 +28,7 @@ from saving import STATE, alone, beside, copy_tokenizer, leaves, load_state, plo
 from texts import END, checksum, checksums, read_documents, text_ids
 
 from backends.arrays import on_processor
-from cli import fail, mistakes
+from cli import fail, mistakes, note
 from files.checkpoint import DATA, ENCODER, VOCAB, save_checkpoint
 from gpt2 import generate, layer_norm, linear
 from utils import MODEL_SIZES, NEW_NAME
@@ -57,8 +57,11 @@ def begin(options, *packages):
     recipe.check(options)
     settings = {key: value for key, value in options.items() if key not in recipe.NO_SETTINGS}
     settings["evaluate_every"] = settings["evaluate_every"] or -(-settings["n_steps"] // 16)
-    settings["backend"] = options["backend"] or ("jax" if importlib.util.find_spec("jax") else "numpy")
-    need("tensorflow", *[("jax", "optax"), ()][settings["backend"] == "numpy"], *packages)
+    of_jax = ["jax", "optax"]
+    settings["backend"] = options["backend"] or ("jax" if all(map(importlib.util.find_spec, of_jax)) else "numpy")
+    need("tensorflow", *(of_jax if settings["backend"] == "jax" else []), *packages)
+    if not importlib.util.find_spec("matplotlib"):
+        note("matplotlib is not installed: the loss curve is not drawn")
     model_dir, resume = new_model(options["name"], options["models_dir"]), options["resume"]
     n_devices, is_first = learner_module(settings["backend"]).begin(options)
     n_rows = settings["batch_size"] // settings["accumulate"]

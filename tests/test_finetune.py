@@ -449,16 +449,6 @@ def test_all_weights_learn_slower_than_adapters_unless_told_otherwise():
     assert lora.complete(recipe | {"learning_rate": 0.5}, is_part=True)["learning_rate"] == 0.5
 
 
-def test_each_step_silences_other_features():
-    params, n_head, (rows,) = wild_params(ODD), ODD["n_head"], [some_rows(ODD)]
-    options = {"n_head": n_head, "scale": 1.0, "dropout": 0.3, "dtype": "float32", "recompute": False}
-    recipe = {"n_steps": 20, "learning_rate": 0.0, "weight_decay": 0.0}  # the weights stay
-    losses, _ = steps({"params": params}, {}, functools.partial(on_jax.loss, **options), [rows] * 3, recipe=recipe)
-    assert len({*losses}) == 3
-    again, _ = steps({"params": params}, {}, functools.partial(on_jax.loss, **options), [rows] * 3, recipe=recipe)
-    assert again == losses
-
-
 def test_adapters_of_another_model_are_refused(adapted, models):
     said = message(merge=str(adapted[0]), model_size="shakespeare", name="new", models_dir=str(REPO / "models"))
     assert "do not fit the model: attn/c_attn of block 0 is 160 x 480" in said
