@@ -1,5 +1,6 @@
 """How a model learns with NumPy alone: the gradients of backward.py, and AdamW. It has what on_jax.py has."""
 
+import functools
 import math
 import os
 import sys
@@ -117,13 +118,14 @@ def learning_rate(step, highest, n_steps):
     return highest * (1 + math.cos(math.pi * (step - n_rising) / (n_steps - n_rising))) / 2
 
 
-def adamw(x, gradient, mean, square, step, rate, decay):
-    """A step of AdamW (https://arxiv.org/abs/1711.05101, algorithm 2) from step 0 on, in place, all in one axis.
+def adamw(piece, step, rate, norm):
+    """A step of AdamW (https://arxiv.org/abs/1711.05101, algorithm 2), in place; steps are counted from 0.
 
-    mean, square: the running means of the gradients and of their squares, which began at 0: they are divided by what
-    their weights sum to.
+    piece: (x, its gradient, mean, square, decay), where mean and square are the running means of gradients and of their
+    squares. These began at 0, and are divided by what their weights sum to. norm: that of all gradients, clipped at 1.
     """
-    b1, b2 = BETAS
+    (x, gradient, mean, square, decay), (b1, b2) = piece, BETAS
+    gradient = gradient / max(1, norm)
     mean += (1 - b1) * (gradient - mean)
     square += (1 - b2) * (gradient * gradient - square)
     change = np.sqrt(square / (1 - b2 ** (step + 1)))
@@ -161,11 +163,12 @@ class Learner:
     def update(self, rows, step):
         """The mean loss of a step, a number, which changes what learns. rows: {name: [accumulate, n_rows, ...]}."""
         n = rows["counted"].sum() if "counted" in rows else rows["label"].size
+        options = {"n": n, "n_head": self.n_head, "scale": self.scale}
+        backward = functools.partial(loss_and_gradients, self.learned, self.frozen, **options)
         loss, gradients = 0.0, None
         for i in range(self.settings["accumulate"]):
-            part = {name: array[i] for name, array in rows.items()}
-            more, found = loss_and_gradients(self.learned, self.frozen, part, n, self.n_head, self.scale)
-            loss, gradients = loss + float(more), added(gradients, leaves(found))
+            for more, found in each(backward, divided({name: array[i] for name, array in rows.items()}), n_cores()):
+                loss, gradients = loss + float(more), added(gradients, leaves(found))
         self.change(gradients, step)
         return loss
 
@@ -179,16 +182,18 @@ class Learner:
             flat = [array.reshape(-1) for array in (x, *others)]
             pieces += [(*(a[i : i + PIECE] for a in flat), decay) for i in range(0, x.size, PIECE)]
 
-        def change_piece(piece):
-            x, gradient, mean, square, decay = piece
-            gradient = gradient / max(1, norm)
-            adamw(x, gradient, mean, square, step, rate, decay)
-
-        each(change_piece, pieces, n_cores())
+        each(functools.partial(adamw, step=step, rate=rate, norm=norm), pieces, n_cores())
 
     def model(self):
         """(params, learned) as they are now, to evaluate and to save."""
         return lora.merged(self.learned, self.frozen, self.scale), self.learned
+
+
+def divided(rows):
+    """Rows in parts, one for each core, whose threads then need not wait for each other; one row is left to BLAS's."""
+    n_rows = len(rows["ids"])
+    parts = np.array_split(np.arange(n_rows), min(n_cores(), n_rows))
+    return [{name: array[part] for name, array in rows.items()} for part in parts]
 
 
 def added(sums, arrays):

@@ -271,6 +271,15 @@ def test_what_is_padded_has_no_gradient():
     assert_close(one[1], other[1], 1e-6)
 
 
+def test_the_gradient_of_a_batch_is_the_mean_of_those_of_its_rows():
+    params, inputs = small_params(), RNG.integers(11, size=(2, 6))
+    loss, gradients = backward.lm_loss_and_gradients(params, inputs, 3)
+    rows = [backward.lm_loss_and_gradients(params, row, 3) for row in inputs]
+    assert loss == pytest.approx((rows[0][0] + rows[1][0]) / 2)
+    one, other = (leaves(of_row) for _, of_row in rows)
+    assert_close(leaves(gradients), {path: (one[path] + other[path]) / 2 for path in one}, 1e-12)
+
+
 def test_the_weights_are_left_as_they_are():
     params = wild_params(HPARAMS)
     before = mapped(np.copy, params)
