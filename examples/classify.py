@@ -9,6 +9,7 @@ all, as in the GPT paper (Improving Language Understanding by Generative Pre-Tra
 """
 
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ from texts import END, ids_of, is_structured, note_parts_of_characters, read_doc
 from training import HEAD
 
 from backends.arrays import is_jax, round_up
-from cli import fail, line_text, mistakes, open_lines, run
+from cli import fail, line_text, mistakes, note, open_lines, run
 from gpt2 import softmax, transformer_block
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
@@ -168,11 +169,9 @@ def train(*files: str, head_only: bool = False, **recipe):
 
     rng, n_classes = np.random.default_rng(seed), len(labels)
     head = {"w": 0.02 * rng.standard_normal((hparams["n_embd"], n_classes), dtype=np.float32)}
-    learned, frozen = {"head": {**head, "b": np.zeros(n_classes, np.float32)}}, {"params": params}
-    if lora_rank:
-        learned["adapters"] = lora.new_adapters(params, lora_rank, options["lora_on"], seed)
-    elif not head_only:
-        learned, frozen = learned | frozen, {}
+    head |= {"b": np.zeros(n_classes, np.float32)}
+    learned, frozen = ({}, {"params": params}) if head_only else lora.parts_of(params, options, seed)
+    learned = learned | {"head": head}
     tokenizer_dir = os.path.join(models_dir, model_size)
     training.train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, options["resume"])
 
@@ -203,6 +202,8 @@ def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
         f1 = 2 * hits / max(1, row.sum() + column.sum())
         print(f"{label:{width}}  {precision:9.3f}  {recall:6.3f}  {f1:5.3f}  {row.sum():5}")
     path = os.path.join(models_dir, name, CONFUSION)
+    if not importlib.util.find_spec("matplotlib"):
+        return note("matplotlib is not installed: which class is taken for which is not drawn")
     draw_confusion(path, confusion, labels)
     print(f"which class is taken for which is drawn in {path}", file=sys.stderr)
 

@@ -121,12 +121,7 @@ def main(*files: str, merge: str = "", **recipe):
         ids = [i for row, _ in examples for i in row]
     note_parts_of_characters(encoder, ids, f"train.py makes a tokenizer of the text's own, that of {model_size} is not")
 
-    learned, frozen = {"params": params}, {}
-    if lora_rank:
-        learned, frozen = (
-            {"adapters": new_adapters(params, lora_rank, options["lora_on"], settings["seed"])},
-            learned,
-        )
+    learned, frozen = lora.parts_of(params, options, settings["seed"])
     tokenizer_dir = os.path.join(models_dir, model_size)
     training.train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, options["resume"])
 

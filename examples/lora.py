@@ -35,13 +35,74 @@ def adapted(block, adapter, scale):
     return block
 
 
-def merged(learned, frozen, scale):
-    """The params of a model of which a part learns: learned has all "params", or "adapters" to those in frozen.
+def adapters_backward(d, adapters, scale):
+    """The gradients of adapters; d: those of the params that they were merged into. Of A @ B, A has that @ B.T."""
+    return [
+        {path: adapter_backward(block, path, scale, **adapter[path]) for path in adapter}
+        for block, adapter in zip(d["blocks"], adapters, strict=True)
+    ]
 
-    With neither, the model is as it was; what else may learn, such as a "head", is no part of it.
+
+def adapter_backward(block, path, scale, A, B):  # noqa: N803
+    sublayer, layer = path.split("/")
+    d = scale * block[sublayer][layer]["w"]  # [in, out]
+    return {"A": d @ B.T, "B": A.T @ d}  # [in, rank], [rank, out]
+
+
+def named(tree, prefix=""):
+    """{"wte": an array, "blocks.0.attn.c_attn.w": another, ...} of a tree of dicts and lists, such as params."""
+    if not isinstance(tree, dict | list):
+        return {prefix: tree}
+    nodes = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    parts = [named(node, f"{prefix}.{key}" if prefix else str(key)) for key, node in nodes]
+    return {name: x for part in parts for name, x in part.items()}
+
+
+def with_weights(tree, weights, prefix=""):
+    """Params with weights, {name: an array}, in the place of those that have these names."""
+    if isinstance(tree, dict):
+        return {key: with_weights(node, weights, f"{prefix}{key}.") for key, node in tree.items()}
+    if isinstance(tree, list):
+        return [with_weights(node, weights, f"{prefix}{i}.") for i, node in enumerate(tree)]
+    return weights.get(prefix[:-1], tree)
+
+
+def chosen(params, learn):
+    """(weights, the other params): those whose names have one of the parts that --learn lists, as it was typed.
+
+    Ends with one line for a part that no name has.
+    """
+    weights = {}
+    for part in learn.replace(" ", "").split(","):
+        found = {name: x for name, x in named(params).items() if f".{part}." in f".{name}."}
+        if not found:
+            fail(
+                f"--learn takes parts of names such as mlp, ln_1, b or blocks.{len(params['blocks']) - 1}, not {part!r}"
+            )
+        weights |= found
+    return weights, with_weights(params, {name: np.zeros(0, np.float32) for name in weights})
+
+
+def parts_of(params, options, seed):
+    """(what learns, what does not) of a model, by the flags of a recipe: see merged."""
+    if options["lora_rank"]:
+        return {"adapters": new_adapters(params, options["lora_rank"], options["lora_on"], seed)}, {"params": params}
+    if options["learn"]:
+        weights, others = chosen(params, options["learn"])
+        return {"weights": weights}, {"params": others}
+    return {"params": params}, {}
+
+
+def merged(learned, frozen, scale):
+    """The params of a model of which a part learns: learned has all "params", or "weights" in the place of some of
+    those in frozen, by name, or "adapters" to them.
+
+    With none of these, the model is as it was; what else may learn, such as a "head", is no part of it.
     """
     if "adapters" in learned:
         return with_adapters(frozen["params"], learned["adapters"], scale)
+    if "weights" in learned:
+        return with_weights(frozen["params"], learned["weights"])
     return learned["params"] if "params" in learned else frozen["params"]
 
 
@@ -82,6 +143,8 @@ def complete(options, is_part):
 
     is_part: whether less than all weights learn. Ends with one line for flags of LoRA that cannot be.
     """
+    if options["learn"] and is_part:
+        fail("--learn chooses among the weights: it does not go with --lora_rank or --head_only")
     names = lora_layers(options["lora_rank"], options["lora_alpha"], options["lora_on"])
     usual = {"lora_alpha": 2 * options["lora_rank"], "learning_rate": 1e-3 if is_part else 1e-4}
     settled = {key: value if options[key] is None else options[key] for key, value in usual.items()}

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lora
-from training import class_logits, hidden_states
+from training import class_logits, hidden_states, with_dropout
 
 from backends.arrays import matmul
 from backends.devices import DeviceError, check, keep_compiled
@@ -26,12 +26,12 @@ from gpt2 import transformer_block
 # devices and processes
 
 
-def begin(distributed):
+def begin(options):
     """(how many devices there are, whether this is the only process, or the one that writes).
 
     Ends with one line if there is no device, or if the processes cannot be joined.
     """
-    if distributed:
+    if options["distributed"]:
         join_processes()
     with mistakes(DeviceError):
         check("jax")
@@ -53,48 +53,51 @@ def join_processes():
 # losses: (their sum over what counts, how much that is)
 
 
-def loss(learned, frozen, rows, keys, n_head, scale, dropout, dtype, recompute):
-    """That of texts or of classes, as the rows are; learned, frozen: see lora.merged. keys: [n_rows], for dropout."""
-    params, options = lora.merged(learned, frozen, scale), (n_head, dropout, dtype, recompute)
+def loss(learned, frozen, rows, n_head, scale, dtype, recompute):
+    """That of texts or of classes, as the rows are; learned, frozen: see lora.merged.
+
+    Rows may have "masks", [n_rows, 2*n_layer+1, n_embd]: see training.with_dropout.
+    """
+    params, options = lora.merged(learned, frozen, scale), (n_head, dtype, recompute)
     if "label" in rows:
-        return class_loss(params, learned["head"], rows, keys, *options)
-    return text_loss(params, rows, keys, *options)
+        return class_loss(params, learned["head"], rows, *options)
+    return text_loss(params, rows, *options)
 
 
-def text_loss(params, rows, keys, n_head, dropout, dtype, recompute):
+def text_loss(params, rows, n_head, dtype, recompute):
     """(nats of the tokens that count, how many do).
 
-    rows: {"ids": [n_rows, n_seq+1], "counted": [n_rows, n_seq] of 0 and 1}; keys: [n_rows], for dropout.
+    rows: {"ids": [n_rows, n_seq+1], "counted": [n_rows, n_seq] of 0 and 1}.
     """
-    params = jax.tree.map(lambda weights: weights.astype(dtype), params)
-    losses = functools.partial(window_losses, n_head=n_head, dropout=dropout, recompute=recompute)
-    nats = jax.vmap(losses, in_axes=(None, 0, 0))(params, rows["ids"], keys)  # [n_rows, n_seq]
+    params, masks = jax.tree.map(lambda weights: weights.astype(dtype), (params, rows.get("masks")))
+    losses = functools.partial(window_losses, n_head=n_head, recompute=recompute)
+    nats = jax.vmap(losses, in_axes=(None, 0, 0))(params, rows["ids"], masks)  # [n_rows, n_seq]
     return (nats * rows["counted"]).sum(), rows["counted"].sum()
 
 
-def window_losses(params, window, key, n_head, dropout, recompute):  # [n_seq+1] -> [n_seq]
+def window_losses(params, window, masks, n_head, recompute):  # [n_seq+1] -> [n_seq]
     """Of every token but the first, given those before it: the cross-entropy in nats."""
-    params = with_dropout(params, dropout, key)
+    params = with_dropout(params, masks)
     x = hidden_states(window[:-1], **params, block=block_of(n_head, recompute))
     logits = matmul(x, params["wte"].T, dtype="float32")  # [n_seq, n_vocab]
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, window[1:, None], axis=-1)[:, 0]
 
 
-def class_loss(params, head, rows, keys, n_head, dropout, dtype, recompute):
+def class_loss(params, head, rows, n_head, dtype, recompute):
     """(nats of the right classes, how many texts there are).
 
-    rows: {"ids": [n_rows, n_seq], "last": [n_rows], "label": [n_rows]}; keys: [n_rows], for dropout.
+    rows: {"ids": [n_rows, n_seq], "last": [n_rows], "label": [n_rows]}.
     """
-    params, head = jax.tree.map(lambda weights: weights.astype(dtype), (params, head))
-    losses = functools.partial(row_loss, n_head=n_head, dropout=dropout, recompute=recompute)
+    params, head, masks = jax.tree.map(lambda weights: weights.astype(dtype), (params, head, rows.get("masks")))
+    losses = functools.partial(row_loss, n_head=n_head, recompute=recompute)
     nats = jax.vmap(losses, in_axes=(None, None, 0, 0, 0, 0))(
-        params, head, rows["ids"], rows["last"], rows["label"], keys
+        params, head, rows["ids"], rows["last"], rows["label"], masks
     )
     return nats.sum(), float(len(nats))
 
 
-def row_loss(params, head, ids, last, label, key, n_head, dropout, recompute):
-    params = with_dropout(params, dropout, key)
+def row_loss(params, head, ids, last, label, masks, n_head, recompute):
+    params = with_dropout(params, masks)
     logits = class_logits(params, head, ids, last, block_of(n_head, recompute))
     return -jax.nn.log_softmax(logits.astype("float32"))[label]
 
@@ -106,26 +109,6 @@ def block_of(n_head, recompute):
     """
     block = functools.partial(transformer_block, n_head=n_head)
     return jax.checkpoint(block) if recompute else block
-
-
-def with_dropout(params, rate, key):
-    """Params whose layer norms silence a random part of their features: gpt2() needs no flag for training.
-
-    The mask is the same at all positions of a window (variational dropout, https://arxiv.org/abs/1512.05287).
-    """
-    if not rate:
-        return params
-    key, *keys = jax.random.split(key, 1 + 2 * len(params["blocks"]))
-    blocks = [
-        {**block, "ln_1": silenced(block["ln_1"], rate, key_1), "ln_2": silenced(block["ln_2"], rate, key_2)}
-        for block, key_1, key_2 in zip(params["blocks"], keys[::2], keys[1::2], strict=True)
-    ]
-    return {**params, "blocks": blocks, "ln_f": silenced(params["ln_f"], rate, key)}
-
-
-def silenced(ln, rate, key):
-    mask = (jax.random.bernoulli(key, 1 - rate, ln["g"].shape) / (1 - rate)).astype(ln["g"].dtype)
-    return {"g": ln["g"] * mask, "b": ln["b"] * mask}
 
 
 @functools.cache
@@ -146,23 +129,20 @@ def optimizer(learned, n_steps, learning_rate, weight_decay):
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
-def update(learned, optimizer_state, frozen, rows, step, loss, optimizer, seed, accumulate):
+def update(learned, optimizer_state, frozen, rows, loss, optimizer):
     """(mean loss, learned, optimizer_state) behind a step, to be compiled.
 
     rows: {name: [accumulate, n_rows, ...]}; the parts are computed one after another, and only their sums are kept.
     """
-    n_rows = jax.tree.leaves(rows)[0].shape[1]
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), accumulate * n_rows)
-    parts = (rows, keys.reshape(accumulate, n_rows))
     nothing = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, learned)
-    (total, n, gradients), _ = jax.lax.scan(functools.partial(add_part, loss, learned, frozen), nothing, parts)
+    (total, n, gradients), _ = jax.lax.scan(functools.partial(add_part, loss, learned, frozen), nothing, rows)
     gradients = jax.tree.map(lambda gradient: gradient / n, gradients)
     updates, optimizer_state = optimizer.update(gradients, optimizer_state, learned)
     return total / n, optax.apply_updates(learned, updates), optimizer_state
 
 
-def add_part(loss, learned, frozen, sums, part):
-    (total, n), gradients = jax.value_and_grad(loss, has_aux=True)(learned, frozen, *part)
+def add_part(loss, learned, frozen, sums, rows):
+    (total, n), gradients = jax.value_and_grad(loss, has_aux=True)(learned, frozen, rows)
     return jax.tree.map(jnp.add, sums, (total, n, gradients)), None
 
 
@@ -177,8 +157,8 @@ class Learner:
     def __init__(self, learned, frozen, n_head, settings):
         self.learned, self.frozen, self.scale = learned, frozen, lora.scale_of(settings)
         self.is_first, self.accumulate = jax.process_index() == 0, settings["accumulate"]
-        self.recompute, self.seed = settings["recompute"], settings["seed"]
-        options = {key: settings[key] for key in ("dropout", "dtype", "recompute")}
+        self.recompute = settings["recompute"]
+        options = {key: settings[key] for key in ("dtype", "recompute")}
         self.loss = functools.partial(loss, n_head=n_head, scale=self.scale, **options)
         self.optimizer = optimizer(learned, *(settings[key] for key in ("n_steps", "learning_rate", "weight_decay")))
         self.optimizer_state = jax.eval_shape(self.optimizer.init, learned)
@@ -201,10 +181,9 @@ class Learner:
             self.learned = put(self.learned, self.everywhere)
             self.optimizer_state = jax.jit(self.optimizer.init, out_shardings=self.everywhere)(self.learned)
         self.frozen = put(self.frozen, self.everywhere)
-        options = {"loss": self.loss, "optimizer": self.optimizer, "seed": self.seed, "accumulate": self.accumulate}
-        step = functools.partial(update, **options)
+        step = functools.partial(update, loss=self.loss, optimizer=self.optimizer)
         step = jax.jit(step, donate_argnums=(0, 1), out_shardings=self.everywhere)
-        arguments = self.learned, self.optimizer_state, self.frozen, put(rows, self.divided), np.int32(0)
+        arguments = self.learned, self.optimizer_state, self.frozen, put(rows, self.divided)
         self.compiled = compiled(step, self.recompute, *arguments)
         return size(self.learned), size((self.learned, self.frozen)), needs(self.compiled)
 
@@ -214,7 +193,7 @@ class Learner:
 
     def update(self, rows, step):
         """The mean loss of a step, a number, which changes what learns. rows: {name: [accumulate, n_rows, ...]}."""
-        arguments = self.learned, self.optimizer_state, self.frozen, put(rows, self.divided), np.int32(step)
+        arguments = self.learned, self.optimizer_state, self.frozen, put(rows, self.divided)
         mean, self.learned, self.optimizer_state = self.compiled(*arguments)
         return float(mean)
 

@@ -30,6 +30,10 @@ FLAGS = {
         "steps from one evaluation to the next (by default there are 16 at most, and one before the first step); "
         "each saves the run, and the model if it is the best yet",
     ),
+    "backend": (
+        *(str, None),
+        "what computes the gradients: numpy, or jax on all its devices (by default jax, if it and optax are installed)",
+    ),
     "seed": (int, 0, "of what learns, of what is held out at random, and of the order of the texts"),
     "distributed": (bool, False, "be one of several processes that each take some rows of a batch (see README.md)"),
     "resume": (bool, False, "go on with a run with the same arguments; more n_steps lengthen it"),
@@ -40,6 +44,11 @@ BASE_FLAGS = {
         "124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint",
     ),
     "held_out": (str, "", "a file, folder or glob to evaluate on, instead of a part of files"),
+    "learn": (
+        *(str, ""),
+        "only weights learn that have this in their names, such as mlp, ln_1, b, blocks.11 or blocks.0.attn.c_attn.w; "
+        "several with commas between (by default all)",
+    ),
     "lora_rank": (int, 0, "learn adapters of this rank instead of all weights (0)"),
     "lora_alpha": (float, None, "adapters are scaled by lora_alpha / lora_rank (by default, 2)"),
     "lora_on": (
@@ -108,6 +117,8 @@ def check(options):
         fail(f"--seed must be below 2**32, not {options['seed']}")
     if options["dtype"] not in ("float32", "bfloat16"):
         fail(f"--dtype must be float32 or bfloat16, not {options['dtype']!r}")
+    if options["backend"] not in (None, "numpy", "jax"):
+        fail(f"--backend must be numpy or jax, not {options['backend']!r}")
     if options["dropout"] >= 1:
         fail(f"--dropout must be below 1, not {options['dropout']!r}")
     if options["batch_size"] % options["accumulate"]:

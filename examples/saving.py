@@ -5,6 +5,7 @@ waits as .NAME.old. What a process has left that died at any moment of this, set
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -204,7 +205,10 @@ def load_state(path, settings, arrays):
 
 
 def plot(path, history, unit):
-    """Draws the loss curves; history: [step, training or None, held-out]."""
+    """Draws the loss curves, where matplotlib is installed; history: [step, training or None, held-out]."""
+    if not importlib.util.find_spec("matplotlib"):
+        return
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5))

@@ -6,6 +6,7 @@ computes gradients and makes steps is a Learner: see on_jax.py.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import math
 import os
@@ -27,7 +28,7 @@ from saving import STATE, alone, beside, copy_tokenizer, leaves, load_state, plo
 from texts import END, checksum, checksums, read_documents, text_ids
 
 from backends.arrays import on_processor
-from cli import fail, mistakes
+from cli import fail, mistakes, note
 from files.checkpoint import DATA, ENCODER, VOCAB, save_checkpoint
 from gpt2 import generate, layer_norm, linear
 from utils import MODEL_SIZES, NEW_NAME
@@ -56,12 +57,13 @@ def begin(options, *packages):
     recipe.check(options)
     settings = {key: value for key, value in options.items() if key not in recipe.NO_SETTINGS}
     settings["evaluate_every"] = settings["evaluate_every"] or -(-settings["n_steps"] // 16)
-    need("jax", "optax", "matplotlib", *packages)
+    of_jax = ["jax", "optax"]
+    settings["backend"] = options["backend"] or ("jax" if all(map(importlib.util.find_spec, of_jax)) else "numpy")
+    need(*(of_jax if settings["backend"] == "jax" else []), *packages)
+    if not importlib.util.find_spec("matplotlib"):
+        note("matplotlib is not installed: the loss curve is not drawn")
     model_dir, resume = new_model(options["name"], options["models_dir"]), options["resume"]
-
-    import on_jax  # only here: all before needs none, and is done in no time
-
-    n_devices, is_first = on_jax.begin(options["distributed"])
+    n_devices, is_first = learner_module(settings["backend"]).begin(options)
     n_rows = settings["batch_size"] // settings["accumulate"]
     if n_rows % n_devices:
         fail(f"{n_rows} rows cannot be divided over {n_devices} devices: choose another --batch_size or --accumulate")
@@ -73,6 +75,12 @@ def begin(options, *packages):
     if not resume and is_first:
         refuse_existing(model_dir)
     return model_dir, settings
+
+
+def learner_module(backend):
+    """on_numpy or on_jax, each with a begin() and a Learner; only here: all before needs no library, and is done in no
+    time."""
+    return importlib.import_module(f"on_{backend}")
 
 
 def new_model(name, models_dir):
@@ -177,6 +185,16 @@ def batches(order, batch_size, seed, first_step, n_steps):
         yield rows[i * batch_size : (i + 1) * batch_size]
 
 
+def dropout_masks(rate, seed, step, n_rows, hparams):  # [n_rows, 2*n_layer+1, n_embd]
+    """What the features behind each layer norm are multiplied by in a step: 0 for a random part of them.
+
+    It is the same at all positions of a row (variational dropout, https://arxiv.org/abs/1512.05287).
+    """
+    rng = np.random.default_rng([seed, step, n_rows])  # not those of batches()
+    shape = n_rows, 2 * hparams["n_layer"] + 1, hparams["n_embd"]
+    return (rng.random(shape, np.float32) >= rate) / np.float32(1 - rate)
+
+
 # the model
 
 
@@ -186,6 +204,25 @@ def hidden_states(ids, wte, wpe, blocks, ln_f, block):  # [n_seq] -> [n_seq, n_e
     for weights in blocks:
         x = block(x, **weights)
     return layer_norm(x, **ln_f)
+
+
+def with_dropout(params, masks):
+    """Params whose layer norms silence features: gpt2() needs no flag for training. masks: dropout_masks', or None."""
+    return params if masks is None else with_layer_norms(params, silenced, masks)
+
+
+def with_layer_norms(params, function, masks):  # [..., 2*n_layer+1, n_embd]
+    """Params with function(ln, mask) in the place of each layer norm."""
+    of_norms = [masks[..., i, :] for i in range(masks.shape[-2])]
+    blocks = [
+        block | {name: function(block[name], mask) for name, mask in [("ln_1", ln_1), ("ln_2", ln_2)] if name in block}
+        for block, ln_1, ln_2 in zip(params["blocks"], of_norms[:-1:2], of_norms[1::2], strict=True)
+    ]
+    return {**params, "blocks": blocks, "ln_f": function(params["ln_f"], of_norms[-1])}
+
+
+def silenced(ln, mask):  # [n_embd], or [n_rows, n_embd] for a batch
+    return {name: x * mask[..., None, :] for name, x in ln.items()}  # the same at all positions
 
 
 def class_logits(params, head, ids, last, block):  # [n_seq], [] -> [n_classes]
@@ -264,7 +301,7 @@ class Run:
             self.step, self.history, self.losses, state = found
         (any_batch,) = batches(self.task.data.order, settings["batch_size"], settings["seed"], 0, 1)
         n_learned, n, n_gb = self.learner.start(self.rows(any_batch), state)  # their shapes are all the same
-        self.say(f"{n_learned:,} of {n:,} numbers learn; a step needs about {n_gb:.2g} GB")
+        self.say(f"{n_learned:,} of {n:,} numbers learn" + (f"; a step needs about {n_gb:.2g} GB" if n_gb else ""))
 
     def learn(self):
         """Makes the steps that are left, evaluates and saves. Returns whether Ctrl-C ended it."""
@@ -299,7 +336,11 @@ class Run:
         return False
 
     def rows(self, which):
-        return self.task.data.rows(self.learner.share(which))
+        """The part of a batch that this process learns from: {name: [accumulate, n_rows, ...]}."""
+        rows, share = self.task.data.rows(self.learner.share(which)), self.learner.share(np.arange(len(which)))
+        rate, seed = self.settings["dropout"], self.settings["seed"]
+        masks = {"masks": dropout_masks(rate, seed, self.step, len(which), self.hparams)[share]} if rate else {}
+        return rows | masks
 
     def is_time_to_look(self):
         return self.step % self.settings["evaluate_every"] == 0 or self.step == self.settings["n_steps"]
@@ -367,9 +408,7 @@ def train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, re
 
     learned, frozen: see lora.merged. task: such as Texts. Others: see begin and Run.
     """
-    from on_jax import Learner
-
-    learner = Learner(learned, frozen, hparams["n_head"], settings)
+    learner = learner_module(settings["backend"]).Learner(learned, frozen, hparams["n_head"], settings)
     run = Run(model_dir, tokenizer_dir, hparams, settings, learner, task)
     with alone(model_dir) if learner.is_first else contextlib.nullcontext():
         if learner.is_first and not resume:

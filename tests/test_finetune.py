@@ -38,18 +38,18 @@ def some_rows(hparams, n_rows=4, n_seq=17, seed=0):
 
 
 def loss_of(n_head, dtype="float32", recompute=False):
-    options = {"n_head": n_head, "scale": 2.0, "dropout": 0.0, "dtype": dtype, "recompute": recompute}
+    options = {"n_head": n_head, "scale": 2.0, "dtype": dtype, "recompute": recompute}
     return functools.partial(on_jax.loss, **options)
 
 
 def steps(learned, frozen, loss, all_rows, accumulate=1, recipe=RECIPE):
     """(losses, learned) of as many steps as there are rows, by the loop's own update."""
     optimizer, losses = on_jax.optimizer(learned, **recipe), []
-    options = {"loss": loss, "optimizer": optimizer, "seed": 0, "accumulate": accumulate}
-    update, state = jax.jit(functools.partial(on_jax.update, **options)), optimizer.init(learned)
-    for step, rows in enumerate(all_rows):
+    update = jax.jit(functools.partial(on_jax.update, loss=loss, optimizer=optimizer))
+    state = optimizer.init(learned)
+    for rows in all_rows:
         rows = {name: array.reshape(accumulate, -1, array.shape[-1]) for name, array in rows.items()}
-        mean, learned, state = update(learned, state, frozen, rows, step)
+        mean, learned, state = update(learned, state, frozen, rows)
         losses.append(float(mean))
     return losses, learned
 
@@ -175,7 +175,7 @@ def test_recomputation_takes_less_memory():
     takes = []
     for recompute in (False, True):
         loss = loss_of(ODD["n_head"], recompute=recompute)
-        gradient = jax.jit(jax.grad(lambda params, loss=loss: loss({"params": params}, {}, rows, np.zeros(32))[0]))
+        gradient = jax.jit(jax.grad(lambda params, loss=loss: loss({"params": params}, {}, rows)[0]))
         takes.append(on_jax.compiled(gradient, recompute, params).memory_analysis().temp_size_in_bytes)
     assert takes[1] < 0.6 * takes[0]
 
@@ -232,7 +232,7 @@ def test_only_completions_are_learned_as_with_labels_of_minus_100_in_transformer
     rows = finetune.padded(finetune.examples_of(encoder, documents, 40))
     params, end = wild_params(ODD | {"n_ctx": 40}), encoder.encoder["<|endoftext|>"]
     loss = jax.jit(loss_of(ODD["n_head"]))
-    total, n = loss({"params": params}, {}, rows, np.zeros(2))
+    total, n = loss({"params": params}, {}, rows)
 
     labels = np.full(rows["ids"].shape, -100)  # by hand
     for row, (prompt, completion) in enumerate([("What is this?", " It is a test."), ("", "No.")]):
@@ -448,16 +448,6 @@ def test_all_weights_learn_slower_than_adapters_unless_told_otherwise():
         "lora_rank": 4, "lora_alpha": 8, "lora_on": ["c_attn"], "learning_rate": 1e-3
     }  # fmt: skip
     assert lora.complete(recipe | {"learning_rate": 0.5}, is_part=True)["learning_rate"] == 0.5
-
-
-def test_each_step_silences_other_features():
-    params, n_head, (rows,) = wild_params(ODD), ODD["n_head"], [some_rows(ODD)]
-    options = {"n_head": n_head, "scale": 1.0, "dropout": 0.3, "dtype": "float32", "recompute": False}
-    recipe = {"n_steps": 20, "learning_rate": 0.0, "weight_decay": 0.0}  # the weights stay
-    losses, _ = steps({"params": params}, {}, functools.partial(on_jax.loss, **options), [rows] * 3, recipe=recipe)
-    assert len({*losses}) == 3
-    again, _ = steps({"params": params}, {}, functools.partial(on_jax.loss, **options), [rows] * 3, recipe=recipe)
-    assert again == losses
 
 
 def test_adapters_of_another_model_are_refused(adapted, models):

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "cli": {"backends.checks"},
     "utils": {"encoder", "files.checkpoint", "files.download", "files.sums", "files.together"},
     "gpt2": {"backends", "backends.arrays", "backends.checks", "sampling"},
+    "backward": {"backends.arrays", "gpt2"},
 }
 MAIN_MAY_IMPORT = {
     "encoder": {"cli"},

@@ -17,7 +17,7 @@ sys.path.insert(0, str(REPO / "examples"))
 import saving
 import training
 
-SETTINGS = {"n_steps": 4, "batch_size": 2, "evaluate_every": 2, "seed": 0}
+SETTINGS = {"n_steps": 4, "batch_size": 2, "evaluate_every": 2, "seed": 0, "dropout": 0.0}
 
 
 def files(folder):

@@ -1,7 +1,7 @@
 """examples/train.py: a short run on a small text, and what it leaves behind."""
 
+import argparse
 import collections
-import importlib.util
 import json
 import math
 import os
@@ -301,7 +301,8 @@ def test_dropout_silences_features_behind_each_layer_norm_and_scales_the_others(
     rng = np.random.default_rng(0)
     norms = [{name: jnp.asarray(rng.uniform(0.5, 1.5, 4000)) for name in ("g", "b")} for _ in range(5)]
     params = {"blocks": [dict(zip(("ln_1", "ln_2"), norms[i : i + 2], strict=True)) for i in (0, 2)], "ln_f": norms[4]}
-    dropped = on_jax.with_dropout(params, 0.25, jax.random.key(0))
+    masks = training.dropout_masks(0.25, 0, 0, 1, {"n_layer": 2, "n_embd": 4000})
+    dropped = training.with_dropout(params, masks[0])
     norms = [(params["ln_f"], dropped["ln_f"])]
     for before, after in zip(params["blocks"], dropped["blocks"], strict=True):
         norms += [(before["ln_1"], after["ln_1"]), (before["ln_2"], after["ln_2"])]
@@ -315,23 +316,30 @@ def test_dropout_silences_features_behind_each_layer_norm_and_scales_the_others(
     assert len({mask.tobytes() for mask in masks}) == 5  # each its own
 
 
-def test_dropout_of_0_changes_nothing_and_each_window_has_a_mask_of_its_own():
+def test_each_window_of_each_step_has_masks_of_its_own_which_follow_from_the_seed():
+    hparams = {"n_layer": 2, "n_embd": 50}
+    masks = [training.dropout_masks(0.5, seed, step, 2, hparams) for seed, step in [(0, 0), (0, 1), (1, 0)]]
+    assert len({mask.tobytes() for pair in masks for mask in pair}) == 6
+    np.testing.assert_array_equal(masks[1], training.dropout_masks(0.5, 0, 1, 2, hparams))
+
+
+def test_dropout_of_0_changes_nothing_and_each_window_is_seen_through_its_own_mask():
     params = jax.tree.map(jnp.asarray, random_params(SMALL))
     params["wte"] *= 50  # far from uniform
     rows = {"ids": np.tile(np.arange(33), (2, 1)), "counted": np.ones((2, 32), np.float32)}
-    keys = jax.random.split(jax.random.key(1), 2)
+    masks = training.dropout_masks(0.5, 0, 0, 2, SMALL)
 
-    loss = jax.jit(on_jax.text_loss, static_argnums=(3, 4, 5, 6))
+    loss = jax.jit(on_jax.text_loss, static_argnums=(2, 3, 4))
 
-    def mean(n_rows, dropout):
-        part = {name: array[:n_rows] for name, array in rows.items()}
-        total, n = loss(params, part, keys[:n_rows], 2, dropout, "float32", False)
+    def mean(n_rows, **masks):
+        part = {name: array[:n_rows] for name, array in (rows | masks).items()}
+        total, n = loss(params, part, 2, "float32", False)
         return float(total / n)
 
     logits = gpt2(rows["ids"][0, :-1], **random_params(SMALL) | {"wte": np.asarray(params["wte"])}, n_head=2)
     expected = np.log(np.exp(logits).sum(-1)) - logits[np.arange(32), np.arange(1, 33)]
-    assert mean(2, 0.0) == pytest.approx(expected.mean(), rel=1e-4)
-    assert not np.isclose(mean(1, 0.5), mean(2, 0.5), rtol=1e-4)
+    assert mean(2) == pytest.approx(expected.mean(), rel=1e-4)
+    assert not np.isclose(mean(1, masks=masks), mean(2, masks=masks), rtol=1e-4)
 
 
 def test_first_weights_have_the_spread_of_gpt2():
@@ -391,14 +399,6 @@ def test_mistakes_are_told_in_one_line(change, said, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_without_what_draws_the_plot_nothing_begins(tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    said = message(TEXT_FILE, name="new", models_dir=tmp_path)
-    assert said.endswith("matplotlib is not installed here, which training needs: pip install matplotlib")
-    assert not any(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("short", "too short"), ("a " * 100, "too short")])
 def test_a_text_too_short_leaves_no_folder_that_would_be_in_the_way(text, said, tmp_path):
     (tmp_path / "text.txt").write_text(text)
@@ -430,10 +430,21 @@ def without(folder, *packages):
 
 @pytest.mark.parametrize("script", ["train.py", "finetune.py", "classify.py"])
 def test_packages_that_are_missing_are_named_all_at_once_with_the_least_that_helps(script, tmp_path):
-    env = without(tmp_path, "jax", "optax", "matplotlib")
-    done = command("train", "--name", "new", script=f"examples/{script}", env=env)
-    assert_one_line_error(done, f"{script}: jax, optax, matplotlib are not installed here, which training needs: ")
-    assert done.stderr.endswith(": pip install jax optax matplotlib\n")
+    env = without(tmp_path, "jax", "optax")
+    done = command("train", "--name", "new", "--backend=jax", script=f"examples/{script}", env=env)
+    assert_one_line_error(done, f"{script}: jax, optax are not installed here, which training needs: ")
+    assert done.stderr.endswith(": pip install jax optax\n")
+
+
+def test_each_step_of_a_run_silences_other_features():
+    hparams, settings = {"n_layer": 2, "n_embd": 50}, {"dropout": 0.5, "seed": 0}
+    task, learner = argparse.Namespace(data=training.Rows({"ids": np.zeros((2, 3))}, 2)), argparse.Namespace()
+    learner.share = lambda which: which[None]  # [batch_size] -> [accumulate, n_rows]
+    run = training.Run("", "", hparams, settings, learner, task)
+    first = run.rows(np.arange(2))["masks"]
+    assert first.shape == (1, 2, 5, 50)
+    run.step = 1
+    assert not np.array_equal(run.rows(np.arange(2))["masks"], first)
 
 
 def test_nothing_but_on_jax_imports_jax():

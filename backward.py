@@ -1,0 +1,200 @@
+"""The gradient of each function of gpt2.py, in its order: the chain rule, written out in NumPy.
+
+The gradient of an array says how much the loss grows with each of its numbers, and has its shape. f_backward(d, ...)
+takes the gradient d of what f returned, and f's arguments; it returns their gradients, under their names. What is cheap
+is computed again. Where it is not, f_forward returns what f does and what it has kept, and f_backward takes that.
+The shapes at the end of a line leave out leading batch axes, which all functions take, too.
+"""
+
+import math
+
+import numpy as np
+
+from backends.arrays import matmul, query_block
+from gpt2 import causal_attention, gelu, layer_norm, linear, softmax
+
+
+def gelu_backward(d, x):
+    """gelu(x) = x * h, where h = (1 + tanh(u)) / 2, u = (c + s) * x, c = sqrt(2 / pi), s = 0.044715 * c * x**2.
+
+    tanh' = 1 - tanh**2, so h' = 2 * h * (1 - h) * u', where u' = c + 3 * s, and gelu' = h + x * h'.
+    """
+    c = math.sqrt(2 / math.pi)
+    s = 0.044715 * c * x * x
+    h = 0.5 + 0.5 * np.tanh((c + s) * x)
+    s *= 3  # in place, as in other lines below: large temporaries cost time
+    s += c
+    s *= x * (2 - 2 * h)
+    s += 1  # gelu' = h * (1 + 2 * (1 - h) * x * u')
+    s *= d * h
+    return {"x": s}
+
+
+def softmax_backward(d, p):
+    """p = softmax(x). As dp_i/dx_j = p_i * ((i == j) - p_j), x_j gets p_j * (d_j - the sum over i of d_i * p_i)."""
+    return {"x": p * (d - (d * p).sum(axis=-1, keepdims=True))}
+
+
+def layer_norm_backward(d, x, g, b, eps: float = 1e-5):
+    """g * z + b, where z = (x - mean) / std: to shift or to stretch x, along 1 or along z, changes nothing."""
+    x = x - x.mean(axis=-1, keepdims=True)
+    std = np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+    z, d_z = x / std, d * g
+    d_x = d_z - d_z.mean(axis=-1, keepdims=True) - z * (d_z * z).mean(axis=-1, keepdims=True)
+    rows = -2 if g.ndim > 1 else tuple(range(d.ndim - 1))  # those with the same g: of one text, or all
+    return {"x": d_x / std, "g": (d * z).sum(axis=rows).reshape(g.shape), "b": d.sum(axis=rows).reshape(b.shape)}
+
+
+def linear_backward(d, x, w, b, frozen=False):  # [m, out], [m, in], [in, out], [out]
+    """y = x @ w + b: d times what stands beside each, summed over the axis that it lacks. frozen: w gets none."""
+    gradients = {"x": matmul(d, w.T)}  # [m, in]
+    x, d = x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1])  # all rows of a batch have the same w and b
+    if not frozen:
+        gradients["w"] = x.T @ d  # [in, out]
+    return gradients | {"b": d.sum(axis=0)}  # [out]
+
+
+def ffn_forward(x, c_fc, c_proj):  # [n_seq, n_embd] -> [n_seq, n_embd]
+    h = linear(x, **c_fc)  # [n_seq, n_embd] -> [n_seq, 4*n_embd]
+    a = gelu(h)  # [n_seq, 4*n_embd]
+    return linear(a, **c_proj), (x, h, a)  # [n_seq, 4*n_embd] -> [n_seq, n_embd]
+
+
+def ffn_backward(d, kept, c_fc, c_proj):
+    """The same steps, last first. Each hands the gradient of its x on to the one before; those of its weights stay."""
+    x, h, a = kept
+    c_proj = linear_backward(d, a, **c_proj)  # [n_seq, n_embd] -> [n_seq, 4*n_embd]
+    d = gelu_backward(c_proj.pop("x"), h)["x"]  # [n_seq, 4*n_embd]
+    c_fc = linear_backward(d, x, **c_fc)  # [n_seq, 4*n_embd] -> [n_seq, n_embd]
+    return {"x": c_fc.pop("x"), "c_fc": c_fc, "c_proj": c_proj}
+
+
+def attention_backward(d, q, k, v, mask):  # [n_q, d_v], [n_q, d_k], [n_k, d_k], [n_k, d_v], [n_q, n_k]
+    """Two products with a softmax between. Of weights @ v, weights get d @ v.T, and v gets weights.T @ d."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    q = scale * q  # scores = q @ k.T + mask
+    weights = softmax(q @ k.mT + mask)  # [n_q, n_k]
+    d_scores = softmax_backward(d @ v.mT, weights)["x"]  # [n_q, n_k]
+    return {"q": scale * (d_scores @ k), "k": d_scores.mT @ q, "v": weights.mT @ d}
+
+
+def causal_attention_backward(d, q, k, v):  # 4 of [n_head, n_seq, n_embd/n_head]
+    """Queries of several blocks see a key and its value: their gradients are summed."""
+    slots, n_block = np.arange(q.shape[-2]), query_block(q)
+    gradients = {"q": np.zeros_like(q), "k": np.zeros_like(k), "v": np.zeros_like(v)}
+    for start in range(0, len(slots), n_block):
+        stop = min(start + n_block, len(slots))
+        mask = np.where(slots[:stop] > slots[start:stop, None], q.dtype.type(-math.inf), 0)  # [stop-start, stop]
+        seen = q[..., start:stop, :], k[..., :stop, :], v[..., :stop, :], mask
+        of_block = attention_backward(d[..., start:stop, :], *seen)
+        gradients["q"][..., start:stop, :] = of_block["q"]
+        gradients["k"][..., :stop, :] += of_block["k"]
+        gradients["v"][..., :stop, :] += of_block["v"]
+    return gradients
+
+
+def heads(x, n, n_head):  # [n_seq, n*n_embd] -> n of [n_head, n_seq, n_embd/n_head]
+    x = x.reshape(*x.shape[:-1], n, n_head, -1)  # [n_seq, n, n_head, n_embd/n_head]
+    return [x[..., i, :, :].swapaxes(-3, -2) for i in range(n)]
+
+
+def mha_forward(x, c_attn, c_proj, n_head):  # [n_seq, n_embd] -> [n_seq, n_embd]
+    qkv = linear(x, **c_attn)  # [n_seq, n_embd] -> [n_seq, 3*n_embd]
+    a = causal_attention(*heads(qkv, 3, n_head), np.arange(x.shape[-2]))  # -> [n_head, n_seq, n_embd/n_head]
+    a = a.swapaxes(-3, -2).reshape(x.shape)  # [n_head, n_seq, n_embd/n_head] -> [n_seq, n_embd]
+    return linear(a, **c_proj), (x, qkv, a)  # [n_seq, n_embd] -> [n_seq, n_embd]
+
+
+def mha_backward(d, kept, c_attn, c_proj, n_head):
+    """Splitting and merging heads move numbers, and change none: their gradients are moved back."""
+    x, qkv, a = kept
+    c_proj = linear_backward(d, a, **c_proj)  # [n_seq, n_embd] -> [n_seq, n_embd]
+    (d,) = heads(c_proj.pop("x"), 1, n_head)  # [n_seq, n_embd] -> [n_head, n_seq, n_embd/n_head]
+    d = causal_attention_backward(d, *heads(qkv, 3, n_head))  # q, k and v: 3 of [n_head, n_seq, n_embd/n_head]
+    d = np.stack([d[name].swapaxes(-3, -2) for name in "qkv"], axis=-3)  # [n_seq, 3, n_head, n_embd/n_head]
+    c_attn = linear_backward(d.reshape(qkv.shape), x, **c_attn)  # [n_seq, 3*n_embd] -> [n_seq, n_embd]
+    return {"x": c_attn.pop("x"), "c_attn": c_attn, "c_proj": c_proj}
+
+
+def transformer_block_forward(x, mlp, attn, ln_1, ln_2, n_head):  # [n_seq, n_embd] -> [n_seq, n_embd]
+    a, kept_by_mha = mha_forward(layer_norm(x, **ln_1), **attn, n_head=n_head)
+    y = x + a
+    f, kept_by_ffn = ffn_forward(layer_norm(y, **ln_2), **mlp)
+    return y + f, (x, kept_by_mha, y, kept_by_ffn)
+
+
+def transformer_block_backward(d, kept, mlp, attn, ln_1, ln_2, n_head):
+    """Of a residual connection y = x + f(x), x gets what y gets, and what comes back through f."""
+    x, kept_by_mha, y, kept_by_ffn = kept
+    mlp = ffn_backward(d, kept_by_ffn, **mlp)
+    ln_2 = layer_norm_backward(mlp.pop("x"), y, **ln_2)
+    d = d + ln_2.pop("x")
+    attn = mha_backward(d, kept_by_mha, **attn, n_head=n_head)
+    ln_1 = layer_norm_backward(attn.pop("x"), x, **ln_1)
+    return {"x": d + ln_1.pop("x"), "mlp": mlp, "attn": attn, "ln_1": ln_1, "ln_2": ln_2}
+
+
+def hidden_states_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_embd]
+    """gpt2() up to its projection to the vocabulary, in the place of which a classifier has its own."""
+    x, kept = wte[inputs] + wpe[: inputs.shape[-1]], []
+    for block in blocks:
+        x, kept_by_block = transformer_block_forward(x, **block, n_head=n_head)
+        kept.append(kept_by_block)
+    return layer_norm(x, **ln_f), (inputs, kept, x)
+
+
+def hidden_states_backward(d, kept, wte, wpe, blocks, ln_f, n_head, down_to=None, d_wte=None):
+    """Uses up what is kept. d_wte: what wte gets from elsewhere, and is added to.
+
+    down_to: the first block that learns, if the embeddings do not: they get nothing, and the blocks before it {}.
+    """
+    inputs, kept, x = kept
+    ln_f = layer_norm_backward(d, x, **ln_f)
+    d, of_blocks = ln_f.pop("x"), [{} for _ in blocks]
+    for i in reversed(range(down_to or 0, len(blocks))):
+        of_blocks[i] = transformer_block_backward(d, kept.pop(), **blocks[i], n_head=n_head)
+        d = of_blocks[i].pop("x")
+    if down_to is not None:
+        return {"blocks": of_blocks, "ln_f": ln_f}
+    d_wte, d_wpe = np.zeros(wte.shape, wte.dtype) if d_wte is None else d_wte, np.zeros(wpe.shape, wpe.dtype)
+    np.add.at(d_wte, inputs, d)  # each use of a row adds to its gradient
+    d_wpe[: d.shape[-2]] = d.reshape(-1, *d.shape[-2:]).sum(axis=0)
+    return {"wte": d_wte, "wpe": d_wpe, "blocks": of_blocks, "ln_f": ln_f}
+
+
+def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_vocab]
+    x, kept = hidden_states_forward(inputs, wte, wpe, blocks, ln_f, n_head)
+    return matmul(x, wte.T), (x, kept)  # [n_seq, n_embd] -> [n_seq, n_vocab]
+
+
+def gpt2_backward(d, kept, wte, wpe, blocks, ln_f, n_head, down_to=None):
+    """wte embeds, and projects: it gets the sum of both."""
+    x, kept = kept
+    d_wte = None if down_to is not None else d.reshape(-1, len(wte)).T @ x.reshape(-1, x.shape[-1])  # [n_vocab, n_embd]
+    d = matmul(d, wte)  # [n_seq, n_vocab] -> [n_seq, n_embd]
+    return hidden_states_backward(d, kept, wte, wpe, blocks, ln_f, n_head, down_to, d_wte)
+
+
+def cross_entropy(logits, targets, shares):  # [n_seq, n_vocab], [n_seq], [n_seq] -> [], [n_seq, n_vocab]
+    """(the loss, its gradient): the sum of -log(softmax(logits)[target]), each times its share: 1/n for the mean.
+
+    -log(softmax(x)[t]) = log(sum(exp(x))) - x_t: its gradient is softmax(x), less 1 at t. It takes the logits' place.
+    """
+    targets, shares = targets[..., None], shares[..., None]  # [n_seq, 1]
+    logits -= logits.max(axis=-1, keepdims=True)  # the largest becomes 0: exp does not overflow
+    of_targets = np.take_along_axis(logits, targets, axis=-1)  # [n_seq, 1]
+    np.exp(logits, out=logits)
+    total = logits.sum(axis=-1, keepdims=True)  # [n_seq, 1]
+    loss = (shares * (np.log(total) - of_targets)).sum()
+    logits *= shares / total
+    np.put_along_axis(logits, targets, shares * (np.exp(of_targets) / total - 1), axis=-1)
+    return loss, logits
+
+
+def lm_loss_and_gradients(params, inputs, n_head, shares=None):  # [n_seq+1], [n_seq]
+    """(the loss, its gradients, a dict like params). shares: what each token counts, which is 1/n by default."""
+    inputs, targets = np.asarray(inputs)[..., :-1], np.asarray(inputs)[..., 1:]  # [n_seq], [n_seq]
+    shares = np.full(targets.shape, 1 / targets.size, params["wte"].dtype) if shares is None else shares
+    logits, kept = gpt2_forward(inputs, **params, n_head=n_head)  # [n_seq] -> [n_seq, n_vocab]
+    loss, d = cross_entropy(logits, targets, shares)
+    return loss, gpt2_backward(d, kept, **params, n_head=n_head)
