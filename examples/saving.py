@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from cli import fail, mistakes, note, one_line
 from files.checkpoint import ENCODER, VOCAB
-from files.download import try_lock
+from files.lock import try_lock
 
 STATE = "state.npz"
 MAY_CHANGE = ("n_steps", "evaluate_every", "accumulate", "recompute")  # when a run is resumed

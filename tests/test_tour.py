@@ -125,13 +125,13 @@ def test_no_committed_output_holds_an_error_or_a_path_of_the_machine_it_ran_on(c
             assert not re.search(r"\b[A-Z]:\\", text), text
 
 
-def test_each_of_eight_sections_names_what_it_shows_of_the_code(committed):
-    source = "".join((REPO / f"{name}.py").read_text("utf-8") for name in ("gpt2", "sampling", "encoder"))
+def test_each_of_nine_sections_names_what_it_shows_of_the_code(committed):
+    source = "".join((REPO / f"{name}.py").read_text("utf-8") for name in ("gpt2", "sampling", "encoder", "backward"))
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     parameters = {argument.arg for function in functions for argument in function.args.args}
-    known = parameters | {function.name for function in functions} | {"encoder.py", "wte.T"}
+    known = parameters | {function.name for function in functions} | {"encoder.py", "backward.py", "wte.T"}
     sections = [cell.source for cell in committed.cells if cell.source.startswith("## ")]
-    assert [section[:5] for section in sections] == [f"## {i}." for i in range(1, 9)]
+    assert [section[:5] for section in sections] == [f"## {i}." for i in range(1, 10)]
     for section in sections:
         (shows,) = re.findall(r"^\*Shows (.*)\*$", section, re.MULTILINE)
         names = re.findall("`(.+?)`", shows)
