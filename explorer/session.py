@@ -1,0 +1,345 @@
+"""A model and what is asked about it: plain answers for the page, and the arrays that they name."""
+
+import itertools
+import math
+import os
+import threading
+
+import numpy as np
+
+import gpt2
+from encoder import PATTERN
+from explorer import source, trace
+from sampling import check_options, draw
+
+N_TOKENS = 128  # of a prompt: longer ones are cut
+N_GENERATED = 256  # tokens of a text that grows
+N_LENS = 12  # positions that the lens looks at
+N_SENT = 2**22  # numbers of an array that travel: of larger ones, the first columns
+
+
+class Mistake(ValueError):
+    """What was asked cannot be answered: one line that says why."""
+
+
+class Session:
+    """answer(kind, question) -> a dict; array(key) -> the float32 array that an answer named. Safe to call in threads."""
+
+    def __init__(self, model_size, encoder, hparams, params):
+        self.model_size, self.encoder, self.hparams, self.params = model_size, encoder, hparams, params
+        self.n_head, self.n_layer, self.n_ctx = hparams["n_head"], hparams["n_layer"], hparams["n_ctx"]
+        self.n_tokens = min(N_TOKENS, self.n_ctx)
+        self.lock, self.keys = threading.Lock(), itertools.count()
+        self.kept = {}  # {kind of answer: {key: array}}, of the newest answer of each kind
+        self.streams = self.off = None  # of the newest run: what comes into each block and leaves the last, and see run
+        self.cached, self.caches = [], None  # the ids whose keys and values are in the caches
+        self.answers = {"about": self.about, "run": self.run, "lens": self.lens, "step": self.step}
+        self.answers["compare"] = self.compare
+
+    def answer(self, kind, question):
+        """One at a time. Raises Mistake."""
+        if kind not in self.answers:
+            raise Mistake(f"no such question: {kind!r}")
+        if not isinstance(question, dict):
+            raise Mistake("a question must be a JSON object")
+        with self.lock:
+            try:
+                return self.answers[kind](**question)
+            except TypeError as error:
+                if "argument" not in str(error):  # of a question that has other fields than it may
+                    raise
+                raise Mistake(str(error).partition("()")[2].strip() or str(error)) from error
+
+    def array(self, key):
+        """Raises Mistake for one that is no longer kept."""
+        for arrays in [*self.kept.values()]:
+            if key in arrays:
+                return np.ascontiguousarray(arrays[key], "<f4")
+        raise Mistake("these numbers are no longer kept: another run has taken their place")
+
+    def keep(self, kind, array):
+        key = next(self.keys)
+        self.kept[kind][key] = array
+        return key
+
+    # questions
+
+    def about(self):
+        """The model, the source of gpt2.py, and all tokens as the vocabulary writes them."""
+        with open(trace.FILE, encoding="utf-8") as file:
+            text = file.read()
+        functions = {f.name: {"first": f.first, "last": f.last} for f in source.functions(text).values()}
+        tokens = [self.encoder.decoder[i] for i in range(len(self.encoder.decoder))]
+        about = {"model": self.model_size, "hparams": self.hparams, "n_tokens": self.n_tokens, "tokens": tokens}
+        return about | {"file": os.path.basename(trace.FILE), "lines": source.highlighted(text), "functions": functions}
+
+    def run(self, text=None, ids=None, block=0, off=()):
+        """gpt2() on a text or on ids, with the values of one block. off: see switched_off."""
+        ids, n_cut = self.ids_of(text, ids)
+        check_whole("block", block, 0, self.n_layer - 1)
+        params = self.switched_off(off)
+        run = trace.record(ids, lambda path, name: is_open(path, name, [block]), **params, n_head=self.n_head)
+        return self.told(run, ids, off) | {"block": block, "n_cut": n_cut}
+
+    def told(self, run, ids, off=()):
+        self.kept["run"] = {}
+        self.streams = [value.array for value in run.root.values if value.name == "x"][: self.n_layer + 1]
+        self.off = off
+        all_weights = [trace.attention_weights(run, i) for i in range(self.n_layer)]
+        return {
+            "ids": ids,
+            "words": self.words(ids),
+            "root": self.call(run.root, self.sizes(len(ids))),
+            "weights": [self.keep("run", weights) for weights in all_weights],
+            "habits": [habits(weights, ids) for weights in all_weights],
+            "norms": [np.linalg.norm(x, axis=-1).round(3).tolist() for x in self.streams],
+            "logits": self.keep("run", run.logits[-1]),
+            "off": list(off),
+        }
+
+    def lens(self, positions):
+        """What gpt2() would say if it stopped before a block, for each block and each of the positions of the last run."""
+        if not isinstance(positions, list) or not 0 < len(positions) <= N_LENS:
+            raise Mistake(f"positions must be a list of 1 to {N_LENS}")
+        if self.streams is None:
+            raise Mistake("nothing has run yet")
+        for position in positions:
+            check_whole("position", position, 0, len(self.streams[0]) - 1)
+        logits = [
+            gpt2.layer_norm(x[positions], **self.params["ln_f"]) @ self.params["wte"].T for x in self.streams
+        ]  # [n_layer + 1, n_positions, n_vocab]
+        final = logits[-1].argmax(axis=-1)
+        return {"positions": positions, "rows": [[view(row, i) for row, i in zip(rows, final)] for rows in logits]}
+
+    def step(self, ids, block=0, temperature=0, top_k=0, top_p=1, point=0.5):
+        """The next id, with the cache: only those of the ids run that it has not seen, and their values are told."""
+        self.check_ids(ids, min(N_GENERATED, self.n_ctx))
+        check_whole("block", block, 0, self.n_layer - 1)
+        self.check_sampling(temperature, top_k, top_p)
+        if not is_number(point) or not 0 <= point <= 1:
+            raise Mistake("point must be a number from 0 to 1")
+        if (
+            self.caches is None
+            or not self.cached
+            or ids[: len(self.cached)] != self.cached
+            or len(ids) == len(self.cached)
+        ):
+            self.caches, self.cached = new_caches(self.params, self.n_head, min(N_GENERATED, self.n_ctx)), []
+        n_past = len(self.cached)
+        self.cached = []  # until it has run
+        run = trace.record(
+            ids[n_past:],
+            lambda path, name: is_open(path, name, [block]),
+            **self.params,
+            n_head=self.n_head,
+            kv_cache=self.caches,
+            n_past=n_past,
+        )
+        self.cached = ids
+        self.kept["step"] = {}
+        logits = run.logits[-1]
+        next_id = draw(logits, [point] if temperature else None, temperature, top_k, top_p)
+        q, k, v = (run.call(f"block {block}", "mha").last(name)[..., -len(ids) :, :] for name in "qkv")
+        arrays = {
+            name: {"key": self.keep("step", array), "shape": array.shape} for name, array in zip("qkv", (q, k, v))
+        }
+        answer = {"n_past": n_past, "n_run": len(ids) - n_past, "next_id": int(next_id), **arrays, "block": block}
+        return answer | {"logits": self.keep("step", logits)}
+
+    def compare(self, ids, off=(), patch=None):
+        """The logits of the next token as the model is, and with parts switched off or the residual stream patched.
+
+        patch: {"text", "block", "position", "from"}: what came into the block at position comes from another text.
+        """
+        self.check_ids(ids, self.n_tokens)
+        self.kept["compare"] = {}
+        params, answer = self.switched_off(off), {}
+        if patch is None:
+            after = gpt2.gpt2(ids, **params, n_head=self.n_head)[-1]
+        else:
+            other, x, block = self.patched(ids, params, patch)
+            after, answer["other_ids"] = trace.forward_from(x, params, self.n_head, block)[-1], other
+        before = gpt2.gpt2(ids, **self.params, n_head=self.n_head)[-1]
+        return answer | {"before": self.keep("compare", before), "after": self.keep("compare", after)}
+
+    def patched(self, ids, params, patch):
+        """The ids of the other text, and the residual stream that comes into a block, one row of it that of the other."""
+        if not isinstance(patch, dict) or patch.keys() != {"text", "block", "position", "from"}:
+            raise Mistake('a patch has "text", "block", "position" and "from"')
+        other, _ = self.ids_of(patch["text"], None)
+        check_whole("block", patch["block"], 0, self.n_layer)
+        check_whole("position", patch["position"], 0, len(ids) - 1)
+        check_whole("from", patch["from"], 0, len(other) - 1)
+        x, theirs = (self.stream(some, params, patch["block"]) for some in (ids, other))
+        x[patch["position"]] = theirs[patch["from"]]
+        return other, x, patch["block"]
+
+    def stream(self, ids, params, block):  # -> [n_seq, n_embd]
+        """The residual stream that comes into a block."""
+        run = trace.record(ids, lambda path, name: path == ("gpt2",) and name == "x", **params, n_head=self.n_head)
+        return [value.array for value in run.root.values if value.name == "x"][block]
+
+    # what a question brings
+
+    def ids_of(self, text, ids):
+        """(the first n_tokens ids, how many were cut)."""
+        if ids is None:
+            if not isinstance(text, str):
+                raise Mistake("a text is needed, or ids")
+            try:
+                ids = self.encoder.encode(text) or [self.encoder.encoder["<|endoftext|>"]]
+            except UnicodeEncodeError as error:
+                raise Mistake("the text is not valid Unicode") from error
+            return ids[: self.n_tokens], max(0, len(ids) - self.n_tokens)
+        self.check_ids(ids, self.n_tokens)
+        return ids, 0
+
+    def check_ids(self, ids, most):
+        if not isinstance(ids, list) or not 0 < len(ids) <= most:
+            raise Mistake(f"ids must be a list of 1 to {most} token ids")
+        for i in ids:
+            check_whole("an id", i, 0, self.hparams["n_vocab"] - 1)
+
+    def check_sampling(self, temperature, top_k, top_p):
+        try:
+            check_options(temperature=temperature, top_k=top_k if temperature else 0, top_p=top_p if temperature else 1)
+        except ValueError as error:
+            raise Mistake(str(error)) from error
+
+    def switched_off(self, off):
+        """The weights, less some parts of the model: [{"block", "head"} or {"block", "neuron"}, ...]."""
+        if not isinstance(off, list | tuple) or len(off) > 64:
+            raise Mistake("off must be a list of at most 64 heads and neurons")
+        params = self.params
+        for part in off:
+            try:
+                if not isinstance(part, dict) or part.keys() not in ({"block", "head"}, {"block", "neuron"}):
+                    raise Mistake('a part has a "block", and a "head" or a "neuron"')
+                is_head = "head" in part
+                params = (
+                    trace.without_head(params, self.n_head, **part) if is_head else trace.without_neuron(params, **part)
+                )
+            except ValueError as error:
+                raise Mistake(str(error)) from error
+        return params
+
+    # what an answer tells
+
+    def words(self, ids):
+        """The words of a text, each with its first token and the merges that made its tokens; none of ids that are no
+        tokens of their text, such as those that a model chose."""
+        text = self.encoder.decode(ids)
+        if self.encoder.encode(text) != ids:
+            return []
+        words, first = [], 0
+        for word in PATTERN.findall(text):
+            steps = merges(word, self.encoder)
+            words.append({"first": first, "steps": steps})
+            first += len(steps[-1]["symbols"])
+        return words
+
+    def sizes(self, n_seq):
+        return {**self.hparams, "n_seq": n_seq}
+
+    def call(self, call, sizes):
+        """A call as plain lists: its values and the calls in it."""
+        return {
+            "label": call.label,
+            "function": call.function.name,
+            "line": call.line,
+            "values": [self.value(call, value, sizes) for value in call.values],
+            "calls": [self.call(child, sizes) for child in call.calls],
+        }
+
+    def value(self, call, value, sizes):
+        told = {"name": value.name, "line": value.line, "argument": value.is_argument}
+        told["axes"] = [[name, n] for name, n in zip(axes_of(call, value, sizes), value.shape, strict=True)]
+        known = [names for names in value.statement.before if all(source.size_of(name, sizes) for name in names)]
+        if known and not value.is_argument:
+            told["before"] = [[name, source.size_of(name, sizes)] for name in known[0]]
+        if value.array is None:
+            return told
+        if not value.shape:
+            return told | {"number": round(float(value.array), 6)}
+        n_rows = max(math.prod(value.shape[:-1]), 1)
+        shown = min(value.shape[-1], max(N_SENT // n_rows, 1))  # columns
+        array = value.array[..., :shown]
+        finite = array if array.dtype.kind in "biu" or value.is_weight else array[np.isfinite(array)]
+        if finite.size and not value.is_weight:
+            told |= {"min": float(finite.min()), "max": float(finite.max())}
+        return told | {"key": self.keep("run", array), "shown": shown, "weight": value.is_weight}
+
+
+def is_open(path, name, blocks):
+    """Whether a value is kept: one outside of the blocks, in an open one, or the attention's weights of any."""
+    return len(path) < 2 or not path[1].startswith("block ") or int(path[1].split()[1]) in blocks or name == "weights"
+
+
+def axes_of(call, value, sizes):
+    """The names of a value's axes, from the comments of gpt2.py, where they fit."""
+    names = value.statement.after or []
+    if value.name == "return" and not names:
+        names = call.function.head.after
+    if value.is_argument:
+        arrays = [other.name for other in call.values if other.is_argument and other.shape]
+        place = arrays.index(value.name) if value.name in arrays else 0
+        names = call.function.head.before[place : place + 1]
+    over_keys = value.name in ("scores", "weights", "mask", "hidden") or call.function.name == "softmax"
+    return source.named(value.shape, names[0] if names else [], sizes, over_keys)
+
+
+def habits(weights, ids):
+    """For each head how much of its weight goes, on average over the tokens that have one, to certain tokens.
+
+    weights: [n_head, n_seq, n_seq]. "before": the token before; "first": the first token, of those later than the
+    second; "self": the token itself; "copy": earlier copies of it; "after": tokens after an earlier copy.
+    """
+    n = len(ids)
+    i, j = np.arange(n)[:, None], np.arange(n)
+    same = np.asarray(ids)[:, None] == np.asarray(ids)
+    copy = same & (j < i)
+    after = np.zeros_like(copy)
+    after[:, 1:] = copy[:, :-1]
+    masks = {"before": j == i - 1, "first": (j == 0) & (i > 1), "self": j == i, "copy": copy, "after": after}
+    told = {}
+    for name, mask in masks.items():
+        rows = mask.any(axis=-1)
+        told[name] = (weights * mask).sum(axis=-1)[:, rows].mean(axis=-1).round(4).tolist() if rows.any() else None
+    return told
+
+
+def merges(word, encoder):
+    """The tokens of a word as they are made: [{"symbols", "joined": place in the step before, "rank"}, ...]."""
+    symbols = [encoder.byte_encoder[byte] for byte in word.encode("utf-8")]
+    steps = [{"symbols": symbols}]
+    while len(symbols) > 1:
+        ranks = [encoder.ranks.get(f"{a} {b}", math.inf) for a, b in itertools.pairwise(symbols)]
+        if min(ranks) == math.inf:
+            break
+        i = ranks.index(min(ranks))
+        symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
+        steps.append({"symbols": symbols, "joined": i, "rank": ranks[i]})
+    return steps
+
+
+def view(logits, final):
+    """What the lens sees: the likeliest token and its probability, and those and the rank of the final one."""
+    p = np.exp(logits - logits.max(), dtype=np.float64)
+    p /= p.sum()
+    best = int(logits.argmax())
+    rank = int((logits > logits[final]).sum()) + 1
+    return {"id": best, "p": round(float(p[best]), 6), "final_p": round(float(p[final]), 6), "final_rank": rank}
+
+
+def new_caches(params, n_head, n_slots):
+    shape = n_head, n_slots, params["wte"].shape[-1] // n_head
+    return [{"k": np.zeros(shape, np.float32), "v": np.zeros(shape, np.float32)} for _ in params["blocks"]]
+
+
+def check_whole(name, value, low, high):
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise Mistake(f"{name} must be a whole number from {low} to {high}, not {value!r:.40}")
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
