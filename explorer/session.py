@@ -1,5 +1,6 @@
 """A model and what is asked about it: plain answers for the page, and the arrays that they name."""
 
+import inspect
 import itertools
 import math
 import os
@@ -18,44 +19,46 @@ N_LENS = 12  # positions that the lens looks at
 N_SENT = 2**22  # numbers of an array that travel: of larger ones, the first columns
 
 
-class Mistake(ValueError):
+class QuestionError(ValueError):
     """What was asked cannot be answered: one line that says why."""
 
 
 class Session:
-    """answer(kind, question) -> a dict; array(key) -> the float32 array that an answer named. Safe to call in threads."""
+    """answer(kind, question) -> a dict; array(key) -> the float32 array that an answer named. Threads may share it."""
 
-    def __init__(self, model_size, encoder, hparams, params):
+    def __init__(self, model_size, encoder, hparams, params, text="", block=0):
+        """text, block: what the page begins with."""
+        self.text, self.block = text, block
         self.model_size, self.encoder, self.hparams, self.params = model_size, encoder, hparams, params
         self.n_head, self.n_layer, self.n_ctx = hparams["n_head"], hparams["n_layer"], hparams["n_ctx"]
         self.n_tokens = min(N_TOKENS, self.n_ctx)
+        self.kept_weights = True  # of the model, where a call has them as arguments
         self.lock, self.keys = threading.Lock(), itertools.count()
         self.kept = {}  # {kind of answer: {key: array}}, of the newest answer of each kind
         self.streams = self.off = None  # of the newest run: what comes into each block and leaves the last, and see run
         self.cached, self.caches = [], None  # the ids whose keys and values are in the caches
-        self.answers = {"about": self.about, "run": self.run, "lens": self.lens, "step": self.step}
+        self.answers = {"about": self.about, "first": self.first, "run": self.run, "lens": self.lens, "step": self.step}
         self.answers["compare"] = self.compare
 
     def answer(self, kind, question):
-        """One at a time. Raises Mistake."""
+        """One at a time. Raises QuestionError."""
         if kind not in self.answers:
-            raise Mistake(f"no such question: {kind!r}")
+            raise QuestionError(f"no such question: {kind!r:.40}")
         if not isinstance(question, dict):
-            raise Mistake("a question must be a JSON object")
+            raise QuestionError("a question must be a JSON object")
+        try:
+            inspect.signature(self.answers[kind]).bind(**question)
+        except TypeError as error:
+            raise QuestionError(f"{kind}: {error}") from error
         with self.lock:
-            try:
-                return self.answers[kind](**question)
-            except TypeError as error:
-                if "argument" not in str(error):  # of a question that has other fields than it may
-                    raise
-                raise Mistake(str(error).partition("()")[2].strip() or str(error)) from error
+            return self.answers[kind](**question)
 
     def array(self, key):
-        """Raises Mistake for one that is no longer kept."""
+        """Raises QuestionError for one that is no longer kept."""
         for arrays in [*self.kept.values()]:
-            if key in arrays:
+            if isinstance(key, int) and key in arrays:
                 return np.ascontiguousarray(arrays[key], "<f4")
-        raise Mistake("these numbers are no longer kept: another run has taken their place")
+        raise QuestionError("these numbers are no longer kept: another run has taken their place")
 
     def keep(self, kind, array):
         key = next(self.keys)
@@ -73,13 +76,30 @@ class Session:
         about = {"model": self.model_size, "hparams": self.hparams, "n_tokens": self.n_tokens, "tokens": tokens}
         return about | {"file": os.path.basename(trace.FILE), "lines": source.highlighted(text), "functions": functions}
 
+    def first(self):
+        return {"text": self.text, "block": self.block}
+
     def run(self, text=None, ids=None, block=0, off=()):
         """gpt2() on a text or on ids, with the values of one block. off: see switched_off."""
         ids, n_cut = self.ids_of(text, ids)
         check_whole("block", block, 0, self.n_layer - 1)
+        return self.recorded(ids, [block], off) | {"block": block, "n_cut": n_cut}
+
+    def everything(self, n_bytes):
+        """The answers that a page needs which can ask nobody, with the values of as many blocks as fit in n_bytes."""
+        self.kept_weights = False
+        run = self.run(self.text, block=self.block)
+        n_each = sum(array.nbytes for array in self.kept["run"].values())
+        n_blocks = max(1, min(self.n_layer, n_bytes // max(n_each, 1)))
+        others = [i for i in range(self.n_layer) if i != self.block]
+        run |= self.recorded(run["ids"], [self.block, *others[: n_blocks - 1]])
+        lens = self.lens([*range(len(run["ids"]))][-8:])
+        return {"about": self.about(), "first": self.first(), "run": run, "lens": lens}
+
+    def recorded(self, ids, blocks, off=()):
         params = self.switched_off(off)
-        run = trace.record(ids, lambda path, name: is_open(path, name, [block]), **params, n_head=self.n_head)
-        return self.told(run, ids, off) | {"block": block, "n_cut": n_cut}
+        run = trace.record(ids, lambda path, name: is_open(path, name, blocks), **params, n_head=self.n_head)
+        return self.told(run, ids, off)
 
     def told(self, run, ids, off=()):
         self.kept["run"] = {}
@@ -92,24 +112,27 @@ class Session:
             "root": self.call(run.root, self.sizes(len(ids))),
             "weights": [self.keep("run", weights) for weights in all_weights],
             "habits": [habits(weights, ids) for weights in all_weights],
-            "norms": [np.linalg.norm(x, axis=-1).round(3).tolist() for x in self.streams],
+            "norms": [np.linalg.norm(x.astype(np.float64), axis=-1).round(3).tolist() for x in self.streams],
             "logits": self.keep("run", run.logits[-1]),
             "off": list(off),
         }
 
     def lens(self, positions):
-        """What gpt2() would say if it stopped before a block, for each block and each of the positions of the last run."""
+        """What gpt2() would say if it stopped before a block, for each block and these positions of the last run."""
         if not isinstance(positions, list) or not 0 < len(positions) <= N_LENS:
-            raise Mistake(f"positions must be a list of 1 to {N_LENS}")
+            raise QuestionError(f"positions must be a list of 1 to {N_LENS}")
         if self.streams is None:
-            raise Mistake("nothing has run yet")
+            raise QuestionError("nothing has run yet")
         for position in positions:
             check_whole("position", position, 0, len(self.streams[0]) - 1)
         logits = [
             gpt2.layer_norm(x[positions], **self.params["ln_f"]) @ self.params["wte"].T for x in self.streams
         ]  # [n_layer + 1, n_positions, n_vocab]
         final = logits[-1].argmax(axis=-1)
-        return {"positions": positions, "rows": [[view(row, i) for row, i in zip(rows, final)] for rows in logits]}
+        return {
+            "positions": positions,
+            "rows": [[view(row, i) for row, i in zip(rows, final, strict=True)] for rows in logits],
+        }
 
     def step(self, ids, block=0, temperature=0, top_k=0, top_p=1, point=0.5):
         """The next id, with the cache: only those of the ids run that it has not seen, and their values are told."""
@@ -117,7 +140,7 @@ class Session:
         check_whole("block", block, 0, self.n_layer - 1)
         self.check_sampling(temperature, top_k, top_p)
         if not is_number(point) or not 0 <= point <= 1:
-            raise Mistake("point must be a number from 0 to 1")
+            raise QuestionError("point must be a number from 0 to 1")
         if (
             self.caches is None
             or not self.cached
@@ -139,10 +162,10 @@ class Session:
         self.kept["step"] = {}
         logits = run.logits[-1]
         next_id = draw(logits, [point] if temperature else None, temperature, top_k, top_p)
-        q, k, v = (run.call(f"block {block}", "mha").last(name)[..., -len(ids) :, :] for name in "qkv")
-        arrays = {
-            name: {"key": self.keep("step", array), "shape": array.shape} for name, array in zip("qkv", (q, k, v))
-        }
+        arrays, mha = {}, run.call(f"block {block}", "mha")
+        for name in "qkv":  # of a cache that is not full, the slots that are
+            array = mha.last(name)[..., : len(ids), :]
+            arrays[name] = {"key": self.keep("step", array), "shape": array.shape}
         answer = {"n_past": n_past, "n_run": len(ids) - n_past, "next_id": int(next_id), **arrays, "block": block}
         return answer | {"logits": self.keep("step", logits)}
 
@@ -163,9 +186,9 @@ class Session:
         return answer | {"before": self.keep("compare", before), "after": self.keep("compare", after)}
 
     def patched(self, ids, params, patch):
-        """The ids of the other text, and the residual stream that comes into a block, one row of it that of the other."""
+        """(the other text's ids, the residual stream that comes into a block with a row of theirs, the block)."""
         if not isinstance(patch, dict) or patch.keys() != {"text", "block", "position", "from"}:
-            raise Mistake('a patch has "text", "block", "position" and "from"')
+            raise QuestionError('a patch has "text", "block", "position" and "from"')
         other, _ = self.ids_of(patch["text"], None)
         check_whole("block", patch["block"], 0, self.n_layer)
         check_whole("position", patch["position"], 0, len(ids) - 1)
@@ -179,24 +202,32 @@ class Session:
         run = trace.record(ids, lambda path, name: path == ("gpt2",) and name == "x", **params, n_head=self.n_head)
         return [value.array for value in run.root.values if value.name == "x"][block]
 
+    def readable(self, i):
+        """A token as the page shows it: · is a space, ↵ a line break; its bytes, if it is a part of a character."""
+        data = self.encoder.decode_bytes([i])
+        try:
+            return data.decode("utf-8").replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
+        except UnicodeDecodeError:
+            return f"‹{data.hex(' ').upper()}›"
+
     # what a question brings
 
     def ids_of(self, text, ids):
         """(the first n_tokens ids, how many were cut)."""
         if ids is None:
             if not isinstance(text, str):
-                raise Mistake("a text is needed, or ids")
+                raise QuestionError("a text is needed, or ids")
             try:
                 ids = self.encoder.encode(text) or [self.encoder.encoder["<|endoftext|>"]]
             except UnicodeEncodeError as error:
-                raise Mistake("the text is not valid Unicode") from error
+                raise QuestionError("the text is not valid Unicode") from error
             return ids[: self.n_tokens], max(0, len(ids) - self.n_tokens)
         self.check_ids(ids, self.n_tokens)
         return ids, 0
 
     def check_ids(self, ids, most):
         if not isinstance(ids, list) or not 0 < len(ids) <= most:
-            raise Mistake(f"ids must be a list of 1 to {most} token ids")
+            raise QuestionError(f"ids must be a list of 1 to {most} token ids")
         for i in ids:
             check_whole("an id", i, 0, self.hparams["n_vocab"] - 1)
 
@@ -204,23 +235,23 @@ class Session:
         try:
             check_options(temperature=temperature, top_k=top_k if temperature else 0, top_p=top_p if temperature else 1)
         except ValueError as error:
-            raise Mistake(str(error)) from error
+            raise QuestionError(str(error)) from error
 
     def switched_off(self, off):
         """The weights, less some parts of the model: [{"block", "head"} or {"block", "neuron"}, ...]."""
         if not isinstance(off, list | tuple) or len(off) > 64:
-            raise Mistake("off must be a list of at most 64 heads and neurons")
+            raise QuestionError("off must be a list of at most 64 heads and neurons")
         params = self.params
         for part in off:
             try:
                 if not isinstance(part, dict) or part.keys() not in ({"block", "head"}, {"block", "neuron"}):
-                    raise Mistake('a part has a "block", and a "head" or a "neuron"')
+                    raise QuestionError('a part has a "block", and a "head" or a "neuron"')
                 is_head = "head" in part
                 params = (
                     trace.without_head(params, self.n_head, **part) if is_head else trace.without_neuron(params, **part)
                 )
             except ValueError as error:
-                raise Mistake(str(error)) from error
+                raise QuestionError(str(error)) from error
         return params
 
     # what an answer tells
@@ -257,7 +288,7 @@ class Session:
         known = [names for names in value.statement.before if all(source.size_of(name, sizes) for name in names)]
         if known and not value.is_argument:
             told["before"] = [[name, source.size_of(name, sizes)] for name in known[0]]
-        if value.array is None:
+        if value.array is None or (value.is_weight and not self.kept_weights):
             return told
         if not value.shape:
             return told | {"number": round(float(value.array), 6)}
@@ -304,7 +335,8 @@ def habits(weights, ids):
     told = {}
     for name, mask in masks.items():
         rows = mask.any(axis=-1)
-        told[name] = (weights * mask).sum(axis=-1)[:, rows].mean(axis=-1).round(4).tolist() if rows.any() else None
+        shares = (weights * mask).sum(axis=-1, dtype=np.float64)[:, rows]  # [n_head, n_rows]
+        told[name] = shares.mean(axis=-1).round(4).tolist() if rows.any() else None
     return told
 
 
@@ -338,7 +370,7 @@ def new_caches(params, n_head, n_slots):
 
 def check_whole(name, value, low, high):
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise Mistake(f"{name} must be a whole number from {low} to {high}, not {value!r:.40}")
+        raise QuestionError(f"{name} must be a whole number from {low} to {high}, not {value!r:.40}")
 
 
 def is_number(value):

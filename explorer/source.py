@@ -19,6 +19,7 @@ class Statement:
     calls: list  # (function, what tells it from other calls of the same function), in the order of the text
     before: list  # axes named left of the arrow in its comment, a list of names each
     after: list  # and right of it
+    body: range = range(0)  # the lines that a loop repeats
 
 
 @dataclasses.dataclass
@@ -52,8 +53,10 @@ def function(node, comments):
             inside = [child for child in ast.iter_child_nodes(part) if not isinstance(child, ast.stmt)]
             names = [name for child in inside for name in stored_names(child)]
             known = [(name, hint if name in often else "") for child in inside for name, hint in calls_in(child)]
-            for line in range(part.lineno, last + 1):
-                statements[line] = statement(part.lineno, last, names, known, comments)
+            made = statement(part.lineno, last, names, known, comments)
+            if isinstance(part, ast.For):
+                made.body = range(part.body[0].lineno, part.body[-1].end_lineno + 1)
+            statements |= dict.fromkeys(range(part.lineno, last + 1), made)
     return Function(node.name, node.lineno, node.end_lineno, head, statements)
 
 

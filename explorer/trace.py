@@ -141,7 +141,8 @@ class Tracer:
         statement = call.function.statements.get(frame.f_lineno)
         if event == "return" or statement is not call.statement:
             for name in call.statement.names if call.statement else ():
-                if name in frame.f_locals:
+                has_ended = call.statement.body and frame.f_lineno not in call.statement.body  # a loop: nothing new
+                if name in frame.f_locals and not has_ended:
                     self.note(call, call.statement, name, frame.f_locals[name])
         if event == "return":
             self.note(call, statement or call.function.head, "return", value)

@@ -1,0 +1,144 @@
+// A block, opened: its parts in order, each with its picture; all its heads; the residual stream through all blocks.
+
+import { app, change, inBlock, lastValue } from "./app.js";
+import { numbers } from "./api.js";
+import { axesText, choice, el, number, percent, place, tokenText } from "./dom.js";
+import { heatMap, thumbnail } from "./heat.js";
+import { go } from "./source.js";
+import { t } from "./words.js";
+
+const HABITS = ["before", "first", "self", "copy", "after"];
+let habit = "before";
+
+// What is shown of a block: [what it is, which calls lead to it, the value's name]
+const PARTS = [
+  ["partIn", [], "x", true],
+  ["partNorm", ["layer_norm"], "return"],
+  ["partQ", ["mha"], "q"],
+  ["partK", ["mha"], "k"],
+  ["partV", ["mha"], "v"],
+  ["partScores", ["mha", "attention"], "scores"],
+  ["partWeights", ["mha", "attention"], "weights"],
+  ["partHeads", ["mha", "causal_attention"], "return"],
+  ["partMha", ["mha"], "return"],
+  ["partAdded", [], "x"],
+  ["partNorm2", ["layer_norm ln_2"], "return"],
+  ["partUp", ["ffn"], "a"],
+  ["partFfn", ["ffn"], "return"],
+  ["partOut", [], "return"],
+];
+
+export async function showBlock() {
+  const blocks = Array.from({ length: app.about.hparams.n_layer }, (_, i) => choice(String(i), i === app.block, () => go(["gpt2", `block ${i}`])));
+  place("blocks", el("span", {}, `${t("block")} `), ...blocks);
+  const cards = await Promise.all(PARTS.map(card));
+  place("parts", ...cards.filter(Boolean));
+}
+
+async function card([what, names, name, first]) {
+  const found = inBlock(...names);
+  const value = first ? found?.call.values.find((each) => each.name === name) : lastValue(found?.call, name);
+  if (!value) return null;
+  const open = () => {
+    go(found.path, (each) => each === value);
+    document.getElementById("source").scrollIntoView();
+  };
+  const parts = [el("span", { class: "title" }, t(what)), el("span", { class: "mono" }, `${name === "return" ? found.call.label : name} ${axesText(value.axes)}`)];
+  if (value.key !== undefined) {
+    const data = await numbers(value.key);
+    const n = value.axes.slice(-2).reduce((product, [, size]) => product * size, 1);
+    const at = value.axes.length > 2 ? Math.min(app.head, value.axes[0][1] - 1) * n : 0;
+    parts.splice(1, 0, thumbnail(data.subarray(at, at + n), value.axes.at(-2)[1], value.axes.at(-1)[1], 150, 48));
+    if (value.axes.length === 2) parts.push(el("span", { class: "hint" }, `${t("sizeIs")} ${number(meanSize(data, value.axes))}`));
+  }
+  return el("li", { class: ["partIn", "partAdded", "partOut"].includes(what) ? "stream" : "" }, el("button", { type: "button", class: "card", onclick: open }, ...parts));
+}
+
+// The length of a row, on average: how loud a part speaks into the residual stream.
+function meanSize(data, [[, n_rows], [, n_columns]]) {
+  let total = 0;
+  for (let r = 0; r < n_rows; r++) {
+    let sum = 0;
+    for (let c = 0; c < n_columns; c++) sum += data[r * n_columns + c] ** 2;
+    total += Math.sqrt(sum);
+  }
+  return total / n_rows;
+}
+
+export async function showHeads() {
+  showHabits();
+  const n = app.run.ids.length;
+  const { n_head } = app.about.hparams;
+  const key = app.run.weights[app.block];
+  const data = await numbers(key);
+  if (key !== app.run.weights[app.block]) return;
+  const of = (head) => data.subarray(head * n * n, (head + 1) * n * n);
+  const told = app.run.habits[app.block];
+  const thumbs = Array.from({ length: n_head }, (_, head) => el("button", { type: "button", class: "card", "aria-pressed": String(head === app.head), onclick: () => change({ head }) },
+    el("span", { class: "title" }, `${t("head")} ${head}`), thumbnail(of(head), n, n, 100, 100), el("span", { class: "hint" }, told[habit] ? `${t(`short_${habit}`)} ${percent(told[habit][head])}` : "")));
+  place("thumbs", ...thumbs);
+  const names = app.run.ids.map(tokenText);
+  const about = t("weightsOf", app.block, app.head);
+  const map = { data: of(app.head), n_rows: n, n_columns: n, rows: names, columns: names, row: app.token, about, onrow: (token) => change({ token }) };
+  const off = el("button", { type: "button", class: "act", onclick: () => switchOff(app.block, app.head) }, t("switchOff", app.block, app.head));
+  const see = el("button", { type: "button", class: "plain", onclick: () => openWeights() }, t("seeLine"));
+  place("head", el("h3", {}, about), el("p", { class: "hint" }, t("readHead")), heatMap(map), el("p", {}, off, " ", see));
+}
+
+function switchOff(block, head) {
+  if (!app.off.some((part) => part.block === block && part.head === head)) change({ off: [...app.off, { block, head }] });
+  document.getElementById("experiments").scrollIntoView();
+}
+
+function openWeights() {
+  const found = inBlock("mha", "attention");
+  if (found) go(found.path, (value) => value.name === "weights");
+  document.getElementById("source").scrollIntoView();
+}
+
+// Which head has which habit: a number for each head of each block.
+function showHabits() {
+  const kinds = HABITS.filter((kind) => app.run.habits[0][kind]);
+  if (!kinds.length) return place("habits", el("p", { class: "hint" }, t("noHabits")));
+  if (!kinds.includes(habit)) habit = kinds[0];
+  const rows = app.run.habits.map((told) => told[habit]);
+  const best = rows.flatMap((row, block) => row.map((share, head) => ({ block, head, share }))).sort((a, b) => b.share - a.share)[0];
+  const chooser = kinds.map((kind) => choice(t(`habit_${kind}`), kind === habit, () => { habit = kind; showHeads(); }));
+  const cell = (share, block, head) => {
+    const isBest = block === best.block && head === best.head;
+    const button = el("button", { type: "button", "aria-pressed": String(block === app.block && head === app.head), "aria-label": `${t("block")} ${block}, ${t("head")} ${head}: ${percent(share)}`, onclick: () => openHead(block, head) }, `${Math.round(100 * share)}${isBest ? " ★" : ""}`);
+    button.style.setProperty("--share", Math.min(1, share / Math.max(best.share, 1e-9)));
+    return el("td", {}, button);
+  };
+  const { n_head } = app.about.hparams;
+  const head = el("tr", {}, el("td", {}), ...Array.from({ length: n_head }, (_, i) => el("th", { scope: "col" }, `${t("head")} ${i}`)));
+  const body = rows.map((row, block) => el("tr", {}, el("th", { scope: "row" }, `${t("block")} ${block}`), ...row.map((share, i) => cell(share, block, i))));
+  place("habits", el("div", { class: "chooser", role: "group", "aria-label": t("habits") }, ...chooser),
+    el("p", {}, t("mostHabit", t(`habit_${habit}`), best.block, best.head, percent(best.share), percent(evenly(habit)))),
+    el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": t("habits") }, el("table", { class: "grid" }, el("caption", {}, t("habitsCaption", t(`habit_${habit}`))), el("thead", {}, head), el("tbody", {}, ...body))));
+}
+
+function openHead(block, head) {
+  change({ head });
+  if (block !== app.block) go(["gpt2", `block ${block}`]);
+}
+
+// How much a head would give to these tokens if it gave each that it sees the same.
+function evenly(kind) {
+  const ids = app.run.ids;
+  const shares = ids.flatMap((id, i) => {
+    const seen = ids.slice(0, i + 1);
+    const n = { before: i > 0 ? 1 : 0, first: i > 1 ? 1 : 0, self: 1, copy: seen.slice(0, i).filter((other) => other === id).length, after: seen.filter((_, j) => j > 0 && ids[j - 1] === id && j - 1 < i).length }[kind];
+    return n ? [n / (i + 1)] : [];
+  });
+  return shares.reduce((sum, share) => sum + share, 0) / shares.length;
+}
+
+// The residual stream: how long each token's row is before the first block and after each.
+export function showStream() {
+  const { norms, ids } = app.run;
+  const data = Float32Array.from(norms.flat());
+  const rows = norms.map((_, i) => (i ? `${t("block")} ${i - 1}` : t("embeddings")));
+  const map = { data, n_rows: norms.length, n_columns: ids.length, rows, columns: ids.map(tokenText), row: app.block + 1, about: t("streamAbout"), onrow: (row) => row > 0 && go(["gpt2", `block ${row - 1}`]) };
+  place("stream", heatMap(map));
+}

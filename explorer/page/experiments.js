@@ -1,0 +1,84 @@
+// What happens without a head or a neuron, or with a row of another text's residual stream.
+
+import { app, change } from "./app.js";
+import { ask, numbers } from "./api.js";
+import { el, percent, place, say, tokenText } from "./dom.js";
+import { bar } from "./heat.js";
+import { cut, likeliest } from "./sampling.js";
+import { t } from "./words.js";
+
+const PLAIN = { temperature: 1, top_k: 0, top_p: 1 };
+
+const select = (id, n, name) => el("select", { id }, ...Array.from({ length: n }, (_, i) => el("option", { value: i }, name(i))));
+const field = (label, input) => el("label", { class: "field" }, el("span", {}, label), input);
+
+export function makeExperiments() {
+  const { n_layer, n_head, n_embd } = app.about.hparams;
+  const block = select("offBlock", n_layer, (i) => `${t("block")} ${i}`);
+  const kind = el("select", { id: "offKind" }, el("option", { value: "head" }, t("head")), el("option", { value: "neuron" }, t("neuron")));
+  const which = el("input", { id: "offWhich", type: "number", min: 0, max: n_head - 1, value: 0 });
+  kind.addEventListener("change", () => { which.max = (kind.value === "head" ? n_head : 4 * n_embd) - 1; });
+  const add = (event) => {
+    event.preventDefault();
+    change({ off: [...app.off, { block: Number(block.value), [kind.value]: Number(which.value) }] });
+  };
+  place("offForm", el("form", { class: "form", onsubmit: add }, field(t("block"), block), field(t("part"), kind), field(t("number"), which), el("button", { class: "act" }, t("switchThisOff"))));
+  makePatch();
+}
+
+function makePatch() {
+  const { n_layer } = app.about.hparams;
+  const text = el("input", { id: "otherText", type: "text", value: t("otherText"), maxlength: 2000 });
+  const block = select("patchBlock", n_layer + 1, (i) => (i < n_layer ? t("intoBlock", i) : t("afterLast")));
+  const position = el("input", { id: "patchTo", type: "number", min: 0, value: 0 });
+  const from = el("input", { id: "patchFrom", type: "number", min: 0, value: 0 });
+  const go = (event) => {
+    event.preventDefault();
+    compare({ text: text.value, block: Number(block.value), position: Number(position.value), from: Number(from.value) });
+  };
+  block.value = Math.floor(n_layer / 2);
+  place("patchForm", el("form", { class: "form", onsubmit: go }, field(t("theOther"), text), field(t("whereTo"), block), field(t("patchTo"), position), field(t("patchFrom"), from), el("button", { class: "act" }, t("patch"))));
+}
+
+// Which parts are off; with any, the comparison is made at once.
+export function showOff() {
+  const parts = app.off.map((part, i) => el("li", {}, el("button", { type: "button", class: "choice", "aria-label": t("switchOn", said(part)), onclick: () => change({ off: app.off.filter((_, j) => j !== i) }) }, `${said(part)} ✕`)));
+  place("off", ...(parts.length ? [el("p", { class: "hint" }, t("isOff")), el("ul", { class: "crumbs" }, ...parts)] : []));
+  if (app.off.length) compare(null);
+  else place("compared");
+}
+
+const said = (part) => `${t("block")} ${part.block}, ${"head" in part ? `${t("head")} ${part.head}` : `${t("neuron")} ${part.neuron}`}`;
+
+async function compare(patch) {
+  try {
+    const answer = await ask("compare", { ids: app.run.ids, off: app.off, patch });
+    const [before, after] = (await Promise.all([numbers(answer.before), numbers(answer.after)])).map((logits) => cut(logits, PLAIN).p);
+    const note = patch ? t("patched", tokenText(answer.other_ids[patch.from]), tokenText(app.run.ids[patch.position])) : t("without", app.off.map(said).join("; "));
+    showCompared(before, after, note);
+  } catch (error) {
+    if (error.message.includes("neuron") || error.message.includes("head")) app.off = app.off.slice(0, -1);
+    say(error.message, true);
+  }
+}
+
+function showCompared(before, after, note) {
+  const shown = [...new Set([...likeliest(before, 8), ...likeliest(after, 8)])].sort((i, j) => before[j] - before[i]);
+  const most = shown.reduce((best, i) => Math.max(best, before[i], after[i]), 0);
+  const distance = 0.5 * before.reduce((sum, p, i) => sum + Math.abs(p - after[i]), 0);
+  const rows = shown.map((i) => {
+    const change_ = after[i] - before[i];
+    const sign = change_ > 0 ? "▲" : "▼";
+    return el("tr", {}, el("th", { scope: "row", class: "mono" }, tokenText(i)), barCell(before[i], most), barCell(after[i], most), el("td", {}, `${sign} ${percent(Math.abs(change_))}`));
+  });
+  const head = el("tr", {}, ...["token", "beforeIt", "afterIt", "change"].map((key) => el("th", { scope: "col" }, t(key))));
+  const [first, second] = [likeliest(before, 1)[0], likeliest(after, 1)[0]];
+  place("compared", el("h3", {}, note),
+    el("p", { "aria-live": "polite" }, first === second ? t("sameBest", tokenText(first)) : t("otherBest", tokenText(first), tokenText(second)), " ", t("moved", percent(distance))),
+    el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": note }, el("table", { class: "compare" }, el("thead", {}, head), el("tbody", {}, ...rows))));
+}
+
+function barCell(p, most) {
+  const line = bar("", percent(p), p / most);
+  return el("td", {}, el("div", { class: "bar" }, ...line.childNodes));
+}

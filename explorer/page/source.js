@@ -1,0 +1,240 @@
+// gpt2.py as it stands on disk, each line that ran beside what it made; the way about; the picture of one value.
+
+import { app, callAt, change } from "./app.js";
+import { numbers } from "./api.js";
+import { axesText, choice, el, number, place, tokenText } from "./dom.js";
+import { heatMap, skyline } from "./heat.js";
+import { t } from "./words.js";
+
+const QUERIES = ["n_seq", "n_q", "n_last", "stop-start", "m"]; // axes whose places are the tokens of the text
+const KEYS = ["n_k", "end", "n_slots"];
+let wholeFile = false;
+let chosen = []; // on each axis but the last two of what is pictured
+
+export const call = () => callAt(app.path);
+
+// Opens a call, and of its values the one asked for, or the one that it returns.
+export function openCall(path, pick = (value) => value.name === "return") {
+  const opened = callAt(path);
+  if (!opened) return;
+  const value = opened.values.findLast(pick) ?? opened.values.at(-1) ?? null;
+  change({ path, value });
+}
+
+export function showSource() {
+  showPath();
+  showTree();
+  showCode();
+}
+
+function showPath() {
+  const crumbs = app.path.map((label, i) => el("li", {}, choice(label, i === app.path.length - 1, () => openCall(app.path.slice(0, i + 1)))));
+  const children = call().calls.filter((child) => child.function !== "transformer_block");
+  const below = children.map((child) => el("li", {}, choice(child.label, false, () => openCall([...app.path, child.label]))));
+  place("path", el("ol", { class: "crumbs" }, ...crumbs), ...(below.length ? [el("p", { class: "hint" }, t("callsBelow")), el("ul", { class: "crumbs below" }, ...below)] : []));
+}
+
+function showTree() {
+  place("tree", el("ul", {}, branch(app.run.root, [])));
+}
+
+function branch(node, above) {
+  const path = [...above, node.label];
+  const isOpen = path.every((label, i) => label === app.path[i]) || (path[1] === app.path[1] && path.length > 1 && app.path.length > 1);
+  const here = path.length === app.path.length && isOpen && path.every((label, i) => label === app.path[i]);
+  const button = el("button", { type: "button", class: "node", "aria-current": here ? "true" : undefined, onclick: () => go(path) }, node.label);
+  const children = isOpen || path.length === 1 ? node.calls.map((child) => branch(child, path)) : [];
+  return el("li", {}, button, ...(children.length ? [el("ul", {}, ...children)] : []));
+}
+
+// To a call of any block: that of another than the open one runs the model again, for its values.
+export function go(path, pick) {
+  const block = path[1]?.startsWith("block ") ? Number(path[1].slice(6)) : app.block;
+  if (block === app.block) openCall(path, pick);
+  else document.dispatchEvent(new CustomEvent("go", { detail: { block, path, pick } }));
+}
+
+function showCode() {
+  const opened = call();
+  const { first, last } = app.about.functions[opened.function];
+  const lines = wholeFile ? app.about.lines.map((_, i) => i + 1) : Array.from({ length: last - first + 1 }, (_, i) => first + i);
+  const toggle = el("input", { type: "checkbox", id: "whole", onchange: () => { wholeFile = toggle.checked; showCode(); } });
+  toggle.checked = wholeFile;
+  const rows = lines.map((line) => codeLine(line, line >= first && line <= last ? opened : null));
+  place("code",
+    el("p", { class: "what" }, t(`about_${opened.function}`)),
+    el("div", { class: "lines", role: "region", tabindex: "0", "aria-label": t("sourceOf", app.about.file, opened.function) }, ...rows),
+    el("p", { class: "hint" }, el("label", {}, toggle, ` ${t("wholeFile", app.about.file)}`)));
+  if (wholeFile) document.querySelector("#code .lines").scrollTop = document.querySelector(`[data-line="${first}"]`).offsetTop - 40;
+}
+
+function codeLine(line, opened) {
+  const values = opened ? opened.values.filter((value) => value.line === line) : [];
+  const calls = opened ? opened.calls.filter((child) => child.line === line) : [];
+  const text = el("code", {}, ...linked(app.about.lines[line - 1], calls));
+  const isHere = values.includes(app.value);
+  const row = el("div", { class: `line${values.length ? " ran" : ""}${isHere ? " here" : ""}`, "data-line": line }, el("span", { class: "n", "aria-hidden": "true" }, String(line)), text);
+  if (values.length) row.append(el("span", { class: "made" }, ...made(values)));
+  else if (calls.length) row.append(el("span", { class: "made" }, ...calls.slice(0, 1).map((child) => returned(child))));
+  return row;
+}
+
+// The names of functions that were called here lead to these calls.
+function linked(spans, calls) {
+  const left = [...calls];
+  return spans.map(([kind, text]) => {
+    const i = kind === "name" ? left.findIndex((child) => child.function === text) : -1;
+    if (i < 0) return kind ? el("span", { class: kind }, text) : text;
+    const [child] = left.splice(i, 1);
+    const block = text === "transformer_block" ? left.find((other) => other.label === `block ${app.block}`) ?? child : child;
+    return el("button", { type: "button", class: "called", title: t("openCall", block.label), onclick: () => openCall([...app.path, block.label]) }, text);
+  });
+}
+
+// What a line made: a button for each value; of a loop's, all under one name.
+function made(values) {
+  const groups = new Map();
+  for (const value of values) groups.set(value.name, [...(groups.get(value.name) ?? []), value]);
+  return [...groups].map(([name, group]) => {
+    const value = group.includes(app.value) ? app.value : group.at(-1);
+    const button = valueButton(name, value);
+    if (group.length === 1 || !value.axes.length) return button;
+    const several = group.map((each, i) => choice(String(i), each === app.value, () => change({ value: each }), { "aria-label": `${name}, ${t("time")} ${i}` }));
+    return el("span", {}, button, el("span", { class: "several" }, ...several));
+  });
+}
+
+function valueButton(name, value) {
+  const shape = axesText(value.axes);
+  const range = value.min === undefined ? "" : value.min === value.max ? number(value.min) : `${number(value.min)} … ${number(value.max)}`;
+  const amount = value.number === undefined ? range : `= ${number(value.number)}`;
+  const parts = [el("b", {}, name === "return" ? "→" : name), shape && el("span", { class: "shape" }, shape), amount && el("span", { class: "range" }, amount)];
+  const label = [name === "return" ? t("returns") : name, shape, amount].join(" ");
+  return el("button", { type: "button", class: "value", "aria-label": label, "aria-pressed": String(value === app.value), onclick: () => change({ value }) }, ...parts.filter(Boolean));
+}
+
+function returned(child) {
+  const value = child.values.findLast((each) => each.name === "return");
+  const open = () => openCall([...app.path, child.label]);
+  return el("button", { type: "button", class: "value", onclick: open }, el("b", {}, `${child.label} →`), el("span", { class: "shape" }, value ? axesText(value.axes) : ""));
+}
+
+// The picture
+
+export async function showPicture() {
+  const value = app.value;
+  if (!value) return place("picture");
+  const named = value.name === "return" ? t("returns") : value.name;
+  const head = [
+    el("h3", {}, named, el("span", { class: "where" }, ` ${app.path.slice(1).join(" › ") || app.path[0]}, ${t("line")} ${value.line}`)),
+    el("p", { class: "axes" }, ...axesLine(value.axes)),
+    ...changeOfAxes(value),
+  ];
+  if (value.number !== undefined) return place("picture", ...head, el("p", { class: "big" }, number(value.number)));
+  if (value.key === undefined) return place("picture", ...head, el("p", { class: "hint" }, t("notKept")));
+  const data = await numbers(value.key);
+  if (value === app.value) place("picture", ...head, ...drawing(value, data));
+}
+
+function axesLine(axes) {
+  if (!axes.length) return [t("oneNumber")];
+  return axes.flatMap(([name, n], i) => [i ? " × " : "", el("span", { class: "axis" }, name === String(n) ? name : `${name} = ${n}`)]);
+}
+
+function drawing(value, data) {
+  const axes = value.axes.map(([name, n], i) => [name, i === value.axes.length - 1 ? value.shown : n]);
+  const [outer, inner] = [axes.slice(0, -2), axes.slice(-2)];
+  const [rows, columns] = inner.length === 2 ? inner : [["1", 1], inner[0]];
+  chosen = outer.map(([name, n], i) => Math.min(name === "n_head" ? app.head : (chosen[i] ?? 0), n - 1));
+  const place_ = outer.reduce((at, [, n], i) => at * n + chosen[i], 0);
+  const n = rows[1] * columns[1];
+  const part = data.subarray(place_ * n, (place_ + 1) * n);
+  const choosers = outer.map(([name, size], i) => chooser(name, size, i)).filter(Boolean);
+  const cut = value.shown < value.axes.at(-1)[1] ? [el("p", { class: "hint" }, t("firstColumns", value.shown, value.axes.at(-1)[1]))] : [];
+  if (inner.length === 1) return [...cut, skyline(part), oneRow(part)];
+  const [rowNames, columnNames] = [namesOf(rows), namesOf(columns)];
+  const about = `${value.name}, ${axesText(value.axes)}`;
+  const map = { data: part, n_rows: rows[1], n_columns: columns[1], rows: rowNames, columns: columnNames, about };
+  const looked = rowNames ? app.token - (app.run.ids.length - rowNames.length) : 0;
+  map.row = Math.max(0, Math.min(rows[1] - 1, looked));
+  if (rowNames) map.onrow = (row) => row + app.run.ids.length - rowNames.length !== app.token && change({ token: row + app.run.ids.length - rowNames.length });
+  return [...choosers, ...cut, heatMap(map)];
+}
+
+function oneRow(part) {
+  const shown = Array.from(part.slice(0, 24), number).join("  ");
+  return el("p", { class: "some" }, part.length > 24 ? `${shown} …` : shown);
+}
+
+function chooser(name, n, i) {
+  if (n === 1) return null;
+  const pick = (j) => {
+    chosen[i] = j;
+    if (name === "n_head") change({ head: j });
+    else showPicture();
+  };
+  const label = name === "n_head" ? t("head") : name;
+  return el("div", { class: "chooser", role: "group", "aria-label": label }, el("span", {}, `${label} `), ...Array.from({ length: Math.min(n, 64) }, (_, j) => choice(String(j), j === chosen[i], () => pick(j))));
+}
+
+// The tokens along an axis, or null: the newest come last.
+function namesOf([name, n]) {
+  const ids = app.run.ids;
+  if (QUERIES.includes(name) && n <= ids.length) return ids.slice(ids.length - n).map(tokenText);
+  if (KEYS.includes(name) && n <= ids.length) return ids.slice(0, n).map(tokenText);
+  return null;
+}
+
+// What a line does to the axes, where its comment says from what to what.
+function changeOfAxes(value) {
+  const before = value.before;
+  if (!before || value.name === "return" || String(before) === String(value.axes) || before.length + value.axes.length < 4) return [];
+  const product = (axes) => axes.reduce((total, [, n]) => total * n, 1);
+  if (product(before) !== product(value.axes)) return [];
+  const names = (axes) => axes.map(([name]) => name);
+  const links = isSwap(before, value.axes) ? swapLinks(before, value.axes) : groupLinks(before, value.axes);
+  const sentence = isSwap(before, value.axes)
+    ? t("axesSwap", names(before).join(", "), names(value.axes).join(", "))
+    : groupLinks(before, value.axes).filter(([from, to]) => from.length !== to.length).map(([from, to]) => (from.length < to.length
+      ? t("axesSplit", names(from.map((i) => before[i])).join(" × "), names(to.map((i) => value.axes[i])).join(" × "))
+      : t("axesMerge", names(from.map((i) => before[i])).join(" × "), names(to.map((i) => value.axes[i])).join(" × ")))).join(" ");
+  return [el("div", { class: "change" }, axesDrawing(before, value.axes, links), el("p", {}, sentence))];
+}
+
+const isSwap = (before, after) => String(before.map(String).sort()) === String(after.map(String).sort());
+const swapLinks = (before, after) => before.map((axis, i) => [[i], [after.findIndex((other) => String(other) === String(axis))]]);
+
+// Which axes become which, where they keep their order: groups of the same number of numbers.
+function groupLinks(before, after) {
+  const groups = [];
+  for (let i = 0, j = 0; i < before.length || j < after.length; ) {
+    const [from, to] = [[i], [j]];
+    let [a, b] = [before[i++]?.[1] ?? 1, after[j++]?.[1] ?? 1];
+    while (a !== b && (i < before.length || j < after.length)) {
+      if (a < b && i < before.length) { from.push(i); a *= before[i++][1]; }
+      else if (j < after.length) { to.push(j); b *= after[j++][1]; }
+      else break;
+    }
+    groups.push([from.filter((k) => k < before.length), to.filter((k) => k < after.length)]);
+  }
+  return groups;
+}
+
+function axesDrawing(before, after, links) {
+  const [width, box, row] = [420, 30, 34];
+  const svg = (name, properties, ...children) => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(properties)) element.setAttribute(key, value);
+    element.append(...children);
+    return element;
+  };
+  const middle = (axes, i) => ((i + 0.5) * width) / axes.length;
+  const boxes = (axes, y) => axes.flatMap(([name, n], i) => {
+    const w = width / axes.length - 8;
+    return [svg("rect", { x: middle(axes, i) - w / 2, y, width: w, height: box, rx: 4 }),
+      svg("text", { x: middle(axes, i), y: y + 20, "text-anchor": "middle" }, name === String(n) ? name : axes.length > 3 ? `${name}` : `${name} ${n}`)];
+  });
+  const lines = links.flatMap(([from, to]) => from.flatMap((i) => to.map((j) => svg("line", { x1: middle(before, i), y1: box + 1, x2: middle(after, j), y2: box + row }))));
+  const label = t("axesFromTo", axesText(before), axesText(after));
+  return svg("svg", { viewBox: `0 0 ${width} ${2 * box + row + 2}`, role: "img", "aria-label": label }, ...lines, ...boxes(before, 1), ...boxes(after, box + row));
+}

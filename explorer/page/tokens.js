@@ -1,0 +1,25 @@
+// The text in tokens, with their ids and bytes; how a word became its tokens.
+
+import { app, change } from "./app.js";
+import { bytesOf, el, hex, place, readable, tokenText } from "./dom.js";
+import { t } from "./words.js";
+
+export function showTokens() {
+  const { ids } = app.run;
+  const chips = ids.map((id, i) => el("button", { type: "button", class: "token", "aria-pressed": String(i === app.token), "aria-label": t("tokenLabel", i, tokenText(id), id), onclick: () => change({ token: i }) }, el("span", { class: "text" }, tokenText(id)), el("span", { class: "id" }, String(id))));
+  place("chips", ...chips);
+  const id = ids[app.token];
+  const bytes = bytesOf(app.about.tokens[id]);
+  place("token", el("p", {}, t("tokenIs", app.token, tokenText(id), id), " ", el("span", { class: "mono" }, hex(bytes)), ` (${t("bytes", bytes.length)}).`), ...merges());
+}
+
+function merges() {
+  const word = app.run.words.findLast((each) => each.first <= app.token);
+  if (!word) return app.run.words.length ? [] : [el("p", { class: "hint" }, t("noMerges"))];
+  const steps = word.steps.map((step, i) => {
+    const symbols = step.symbols.map((symbol, j) => el("span", { class: `symbol${j === step.joined ? " joined" : ""}` }, readable(symbol)));
+    const said = i === 0 ? t("asBytes") : t("mergeRank", readable(step.symbols[step.joined]), step.rank);
+    return el("li", {}, el("span", { class: "symbols" }, ...symbols), " ", el("span", { class: "hint" }, said));
+  });
+  return [el("details", {}, el("summary", {}, t("howMerged", word.steps[0].symbols.map(readable).join(""))), el("ol", { class: "merges" }, ...steps), el("p", { class: "hint" }, t("mergeRule")))];
+}
