@@ -71,7 +71,9 @@ class Session:
         """The model, the source of gpt2.py, and all tokens as the vocabulary writes them."""
         with open(trace.FILE, encoding="utf-8") as file:
             text = file.read()
-        functions = {f.name: {"first": f.first, "last": f.last} for f in source.functions(text).values()}
+        functions = {
+            f.name: {"first": f.first, "last": f.last, "doc": f.doc} for f in source.functions(text).values()
+        }
         tokens = [self.encoder.decoder[i] for i in range(len(self.encoder.decoder))]
         about = {"model": self.model_size, "hparams": self.hparams, "n_tokens": self.n_tokens, "tokens": tokens}
         return about | {"file": os.path.basename(trace.FILE), "lines": source.highlighted(text), "functions": functions}

@@ -27,6 +27,7 @@ class Function:
     name: str
     first: int
     last: int
+    doc: list  # the first and the last line of its docstring, or none
     head: Statement  # the line of its def: the axes of its arguments and of what it returns
     statements: dict  # {line: Statement}
 
@@ -57,7 +58,8 @@ def function(node, comments):
             if isinstance(part, ast.For):
                 made.body = range(part.body[0].lineno, part.body[-1].end_lineno + 1)
             statements |= dict.fromkeys(range(part.lineno, last + 1), made)
-    return Function(node.name, node.lineno, node.end_lineno, head, statements)
+    doc = [node.body[0].lineno, node.body[0].end_lineno] if ast.get_docstring(node) else []
+    return Function(node.name, node.lineno, node.end_lineno, doc, head, statements)
 
 
 def statement(first, last, names, calls, comments):

@@ -71,7 +71,8 @@ async function begin() {
   document.addEventListener("take", ({ detail }) => run({ ids: [...app.run.ids, detail].slice(-app.about.n_tokens), block: app.block }));
   const first = await ask("first");
   document.getElementById("prompt").value = first.text;
-  await run({ text: first.text, block: first.block });
+  const attention = ["gpt2", `block ${first.block}`, "mha", "causal_attention", "attention"];
+  await run({ text: first.text, block: first.block }, attention, (value) => value.name === "weights");
 }
 
 document.getElementById("ask").addEventListener("submit", (event) => {

@@ -9,6 +9,7 @@ import { t } from "./words.js";
 const QUERIES = ["n_seq", "n_q", "n_last", "stop-start", "m"]; // axes whose places are the tokens of the text
 const KEYS = ["n_k", "end", "n_slots"];
 let wholeFile = false;
+let wholeDoc = false;
 let chosen = []; // on each axis but the last two of what is pictured
 
 export const call = () => callAt(app.path);
@@ -57,10 +58,14 @@ export function go(path, pick) {
 function showCode() {
   const opened = call();
   const { first, last } = app.about.functions[opened.function];
-  const lines = wholeFile ? app.about.lines.map((_, i) => i + 1) : Array.from({ length: last - first + 1 }, (_, i) => first + i);
+  const [docFirst, docLast] = app.about.functions[opened.function].doc;
+  const isFolded = (line) => !wholeDoc && !wholeFile && line > docFirst && line <= docLast;
+  const all = wholeFile ? app.about.lines.map((_, i) => i + 1) : Array.from({ length: last - first + 1 }, (_, i) => first + i);
+  const lines = all.filter((line) => !isFolded(line));
   const toggle = el("input", { type: "checkbox", id: "whole", onchange: () => { wholeFile = toggle.checked; showCode(); } });
   toggle.checked = wholeFile;
   const rows = lines.map((line) => codeLine(line, line >= first && line <= last ? opened : null));
+  if (lines.length < all.length) rows[docFirst - first].querySelector("code").append(unfold(docLast - docFirst));
   place("code",
     el("p", { class: "what" }, t(`about_${opened.function}`)),
     el("div", { class: "lines", role: "region", tabindex: "0", "aria-label": t("sourceOf", app.about.file, opened.function) }, ...rows),
@@ -68,10 +73,19 @@ function showCode() {
   if (wholeFile) document.querySelector("#code .lines").scrollTop = document.querySelector(`[data-line="${first}"]`).offsetTop - 40;
 }
 
+// A long docstring shows its first line until it is asked for.
+function unfold(n) {
+  const more = () => { wholeDoc = true; showCode(); };
+  return el("button", { type: "button", class: "unfold", onclick: more }, t("moreLines", n));
+}
+
 function codeLine(line, opened) {
   const values = opened ? opened.values.filter((value) => value.line === line) : [];
   const calls = opened ? opened.calls.filter((child) => child.line === line) : [];
   const text = el("code", {}, ...linked(app.about.lines[line - 1], calls));
+  const indent = text.textContent.match(/^ */)[0].length + 4; // what does not fit goes on below, further in
+  text.style.paddingLeft = `${indent}ch`;
+  text.style.textIndent = `-${indent}ch`;
   const isHere = values.includes(app.value);
   const row = el("div", { class: `line${values.length ? " ran" : ""}${isHere ? " here" : ""}`, "data-line": line }, el("span", { class: "n", "aria-hidden": "true" }, String(line)), text);
   if (values.length) row.append(el("span", { class: "made" }, ...made(values)));
@@ -145,7 +159,7 @@ function drawing(value, data) {
   const axes = value.axes.map(([name, n], i) => [name, i === value.axes.length - 1 ? value.shown : n]);
   const [outer, inner] = [axes.slice(0, -2), axes.slice(-2)];
   const [rows, columns] = inner.length === 2 ? inner : [["1", 1], inner[0]];
-  chosen = outer.map(([name, n], i) => Math.min(name === "n_head" ? app.head : (chosen[i] ?? 0), n - 1));
+  chosen = outer.map(([name, n], i) => Math.min(name === "n_head" ? app.head : name === "n_seq" ? app.token : (chosen[i] ?? 0), n - 1));
   const place_ = outer.reduce((at, [, n], i) => at * n + chosen[i], 0);
   const n = rows[1] * columns[1];
   const part = data.subarray(place_ * n, (place_ + 1) * n);
@@ -155,9 +169,9 @@ function drawing(value, data) {
   const [rowNames, columnNames] = [namesOf(rows), namesOf(columns)];
   const about = `${value.name}, ${axesText(value.axes)}`;
   const map = { data: part, n_rows: rows[1], n_columns: columns[1], rows: rowNames, columns: columnNames, about };
-  const looked = rowNames ? app.token - (app.run.ids.length - rowNames.length) : 0;
-  map.row = Math.max(0, Math.min(rows[1] - 1, looked));
-  if (rowNames) map.onrow = (row) => row + app.run.ids.length - rowNames.length !== app.token && change({ token: row + app.run.ids.length - rowNames.length });
+  const areTokens = rowNames && rows[0] !== "n_head";
+  map.row = areTokens ? Math.max(0, app.token - (app.run.ids.length - rowNames.length)) : rows[0] === "n_head" ? app.head : 0;
+  if (areTokens) map.onrow = (row) => row + app.run.ids.length - rowNames.length !== app.token && change({ token: row + app.run.ids.length - rowNames.length });
   return [...choosers, ...cut, heatMap(map)];
 }
 
@@ -171,10 +185,13 @@ function chooser(name, n, i) {
   const pick = (j) => {
     chosen[i] = j;
     if (name === "n_head") change({ head: j });
+    else if (name === "n_seq") change({ token: j });
     else showPicture();
   };
   const label = name === "n_head" ? t("head") : name;
-  return el("div", { class: "chooser", role: "group", "aria-label": label }, el("span", {}, `${label} `), ...Array.from({ length: Math.min(n, 64) }, (_, j) => choice(String(j), j === chosen[i], () => pick(j))));
+  const parts = name === "3" ? ["q", "k", "v"] : Array.from({ length: Math.min(n, 64) }, (_, j) => String(j));
+  const buttons = parts.map((text, j) => choice(text, j === chosen[i], () => pick(j)));
+  return el("div", { class: "chooser", role: "group", "aria-label": label }, el("span", {}, `${label} `), ...buttons);
 }
 
 // The tokens along an axis, or null: the newest come last.
@@ -182,6 +199,7 @@ function namesOf([name, n]) {
   const ids = app.run.ids;
   if (QUERIES.includes(name) && n <= ids.length) return ids.slice(ids.length - n).map(tokenText);
   if (KEYS.includes(name) && n <= ids.length) return ids.slice(0, n).map(tokenText);
+  if (name === "n_head") return Array.from({ length: n }, (_, i) => `${t("head")} ${i}`);
   return null;
 }
 
@@ -228,13 +246,17 @@ function axesDrawing(before, after, links) {
     element.append(...children);
     return element;
   };
-  const middle = (axes, i) => ((i + 0.5) * width) / axes.length;
-  const boxes = (axes, y) => axes.flatMap(([name, n], i) => {
-    const w = width / axes.length - 8;
-    return [svg("rect", { x: middle(axes, i) - w / 2, y, width: w, height: box, rx: 4 }),
-      svg("text", { x: middle(axes, i), y: y + 20, "text-anchor": "middle" }, name === String(n) ? name : axes.length > 3 ? `${name}` : `${name} ${n}`)];
-  });
+  const label = ([name, n]) => (name === String(n) ? name : `${name} ${n}`);
+  const weight = (axis) => Math.max(4, label(axis).length + 1); // a box as wide as its name
+  const whole = (axes) => axes.reduce((sum, axis) => sum + weight(axis), 0);
+  const left = (axes, i) => (width * whole(axes.slice(0, i))) / whole(axes);
+  const wide = (axes, i) => (width * weight(axes[i])) / whole(axes);
+  const middle = (axes, i) => left(axes, i) + wide(axes, i) / 2;
+  const boxes = (axes, y) => axes.flatMap((axis, i) => [
+    svg("rect", { x: left(axes, i) + 3, y, width: wide(axes, i) - 6, height: box, rx: 4 }),
+    svg("text", { x: middle(axes, i), y: y + 20, "text-anchor": "middle" }, label(axis)),
+  ]);
   const lines = links.flatMap(([from, to]) => from.flatMap((i) => to.map((j) => svg("line", { x1: middle(before, i), y1: box + 1, x2: middle(after, j), y2: box + row }))));
-  const label = t("axesFromTo", axesText(before), axesText(after));
-  return svg("svg", { viewBox: `0 0 ${width} ${2 * box + row + 2}`, role: "img", "aria-label": label }, ...lines, ...boxes(before, 1), ...boxes(after, box + row));
+  const said = t("axesFromTo", axesText(before), axesText(after));
+  return svg("svg", { viewBox: `0 0 ${width} ${2 * box + row + 2}`, role: "img", "aria-label": said }, ...lines, ...boxes(before, 1), ...boxes(after, box + row));
 }
