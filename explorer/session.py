@@ -32,6 +32,7 @@ class Session:
         self.model_size, self.encoder, self.hparams, self.params = model_size, encoder, hparams, params
         self.n_head, self.n_layer, self.n_ctx = hparams["n_head"], hparams["n_layer"], hparams["n_ctx"]
         self.n_tokens = min(N_TOKENS, self.n_ctx)
+        self.lines = source.highlighted(trace.SOURCE)
         self.kept_weights = True  # of the model, where a call has them as arguments
         self.lock, self.keys = threading.Lock(), itertools.count()
         self.kept = {}  # {kind of answer: {key: array}}, of the newest answer of each kind
@@ -69,14 +70,10 @@ class Session:
 
     def about(self):
         """The model, the source of gpt2.py, and all tokens as the vocabulary writes them."""
-        with open(trace.FILE, encoding="utf-8") as file:
-            text = file.read()
-        functions = {
-            f.name: {"first": f.first, "last": f.last, "doc": f.doc} for f in source.functions(text).values()
-        }
+        functions = {f.name: {"first": f.first, "last": f.last, "doc": f.doc} for f in trace.FUNCTIONS.values()}
         tokens = [self.encoder.decoder[i] for i in range(len(self.encoder.decoder))]
         about = {"model": self.model_size, "hparams": self.hparams, "n_tokens": self.n_tokens, "tokens": tokens}
-        return about | {"file": os.path.basename(trace.FILE), "lines": source.highlighted(text), "functions": functions}
+        return about | {"file": os.path.basename(trace.FILE), "lines": self.lines, "functions": functions}
 
     def first(self):
         return {"text": self.text, "block": self.block}
@@ -143,14 +140,9 @@ class Session:
         self.check_sampling(temperature, top_k, top_p)
         if not is_number(point) or not 0 <= point <= 1:
             raise QuestionError("point must be a number from 0 to 1")
-        if (
-            self.caches is None
-            or not self.cached
-            or ids[: len(self.cached)] != self.cached
-            or len(ids) == len(self.cached)
-        ):
-            self.caches, self.cached = new_caches(self.params, self.n_head, min(N_GENERATED, self.n_ctx)), []
         n_past = len(self.cached)
+        if n_past in (0, len(ids)) or ids[:n_past] != self.cached:  # another text
+            self.caches, n_past = new_caches(self.params, self.n_head, min(N_GENERATED, self.n_ctx)), 0
         self.cached = []  # until it has run
         run = trace.record(
             ids[n_past:],
@@ -160,7 +152,7 @@ class Session:
             kv_cache=self.caches,
             n_past=n_past,
         )
-        self.cached = ids
+        self.cached = [*ids]
         self.kept["step"] = {}
         logits = run.logits[-1]
         next_id = draw(logits, [point] if temperature else None, temperature, top_k, top_p)
@@ -299,7 +291,7 @@ class Session:
         array = value.array[..., :shown]
         finite = array if array.dtype.kind in "biu" or value.is_weight else array[np.isfinite(array)]
         if finite.size and not value.is_weight:
-            told |= {"min": float(finite.min()), "max": float(finite.max())}
+            told |= {"min": float(finite.min()), "max": float(finite.max()), "hidden": finite.size < array.size}
         return told | {"key": self.keep("run", array), "shown": shown, "weight": value.is_weight}
 
 

@@ -113,7 +113,7 @@ def named(shape, names, sizes, over_keys=False):
     if not names or not fits(names, shape, sizes):
         names = []
     kinds = ["n_embd", "3*n_embd", "4*n_embd", "n_embd/n_head", "n_vocab", "n_seq"]
-    by_place = [["n_k"] if over_keys else kinds, ["n_seq"], ["n_head"]]
+    by_place = [["n_k"], ["n_q"], ["n_head"]] if over_keys else [kinds, ["n_seq"], ["n_head"]]
     guessed = []
     for place, n in enumerate(reversed(shape)):
         if place < len(names):

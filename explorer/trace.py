@@ -16,6 +16,9 @@ import gpt2
 from explorer import source
 
 FILE = gpt2.gpt2.__code__.co_filename
+with open(FILE, encoding="utf-8") as file:  # once: this is the code that runs, even if the file is edited meanwhile
+    SOURCE = file.read()
+FUNCTIONS = source.functions(SOURCE)
 
 
 @dataclasses.dataclass
@@ -113,15 +116,15 @@ def attention_weights(run, block):  # -> [n_head, n_seq, n_keys]
 class Tracer:
     """What sys.settrace calls: for each call of a function, itself; then step, for each line of those of gpt2.py."""
 
-    def __init__(self, functions, keep, weights):
-        self.functions, self.keep, self.weights = functions, keep, weights
+    def __init__(self, keep, weights):
+        self.keep, self.weights = keep, weights
         self.root, self.stack = None, []
 
     def __call__(self, frame, event, _):
         code = frame.f_code
-        if code.co_filename != FILE or code.co_name not in self.functions:
+        if code.co_filename != FILE or code.co_name not in FUNCTIONS:
             return None
-        function, parent = self.functions[code.co_name], self.stack[-1] if self.stack else None
+        function, parent = FUNCTIONS[code.co_name], self.stack[-1] if self.stack else None
         label = label_of(function.name, parent)
         call = Call(
             function, label, (*parent.path, label) if parent else (label,), parent.statement.first if parent else 0
@@ -188,19 +191,13 @@ def record(inputs, keep=keep_all, **arguments):
     keep: keep(path, name) -> bool says of which values to keep a copy, where all are too many: those of 124M at 1,024
     tokens take 4 GB. Of the others there is the shape. Another tracer, such as a debugger's, has a rest.
     """
-    tracer, before = Tracer(gpt2_functions(), keep, {*weight_ids(arguments)}), sys.gettrace()
+    tracer, before = Tracer(keep, {*weight_ids(arguments)}), sys.gettrace()
     sys.settrace(tracer)
     try:
         logits = gpt2.gpt2(inputs, **arguments)
     finally:
         sys.settrace(before)
     return Run(tracer.root, logits)
-
-
-def gpt2_functions():
-    """{name: source.Function} of gpt2.py as it stands on disk."""
-    with open(FILE, encoding="utf-8") as file:
-        return source.functions(file.read())
 
 
 def weight_ids(node):

@@ -16,7 +16,9 @@ import { language, setLanguage, t, translate } from "./words.js";
 // Runs the model, and shows what it made: at the call that was open before, where there is one.
 async function run(question, path = app.path, pick = undefined) {
   const button = document.getElementById("run");
+  const status = document.getElementById("status");
   button.disabled = true;
+  status.dataset.busy = "yes";
   say(t("running"));
   const began = performance.now();
   try {
@@ -35,6 +37,7 @@ async function run(question, path = app.path, pick = undefined) {
     say(error.message, true);
   }
   button.disabled = isFile;
+  delete status.dataset.busy;
 }
 
 const hasValues = (block) => callAt(["gpt2", `block ${block}`])?.values.some((value) => value.key !== undefined);

@@ -120,7 +120,8 @@ function made(values) {
 
 function valueButton(name, value) {
   const shape = axesText(value.axes);
-  const range = value.min === undefined ? "" : value.min === value.max ? number(value.min) : `${number(value.min)} … ${number(value.max)}`;
+  const least = value.hidden ? "−∞" : number(value.min);
+  const range = value.min === undefined ? "" : least === number(value.max) ? least : `${least} … ${number(value.max)}`;
   const amount = value.number === undefined ? range : `= ${number(value.number)}`;
   const parts = [el("b", {}, name === "return" ? "→" : name), shape && el("span", { class: "shape" }, shape), amount && el("span", { class: "range" }, amount)];
   const label = [name === "return" ? t("returns") : name, shape, amount].join(" ");

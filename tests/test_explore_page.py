@@ -1,0 +1,414 @@
+"""The page in a real browser, on models/shakespeare: what it shows is what NumPy computes apart from it.
+
+Needs Debian's chromium, playwright, and for one test axe-core, at GPT2_TEST_AXE: where that is set, as .ci/run does, a
+browser that is not there fails the tests, else it skips them.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from conftest import REPO, optional
+
+import gpt2
+import sampling
+from explorer import single_file, trace
+from explorer.server import Server
+from explorer.session import Session
+from utils import load_encoder_hparams_and_params
+
+playwright = optional("playwright.sync_api")
+AXE = os.environ.get("GPT2_TEST_AXE")
+CHROMIUM = shutil.which("chromium")
+QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+TEXT = "My lord, the king is dead; my lord, the"
+MINUTE = 60_000  # milliseconds: the machine may be busy
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_encoder_hparams_and_params("shakespeare", REPO / "models")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        assert not AXE, "chromium is not installed"
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as engines:
+        browser = engines.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def url(model):
+    with Server(Session("shakespeare", *model, TEXT)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+        thread.start()
+        yield server.url
+        server.shutdown()
+        thread.join()
+
+
+class Visit:
+    """A page that is open, what it asked for, and what went wrong in it."""
+
+    def __init__(self, browser, url, locale="en-US", width=1280, **options):
+        self.context = browser.new_context(locale=locale, viewport={"width": width, "height": 900}, **options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(MINUTE)
+        self.requests, self.errors = [], []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
+        self.page.goto(url)
+        self.settle()
+
+    def settle(self):
+        """Until the last section shows something for the run that is shown."""
+        self.page.wait_for_selector("#status:not([data-busy])")
+        self.page.wait_for_selector("#seen table")
+        self.page.wait_for_load_state("networkidle")
+
+    def type(self, text):
+        self.page.fill("#prompt", text)
+        self.page.click("#run")
+        self.settle()
+
+    def texts(self, selector):
+        return self.page.locator(selector).all_inner_texts()
+
+    def import_(self, module, expression):
+        """The value of an expression on what a module of the page exports, as m."""
+        return self.page.evaluate(f"import('./{module}.js').then((m) => {expression})")
+
+
+@pytest.fixture
+def visit(browser, url):
+    visit = Visit(browser, url)
+    yield visit
+    visit.context.close()
+    assert visit.errors == []
+
+
+def number(text):
+    return float(text.replace("−", "-").replace(" %", "e-2").replace("∞", "inf"))
+
+
+def ids_of(model, text):
+    return model[0].encode(text)
+
+
+def logits_of(model, ids):
+    return gpt2.gpt2(ids, **model[2], n_head=model[1]["n_head"])
+
+
+def readable(model, i):
+    return model[0].decode([i]).replace(" ", "·").replace("\n", "↵")
+
+
+def test_a_prompt_that_is_typed_shows_its_tokens(visit, model):
+    text = "Good night,\nmy sweet remembrance"
+    visit.type(text)
+    ids = ids_of(model, text)
+    assert visit.texts("#chips .text") == [readable(model, i) for i in ids]
+    assert visit.texts("#chips .id") == [str(i) for i in ids]
+
+
+def test_parts_of_a_character_are_shown_as_their_bytes(visit):
+    visit.type("你")
+    assert visit.texts("#chips .text") == ["‹E4›", "‹BD›", "‹A0›"]
+
+
+def test_the_merges_of_a_word_are_shown_step_by_step(visit, model):
+    visit.type("ROMEO: remembrance")
+    visit.page.click("#token summary")
+    steps = visit.texts("#token .merges li .symbols")
+    assert steps[0].split() == list("·remembrance")
+    assert steps[-1].split() == [readable(model, i) for i in ids_of(model, " remembrance")]
+
+
+def table_of(visit, selector):
+    """The numbers of the table behind a heat map."""
+    if not visit.page.locator(f"{selector} .numbers table").count():
+        visit.page.click(f"{selector} .numbers summary")
+    rows = visit.page.locator(f"{selector} .numbers tbody tr").all()
+    return np.array([[number(cell) for cell in row.locator("td").all_inner_texts()] for row in rows])
+
+
+def test_the_weights_of_a_head_are_numpys_and_a_row_sums_to_1(visit, model):
+    visit.type("My lord, the king is")
+    ids = ids_of(model, "My lord, the king is")
+    visit.page.click("#blocks >> text=2")
+    visit.settle()
+    visit.page.click("#thumbs button >> nth=3")
+    run = trace.record(ids, **model[2], n_head=model[1]["n_head"])
+    weights = run["block 2", "attention", "weights"][3]
+    np.testing.assert_allclose(table_of(visit, "#head"), weights, rtol=6e-3, atol=1e-3)
+    assert "sum 1.0000" in visit.texts("#head .rowsum")[0]
+
+
+def test_a_line_selects_its_picture_and_says_what_it_does_to_the_axes(visit, model):
+    visit.page.click("#tree >> text=mha")
+    line = visit.page.locator(".line.ran", has_text="x = x.reshape(*x.shape[:-1], 3")
+    line.locator(".value").click()
+    visit.page.wait_for_selector("#picture .change")
+    assert "3*n_embd is split into 3 × n_head × n_embd/n_head" in visit.texts("#picture .change p")[0]
+    assert "n_seq = 12 × 3 × n_head = 5 × n_embd/n_head = 32" in visit.texts("#picture .axes")[0]
+    assert visit.page.locator(".line.here code").inner_text().strip().startswith("x = x.reshape")
+
+
+def test_the_source_is_gpt2_py_as_it_stands_on_disk(visit):
+    visit.page.check("#whole")
+    lines = visit.page.locator("#code .line code").all_inner_texts()
+    on_disk = pathlib.Path(gpt2.__file__).read_text("utf-8").splitlines()
+    assert [line.rstrip("\n") for line in lines] == on_disk
+
+
+def test_the_call_tree_leads_to_a_function_in_another_block(visit, model):
+    visit.page.click("#tree >> text=block 3")
+    visit.settle()
+    visit.page.click("#tree >> text=gelu")
+    assert visit.texts("#path ol li") == ["gpt2", "block 3", "ffn", "gelu"]
+    a = trace.record(ids_of(model, TEXT), **model[2], n_head=model[1]["n_head"])["block 3", "gelu", "return"]
+    visit.page.wait_for_selector("#picture .numbers")
+    np.testing.assert_allclose(table_of(visit, "#picture"), a[:, :12], rtol=6e-3, atol=1e-3)
+
+
+def test_the_probabilities_of_what_comes_next_are_numpys(visit, model):
+    visit.type(TEXT)
+    p = gpt2.softmax(logits_of(model, ids_of(model, TEXT)))[-1]
+    best = np.argsort(-p)[:20]
+    assert visit.texts("#chances .bar .name") == [readable(model, i) for i in best]
+    shown = [number(text) for text in visit.texts("#chances .bar .amount")]
+    np.testing.assert_allclose(shown, p[best], atol=6e-4)
+
+
+def test_the_sliders_cut_as_sampling_draw_cuts_on_200_settings(visit, model):
+    logits = logits_of(model, ids_of(model, TEXT))[-1]
+    rng = np.random.default_rng(0)
+    settings = [
+        {
+            "temperature": round(float(rng.uniform(0.05, 2)), 2),
+            "top_k": int(rng.choice([0, rng.integers(1, 60), rng.integers(1, 1024)])),
+            "top_p": round(float(rng.choice([1, rng.uniform(0.01, 1)])), 2),
+        }
+        for _ in range(200)
+    ]
+    script = f"{json.dumps(settings)}.map((s) => [...m.cut(Float32Array.from({json.dumps(logits.tolist())}), s).may])"
+    for setting, may in zip(settings, visit.import_("sampling", script), strict=True):
+        ids = np.flatnonzero(may)
+        ends = np.cumsum(np.array(may)[ids])
+        middles = (ends - np.array(may)[ids] / 2) / ends[-1]  # of each token's stretch: draw must find each on its own
+        drawn = [int(sampling.draw(logits, [point], **setting)) for point in middles]
+        assert drawn == ids.tolist(), setting
+        assert sampling.draw(logits, [0.0], **setting) == ids[0]
+        assert sampling.draw(logits, [1.0], **setting) == ids[-1]
+
+
+def test_the_sliders_move_the_bars_and_say_where_they_cut(visit):
+    visit.page.fill("#controls .control:nth-child(2) input[type=number]", "5")
+    visit.page.wait_for_selector("#chances li.cut")
+    assert visit.texts("#chances p")[0].startswith("5 of 1,024 tokens may be drawn")
+    assert visit.page.locator("#chances .bar.isCut").count() == 15
+    visit.page.fill("#controls .control:nth-child(1) input[type=number]", "0")
+    assert "always taken" in visit.texts("#chances p")[0]
+
+
+def test_a_token_that_is_clicked_is_taken(visit, model):
+    visit.type(TEXT)
+    visit.page.click("#chances .bar button >> nth=1")
+    visit.settle()
+    ids = ids_of(model, TEXT)
+    second = int(np.argsort(-logits_of(model, ids)[-1])[1])
+    assert visit.texts("#chips .id") == [str(i) for i in [*ids, second]]
+
+
+def test_the_lens_shows_what_shorter_models_say(visit, model):
+    visit.type(TEXT)
+    ids, (_, hparams, params) = ids_of(model, TEXT), model
+    rows = visit.page.locator("#seen tbody tr").all()
+    assert len(rows) == hparams["n_layer"] + 1
+    for i, row in enumerate(rows):
+        p = gpt2.softmax(gpt2.gpt2(ids, **{**params, "blocks": params["blocks"][:i]}, n_head=hparams["n_head"]))[-8:]
+        cells = [cell.removeprefix("✓").strip().split("\n") for cell in row.locator("td").all_inner_texts()]
+        assert [cell[0] for cell in cells] == [readable(model, int(best)) for best in p.argmax(axis=-1)]
+        np.testing.assert_allclose([number(cell[-1]) for cell in cells], p.max(axis=-1), atol=6e-4)
+
+
+def test_a_cell_of_the_lens_leads_to_its_block(visit):
+    visit.page.click("#seen tbody tr:nth-child(3) button >> nth=0")
+    visit.settle()
+    assert visit.texts("#blocks [aria-pressed=true]") == ["1"]
+
+
+def test_a_head_switched_off_shows_the_probabilities_without_it(visit, model):
+    visit.type(TEXT)
+    visit.page.click("#blocks >> text=1")
+    visit.settle()
+    visit.page.click("#thumbs button >> nth=2")
+    visit.page.click("#head .act")
+    visit.page.wait_for_selector("#compared table")
+    assert "block 1, head 2" in visit.texts("#compared h3")[0]
+    ids, (_, hparams, params) = ids_of(model, TEXT), model
+    off = gpt2.softmax(logits_of((None, hparams, trace.without_head(params, 5, 1, 2)), ids))[-1]
+    on = gpt2.softmax(logits_of(model, ids))[-1]
+    names = {readable(model, i): i for i in range(hparams["n_vocab"])}
+    rows = visit.page.locator("#compared tbody tr").all()
+    assert len(rows) >= 8
+    for row in rows:
+        i = names[row.locator("th").inner_text()]
+        before, after = (number(text) for text in row.locator(".amount").all_inner_texts())
+        assert (before, after) == (pytest.approx(on[i], abs=6e-4), pytest.approx(off[i], abs=6e-4))
+
+
+def test_a_row_of_another_text_is_patched_in(visit):
+    visit.page.fill("#otherText", "Good night, my")
+    visit.page.fill("#patchTo", "11")
+    visit.page.fill("#patchFrom", "3")
+    visit.page.click("#patchForm button")
+    visit.page.wait_for_selector("#compared table")
+    assert "The row of ·my in place of that of ·the" in visit.texts("#compared h3")[0]
+
+
+def test_the_page_generates_the_ids_of_generate(visit, model):
+    visit.type(TEXT)
+    visit.page.fill("#controls .control:nth-child(1) input[type=number]", "0")
+    visit.page.click("#going .act >> nth=1")
+    visit.page.wait_for_selector("#growing mark >> nth=9")
+    ids = gpt2.generate(ids_of(model, TEXT), model[2], model[1]["n_head"], 10)
+    assert visit.texts("#growing mark") == [readable(model, i) for i in ids]
+    assert "21 tokens were" not in visit.texts("#cached p")[0]
+    assert visit.texts("#cached p")[0].startswith("20 tokens were in the cache, 1 went through the model")
+
+
+def test_what_is_wrong_is_said_on_the_page_and_the_next_text_runs(visit):
+    visit.page.fill("#patchTo", "99")
+    visit.page.click("#patchForm button")
+    visit.page.wait_for_selector("#status.error")
+    assert "position must be a whole number" in visit.texts("#status")[0]
+    visit.errors.clear()  # the browser notes the status 400 itself
+    visit.type("ROMEO:")
+    assert not visit.page.locator("#status.error").count()
+
+
+def test_a_text_too_long_is_cut_and_that_is_said(visit):
+    visit.type("my lord " * 200)
+    assert "Cut to the first 128 tokens" in visit.texts("#status")[0]
+    assert visit.page.locator("#chips .token").count() == 128
+
+
+def test_the_walk_has_ten_steps_and_can_be_left(visit):
+    visit.page.click("#start")
+    for i in range(1, 11):
+        assert visit.texts("#walk .hint") == [f"Step {i} of 10"]
+        visit.page.click("#walk .act")
+        visit.page.wait_for_load_state("networkidle")
+    assert visit.page.locator("#walk").is_hidden()
+
+
+def test_the_page_can_be_used_by_keyboard_alone(visit):
+    visit.page.focus("#prompt")
+    visit.page.keyboard.press("Control+A")
+    visit.page.keyboard.type("Good night, my")
+    visit.page.keyboard.press("Enter")
+    visit.page.wait_for_selector("#chips .token:nth-child(4):last-child")
+    visit.settle()
+    visit.page.focus("#head canvas.heat")
+    for key in ("ArrowDown", "ArrowRight", "Enter"):
+        visit.page.keyboard.press(key)
+    visit.page.wait_for_selector("#chips .token:nth-child(4)[aria-pressed=false]")
+
+
+@pytest.mark.parametrize(("locale", "language"), [("zh-CN", "zh-CN"), ("en-GB", "en"), ("fr-FR", "en")])
+def test_the_browsers_language_decides_at_first(browser, url, locale, language):
+    visit = Visit(browser, url, locale=locale)
+    assert visit.page.locator("html").get_attribute("lang") == language
+    visit.context.close()
+
+
+def test_both_languages_say_the_same_things(visit):
+    english, chinese = (set(re.findall(r"^    (\w+):", half, re.MULTILINE)) for half in halves())
+    assert english == chinese
+    used = set(re.findall(r'\bt\("(\w+)"', single_file.joined()))
+    used |= set(re.findall(r'data-word="(\w+)"', (single_file.PAGE / "index.html").read_text("utf-8")))
+    assert used <= english
+    assert {f"about_{name}" for name in trace.FUNCTIONS if name in visited()} <= english
+
+
+def halves():
+    text = (single_file.PAGE / "words.js").read_text("utf-8")
+    return text.split("  zh: {")
+
+
+def visited():
+    """The functions of gpt2.py that a run calls."""
+    encoder, hparams, params = load_encoder_hparams_and_params("shakespeare", REPO / "models")
+    run = trace.record(encoder.encode("My"), **params, n_head=hparams["n_head"])
+    return {call.function.name for call in run.root.walk()}
+
+
+def test_the_switch_of_languages_leaves_nothing_in_the_other_one(visit):
+    visit.page.click("[data-language=zh]")
+    visit.settle()
+    headings = visit.texts("h1, h2, .intro, summary")
+    assert all(re.search(r"[\u4e00-\u9fff]", heading) for heading in headings if heading), headings
+
+
+def test_no_request_leaves_this_machine(visit):
+    visit.type("ROMEO:")
+    assert {re.match(r"(\w+:/*[^/:]*)", request)[1] for request in visit.requests} <= {"http://127.0.0.1", "data:image"}
+
+
+def test_a_saved_page_opens_from_disk_with_no_request_at_all(browser, model, tmp_path):
+    (tmp_path / "page.html").write_text(single_file.page(Session("shakespeare", *model, TEXT)), "utf-8")
+    visit = Visit(browser, (tmp_path / "page.html").as_uri(), offline=True)
+    assert [request for request in visit.requests if not request.startswith("data:")] == [visit.page.url]
+    visit.page.click("#blocks >> text=3")
+    visit.page.click("#thumbs button >> nth=1")
+    run = trace.record(ids_of(model, TEXT), **model[2], n_head=model[1]["n_head"])
+    weights = run["block 3", "attention", "weights"][1]
+    np.testing.assert_allclose(table_of(visit, "#head"), weights, rtol=6e-3, atol=1e-3)
+    assert visit.page.locator("#experiments").is_hidden()
+    assert visit.errors == []
+    visit.context.close()
+
+
+@pytest.mark.parametrize("width", [360, 640, 1280])
+def test_the_page_is_never_wider_than_the_screen(browser, url, width):
+    visit = Visit(browser, url, width=width)
+    visit.page.click("#tree >> text=mha") if visit.page.locator("#tree").is_visible() else None
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    visit.context.close()
+
+
+def test_no_text_is_smaller_than_16_pixels(visit):
+    script = """[...document.querySelectorAll("body *")].filter((e) => e.getClientRects().length
+        && [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())
+        && parseFloat(getComputedStyle(e).fontSize) < 16).map((e) => e.outerHTML)"""
+    assert visit.page.evaluate(script) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
+def test_axe_finds_nothing_serious(browser, url, locale, scheme):
+    if not AXE:
+        pytest.skip("GPT2_TEST_AXE does not say where axe-core is")
+    visit = Visit(browser, url, locale=locale, color_scheme=scheme, bypass_csp=True)
+    visit.page.click("#head .act")
+    visit.page.click("#going .act >> nth=0")
+    visit.page.click("#head .numbers summary")
+    visit.page.click("#start")
+    visit.page.wait_for_selector("#compared table")
+    visit.page.wait_for_selector("#cached canvas >> nth=2")
+    visit.page.add_script_tag(path=AXE)
+    found = visit.page.evaluate("axe.run().then((result) => result.violations)")
+    serious = [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")]
+    visit.context.close()
+    assert serious == []
