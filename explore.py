@@ -6,7 +6,6 @@ In a notebook: explore.show("My lord, the king", model_size="shakespeare").
 """
 
 import html
-import os
 import sys
 import webbrowser
 
@@ -69,24 +68,18 @@ def main(
         page = single_file.page(session) if out is not None else None
         session.answer("run", {"text": prompt, "block": block})
     if out is not None:
-        return write(out, page)
+        try:
+            with open(out, "w", encoding="utf-8") as file:
+                file.write(page)
+        except OSError as error:
+            cli.fail(f"{out} cannot be written: {error.strerror}")
+        return cli.note(f"{out} holds the page: open it in a browser ({len(page.encode()) / 1e6:.1f} MB)")
     server = Server(session)
     print(server.url, flush=True)
     cli.note("the page is at this address, for you alone; Ctrl-C ends it")
     if not no_browser:
         webbrowser.open(server.url)
     server.serve_forever()
-
-
-def write(path, page):
-    import cli
-
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page)
-    except OSError as error:
-        cli.fail(f"{path} cannot be written: {error.strerror}")
-    cli.note(f"{path} holds the page: open it in a browser ({os.path.getsize(path) / 1e6:.1f} MB)")
 
 
 def print_text(session):

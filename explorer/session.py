@@ -9,6 +9,7 @@ import threading
 import numpy as np
 
 import gpt2
+from backends.cache import Cache
 from encoder import PATTERN
 from explorer import source, trace
 from sampling import check_options, draw
@@ -149,7 +150,7 @@ class Session:
             lambda path, name: is_open(path, name, [block]),
             **self.params,
             n_head=self.n_head,
-            kv_cache=self.caches,
+            kv_cache=[cache.up_to(len(ids)) for cache in self.caches],
             n_past=n_past,
         )
         self.cached = [*ids]
@@ -157,8 +158,8 @@ class Session:
         logits = run.logits[-1]
         next_id = draw(logits, [point] if temperature else None, temperature, top_k, top_p)
         arrays, mha = {}, run.call(f"block {block}", "mha")
-        for name in "qkv":  # of a cache that is not full, the slots that are
-            array = mha.last(name)[..., : len(ids), :]
+        for name in "qkv":
+            array = mha.last(name)
             arrays[name] = {"key": self.keep("step", array), "shape": array.shape}
         answer = {"n_past": n_past, "n_run": len(ids) - n_past, "next_id": int(next_id), **arrays, "block": block}
         return answer | {"logits": self.keep("step", logits)}
@@ -359,7 +360,7 @@ def view(logits, final):
 
 def new_caches(params, n_head, n_slots):
     shape = n_head, n_slots, params["wte"].shape[-1] // n_head
-    return [{"k": np.zeros(shape, np.float32), "v": np.zeros(shape, np.float32)} for _ in params["blocks"]]
+    return [Cache(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in params["blocks"]]
 
 
 def check_whole(name, value, low, high):

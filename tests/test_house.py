@@ -36,13 +36,29 @@ MAY_IMPORT = {
     "utils": {"encoder", "files.checkpoint", "files.download", "files.sums", "files.together"},
     "gpt2": {"backends", "backends.arrays", "backends.checks", "sampling"},
     "backward": {"backends.arrays", "gpt2"},
+    "explorer": set(),
+    "explorer.source": set(),
+    "explorer.trace": {"explorer.source", "gpt2"},
+    "explorer.session": {
+        "explorer.source",
+        "explorer.trace",
+        "backends.arrays",
+        "backends.cache",
+        "encoder",
+        "gpt2",
+        "sampling",
+    },
+    "explorer.server": {"explorer.session"},
+    "explorer.single_file": {"explorer.server"},
+    "explore": {"explorer.server", "explorer.session", "explorer.single_file", "gpt2", "utils"},
 }
 MAIN_MAY_IMPORT = {
     "encoder": {"cli"},
     "utils": {"cli"},
     "gpt2": {"backends.devices", "backends.threads", "utils", "cli"},
+    "explore": {"cli"},
 }
-ROOMS = "", "backends", "files"
+ROOMS = "", "backends", "files", "explorer"
 TOML = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest brings
 PYPROJECT = TOML.loads((REPO / "pyproject.toml").read_text("utf-8"))
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
