@@ -72,7 +72,7 @@ class Visit:
 
     def settle(self):
         """Until the last section shows something for the run that is shown."""
-        self.page.wait_for_selector("#status:not([data-busy])")
+        self.page.wait_for_selector("#status:not([data-busy])", state="attached")
         self.page.wait_for_selector("#seen table")
         self.page.wait_for_load_state("networkidle")
 
@@ -203,13 +203,13 @@ def test_the_sliders_cut_as_sampling_draw_cuts_on_200_settings(visit, model):
     ]
     script = f"{json.dumps(settings)}.map((s) => [...m.cut(Float32Array.from({json.dumps(logits.tolist())}), s).may])"
     for setting, may in zip(settings, visit.import_("sampling", script), strict=True):
-        ids = np.flatnonzero(may)
-        ends = np.cumsum(np.array(may)[ids])
-        middles = (ends - np.array(may)[ids] / 2) / ends[-1]  # of each token's stretch: draw must find each on its own
-        drawn = [int(sampling.draw(logits, [point], **setting)) for point in middles]
-        assert drawn == ids.tolist(), setting
-        assert sampling.draw(logits, [0.0], **setting) == ids[0]
-        assert sampling.draw(logits, [1.0], **setting) == ids[-1]
+        may = np.array(may)
+        ends = np.cumsum(may) / may.sum()
+        ids = np.flatnonzero(may > 1e-9 * may.sum())  # of a shorter stretch of the line no point can be told
+        middles = ends[ids] - may[ids] / may.sum() / 2  # draw must find each token in the middle of its own
+        assert [int(sampling.draw(logits, [point], **setting)) for point in middles] == ids.tolist(), setting
+        if setting["top_k"] and setting["top_p"] == 1:
+            assert np.count_nonzero(may) == setting["top_k"]
 
 
 def test_the_sliders_move_the_bars_and_say_where_they_cut(visit):
@@ -271,7 +271,7 @@ def test_a_head_switched_off_shows_the_probabilities_without_it(visit, model):
 def test_a_row_of_another_text_is_patched_in(visit):
     visit.page.fill("#otherText", "Good night, my")
     visit.page.fill("#patchTo", "11")
-    visit.page.fill("#patchFrom", "3")
+    visit.page.fill("#patchFrom", "4")
     visit.page.click("#patchForm button")
     visit.page.wait_for_selector("#compared table")
     assert "The row of ·my in place of that of ·the" in visit.texts("#compared h3")[0]
@@ -318,12 +318,12 @@ def test_the_page_can_be_used_by_keyboard_alone(visit):
     visit.page.keyboard.press("Control+A")
     visit.page.keyboard.type("Good night, my")
     visit.page.keyboard.press("Enter")
-    visit.page.wait_for_selector("#chips .token:nth-child(4):last-child")
+    visit.page.wait_for_selector("#chips .token:nth-child(5):last-child")
     visit.settle()
     visit.page.focus("#head canvas.heat")
-    for key in ("ArrowDown", "ArrowRight", "Enter"):
+    for key in ("ArrowUp", "ArrowRight", "Enter"):
         visit.page.keyboard.press(key)
-    visit.page.wait_for_selector("#chips .token:nth-child(4)[aria-pressed=false]")
+    visit.page.wait_for_selector("#chips .token:nth-child(4)[aria-pressed=true]")
 
 
 @pytest.mark.parametrize(("locale", "language"), [("zh-CN", "zh-CN"), ("en-GB", "en"), ("fr-FR", "en")])
@@ -409,6 +409,8 @@ def test_axe_finds_nothing_serious(browser, url, locale, scheme):
     visit.page.wait_for_selector("#cached canvas >> nth=2")
     visit.page.add_script_tag(path=AXE)
     found = visit.page.evaluate("axe.run().then((result) => result.violations)")
-    serious = [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")]
+    serious = [
+        (v["id"], [node["html"] for node in v["nodes"]][:5]) for v in found if v["impact"] in ("serious", "critical")
+    ]
     visit.context.close()
     assert serious == []

@@ -106,7 +106,7 @@ function showHabits() {
   const chooser = kinds.map((kind) => choice(t(`habit_${kind}`), kind === habit, () => { habit = kind; showHeads(); }));
   const cell = (share, block, head) => {
     const isBest = block === best.block && head === best.head;
-    const button = el("button", { type: "button", "aria-pressed": String(block === app.block && head === app.head), "aria-label": `${t("block")} ${block}, ${t("head")} ${head}: ${percent(share)}`, onclick: () => openHead(block, head) }, `${Math.round(100 * share)}${isBest ? " ★" : ""}`);
+    const button = el("button", { type: "button", "aria-pressed": String(block === app.block && head === app.head), title: `${t("block")} ${block}, ${t("head")} ${head}: ${percent(share)}`, onclick: () => openHead(block, head) }, `${Math.round(100 * share)}${isBest ? " ★" : ""}`);
     button.style.setProperty("--share", Math.min(1, share / Math.max(best.share, 1e-9)));
     return el("td", {}, button);
   };

@@ -42,7 +42,7 @@ function makePatch() {
 
 // Which parts are off; with any, the comparison is made at once.
 export function showOff() {
-  const parts = app.off.map((part, i) => el("li", {}, el("button", { type: "button", class: "choice", "aria-label": t("switchOn", said(part)), onclick: () => change({ off: app.off.filter((_, j) => j !== i) }) }, `${said(part)} ✕`)));
+  const parts = app.off.map((part, i) => el("li", {}, el("button", { type: "button", class: "choice", title: t("switchOn", said(part)), onclick: () => change({ off: app.off.filter((_, j) => j !== i) }) }, `${said(part)} ✕`)));
   place("off", ...(parts.length ? [el("p", { class: "hint" }, t("isOff")), el("ul", { class: "crumbs" }, ...parts)] : []));
   if (app.off.length) compare(null);
   else place("compared");

@@ -31,7 +31,7 @@ function showLens() {
   const cell = (view, i, column) => {
     const isFinal = view.final_rank === 1;
     const label = t("lensCell", stage(i), tokenText(run.ids[positions[column]]), tokenText(view.id), percent(view.p));
-    const button = el("button", { type: "button", "aria-label": label, onclick: () => go(["gpt2", `block ${Math.max(0, i - 1)}`]) }, el("span", {}, `${isFinal ? "✓ " : ""}${tokenText(view.id)}`), el("span", { class: "p" }, percent(view.p)));
+    const button = el("button", { type: "button", title: label, onclick: () => go(["gpt2", `block ${Math.max(0, i - 1)}`]) }, el("span", {}, `${isFinal ? "✓ " : ""}${tokenText(view.id)}`), " ", el("span", { class: "p" }, percent(view.p)));
     button.style.setProperty("--share", view.p);
     return el("td", { class: positions[column] === app.token ? "here" : "" }, button);
   };

@@ -74,6 +74,7 @@ async function begin() {
   document.addEventListener("take", ({ detail }) => run({ ids: [...app.run.ids, detail].slice(-app.about.n_tokens), block: app.block }));
   const first = await ask("first");
   document.getElementById("prompt").value = first.text;
+  fitPrompt();
   const attention = ["gpt2", `block ${first.block}`, "mha", "causal_attention", "attention"];
   await run({ text: first.text, block: first.block }, attention, (value) => value.name === "weights");
 }
@@ -83,6 +84,14 @@ document.getElementById("ask").addEventListener("submit", (event) => {
   run({ text: document.getElementById("prompt").value, block: app.block });
 });
 
+// As high as its text, where the browser cannot do that by itself.
+function fitPrompt() {
+  const prompt = document.getElementById("prompt");
+  prompt.style.height = "auto";
+  prompt.style.height = `${Math.min(prompt.scrollHeight + 2, 0.4 * innerHeight)}px`;
+}
+
+document.getElementById("prompt").addEventListener("input", fitPrompt);
 document.getElementById("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();

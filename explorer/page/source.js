@@ -124,8 +124,7 @@ function valueButton(name, value) {
   const range = value.min === undefined ? "" : least === number(value.max) ? least : `${least} … ${number(value.max)}`;
   const amount = value.number === undefined ? range : `= ${number(value.number)}`;
   const parts = [el("b", {}, name === "return" ? "→" : name), shape && el("span", { class: "shape" }, shape), amount && el("span", { class: "range" }, amount)];
-  const label = [name === "return" ? t("returns") : name, shape, amount].join(" ");
-  return el("button", { type: "button", class: "value", "aria-label": label, "aria-pressed": String(value === app.value), onclick: () => change({ value }) }, ...parts.filter(Boolean));
+  return el("button", { type: "button", class: "value", title: name === "return" ? t("returns") : undefined, "aria-pressed": String(value === app.value), onclick: () => change({ value }) }, ...parts.filter(Boolean).flatMap((part) => [part, " "]));
 }
 
 function returned(child) {

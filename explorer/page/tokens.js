@@ -6,11 +6,11 @@ import { t } from "./words.js";
 
 export function showTokens() {
   const { ids } = app.run;
-  const chips = ids.map((id, i) => el("button", { type: "button", class: "token", "aria-pressed": String(i === app.token), "aria-label": t("tokenLabel", i, tokenText(id), id), onclick: () => change({ token: i }) }, el("span", { class: "text" }, tokenText(id)), el("span", { class: "id" }, String(id))));
+  const chips = ids.map((id, i) => el("button", { type: "button", class: "token", "aria-pressed": String(i === app.token), title: t("tokenLabel", i, tokenText(id), id), onclick: () => change({ token: i }) }, el("span", { class: "text" }, tokenText(id)), " ", el("span", { class: "id" }, String(id))));
   place("chips", ...chips);
   const id = ids[app.token];
   const bytes = bytesOf(app.about.tokens[id]);
-  place("token", el("p", {}, t("tokenIs", app.token, tokenText(id), id), " ", el("span", { class: "mono" }, hex(bytes)), ` (${t("bytes", bytes.length)}).`), ...merges());
+  place("token", el("p", {}, t("tokenIs", app.token, tokenText(id), id), " ", el("span", { class: "mono" }, hex(bytes)), " ", t("bytes", bytes.length)), ...merges());
 }
 
 function merges() {
