@@ -9,6 +9,7 @@ import threading
 import numpy as np
 
 import gpt2
+from backends.arrays import matmul
 from backends.cache import Cache
 from encoder import PATTERN
 from explorer import source, trace
@@ -125,9 +126,8 @@ class Session:
             raise QuestionError("nothing has run yet")
         for position in positions:
             check_whole("position", position, 0, len(self.streams[0]) - 1)
-        logits = [
-            gpt2.layer_norm(x[positions], **self.params["ln_f"]) @ self.params["wte"].T for x in self.streams
-        ]  # [n_layer + 1, n_positions, n_vocab]
+        x = np.stack([stream[positions] for stream in self.streams])  # [n_layer + 1, n_positions, n_embd]
+        logits = matmul(gpt2.layer_norm(x, **self.params["ln_f"]), self.params["wte"].T)  # [..., n_vocab]
         final = logits[-1].argmax(axis=-1)
         return {
             "positions": positions,
