@@ -33,8 +33,11 @@ async function decoded(base64) {
   return floats(Uint8Array.from(atob(base64), (character) => character.charCodeAt(0)).buffer);
 }
 
+const isLittle = new Uint8Array(new Uint16Array([1]).buffer)[0] === 1; // as the numbers that travel are
+
 function floats(buffer) {
-  const view = new DataView(buffer); // little-endian, whatever this computer is
+  if (isLittle) return new Float32Array(buffer);
+  const view = new DataView(buffer);
   return Float32Array.from({ length: buffer.byteLength / 4 }, (_, i) => view.getFloat32(4 * i, true));
 }
 

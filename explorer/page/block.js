@@ -28,6 +28,17 @@ const PARTS = [
   ["partOut", [], "return"],
 ];
 
+const pictures = new Map(); // of the numbers that are shown: a key and a place among them -> what was drawn and measured
+
+// Of a run that is gone, nothing is kept.
+export const forgetPictures = () => pictures.clear();
+
+function pictured(key, at, make) {
+  const name = `${key} ${at}`;
+  if (!pictures.has(name)) pictures.set(name, make());
+  return pictures.get(name);
+}
+
 export async function showBlock() {
   const blocks = Array.from({ length: app.about.hparams.n_layer }, (_, i) => choice(String(i), i === app.block, () => go(["gpt2", `block ${i}`])));
   place("blocks", el("span", {}, `${t("block")} `), ...blocks);
@@ -48,8 +59,12 @@ async function card([what, names, name, first]) {
     const data = await numbers(value.key);
     const n = value.axes.slice(-2).reduce((product, [, size]) => product * size, 1);
     const at = value.axes.length > 2 ? Math.min(app.head, value.axes[0][1] - 1) * n : 0;
-    parts.splice(1, 0, thumbnail(data.subarray(at, at + n), value.axes.at(-2)[1], value.axes.at(-1)[1], 150, 48));
-    if (value.axes.length === 2) parts.push(el("span", { class: "hint" }, `${t("sizeIs")} ${number(meanSize(data, value.axes))}`));
+    const { picture, size } = pictured(value.key, at, () => ({
+      picture: thumbnail(data.subarray(at, at + n), value.axes.at(-2)[1], value.axes.at(-1)[1], 150, 48),
+      size: value.axes.length === 2 ? meanSize(data, value.axes) : null,
+    }));
+    parts.splice(1, 0, picture);
+    if (size !== null) parts.push(el("span", { class: "hint" }, `${t("sizeIs")} ${number(size)}`));
   }
   return el("li", { class: ["partIn", "partAdded", "partOut"].includes(what) ? "stream" : "" }, el("button", { type: "button", class: "card", onclick: open }, ...parts));
 }
@@ -75,7 +90,7 @@ export async function showHeads() {
   const of = (head) => data.subarray(head * n * n, (head + 1) * n * n);
   const told = app.run.habits[app.block];
   const thumbs = Array.from({ length: n_head }, (_, head) => el("button", { type: "button", class: "card", "aria-pressed": String(head === app.head), onclick: () => change({ head }) },
-    el("span", { class: "title" }, `${t("head")} ${head}`), thumbnail(of(head), n, n, 100, 100), el("span", { class: "hint" }, told[habit] ? `${t(`short_${habit}`)} ${percent(told[habit][head])}` : "")));
+    el("span", { class: "title" }, `${t("head")} ${head}`), pictured(key, `head ${head}`, () => thumbnail(of(head), n, n, 100, 100)), el("span", { class: "hint" }, told[habit] ? `${t(`short_${habit}`)} ${percent(told[habit][head])}` : "")));
   place("thumbs", ...thumbs);
   const names = app.run.ids.map(tokenText);
   const about = t("weightsOf", app.block, app.head);

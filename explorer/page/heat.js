@@ -8,6 +8,7 @@ const COLUMNS = 12; // of a table, at a time
 
 // { data, n_rows, n_columns, rows: names or null, columns: names or null, row: the chosen one, onrow, about }
 export function heatMap(map) {
+  map.scale = scaleOf(map.data);
   const readout = el("p", { class: "readout", "aria-live": "polite" }, t("pointAt"));
   const canvas = el("canvas", { class: "heat", tabindex: "0", role: "img", "aria-label": `${map.about}. ${t("heatKeys")}` });
   const picture = el("figure", { class: "picture" }, canvas, legend(map), readout, el("div", { class: "row" }), table(map));
@@ -55,7 +56,9 @@ export function scaleOf(data) {
     most = Math.max(most, x);
   }
   if (least >= 0) return { low: 0, high: most, ends: most };
-  const sizes = Float32Array.from(data.filter(Number.isFinite), Math.abs).sort();
+  const every = Math.ceil(data.length / 20000); // of many numbers, some will do
+  const some = data.filter((x, i) => i % every === 0 && Number.isFinite(x));
+  const sizes = some.map(Math.abs).sort();
   const ends = sizes[Math.floor(0.995 * (sizes.length - 1))] || 1; // a few outliers would leave all else pale
   return { low: least, high: most, ends, signed: true };
 }
@@ -113,7 +116,7 @@ function drawHeat(canvas, map) {
   context.fillStyle = hatch(context, style.getPropertyValue("--line"));
   context.fillRect(left, top, width, height);
   context.imageSmoothingEnabled = map.n_columns > 2 * width;
-  map.pixels ??= pixels(map.data, map.n_rows, map.n_columns);
+  map.pixels ??= pixels(map.data, map.n_rows, map.n_columns, map.scale);
   context.drawImage(map.pixels, left, top, width, height);
   context.strokeStyle = style.getPropertyValue("--line");
   context.strokeRect(left, top, width, height);
@@ -165,14 +168,13 @@ function drawNames(context, map, left, top, width, height, style) {
 
 const shortened = (text) => ([...text].length > 10 ? `${[...text].slice(0, 9).join("")}…` : text);
 
-function legend(map) {
-  const scale = scaleOf(map.data);
+function legend({ data, scale }) {
   const canvas = el("canvas", { width: 96, height: 12, "aria-hidden": "true" });
   const steps = Float32Array.from({ length: 96 }, (_, i) => (scale.signed ? (i / 95) * 2 - 1 : i / 95) * (scale.ends || 1));
   canvas.getContext("2d").drawImage(pixels(steps, 1, 96, scale), 0, 0, 96, 12);
   const from = scale.signed ? `≤ ${number(-scale.ends)}` : "0";
   const to = `${scale.signed && scale.high > scale.ends ? "≥ " : ""}${number(scale.ends)}`;
-  const hidden = map.data.includes(-Infinity) ? el("span", {}, " · ", el("span", { class: "hatch" }), ` ${t("hidden")}`) : "";
+  const hidden = data.includes(-Infinity) ? el("span", {}, " · ", el("span", { class: "hatch" }), ` ${t("hidden")}`) : "";
   return el("figcaption", { class: "legend" }, el("span", {}, from), canvas, el("span", {}, to), hidden);
 }
 

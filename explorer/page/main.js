@@ -2,7 +2,7 @@
 
 import { app, callAt, change, when } from "./app.js";
 import { ask, forget, isFile } from "./api.js";
-import { showBlock, showHeads, showStream } from "./block.js";
+import { forgetPictures, showBlock, showHeads, showStream } from "./block.js";
 import { showCache, startOver } from "./cache.js";
 import { say } from "./dom.js";
 import { makeExperiments, showOff } from "./experiments.js";
@@ -24,6 +24,7 @@ async function run(question, path = app.path, pick = undefined) {
   try {
     const answer = await ask("run", question);
     forget();
+    forgetPictures();
     const isSame = app.run && String(app.run.ids) === String(answer.ids);
     Object.assign(app, { run: answer, block: answer.block, path: callAt(path, answer.root) ? path : ["gpt2"] });
     if (!isSame) app.token = answer.ids.length - 1;
@@ -116,6 +117,9 @@ for (const button of document.querySelectorAll("[data-language]")) {
   });
 }
 
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => app.run && change({ run: app.run, value: app.value }));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  forgetPictures(); // they have the other colours
+  if (app.run) change({ run: app.run, value: app.value });
+});
 translate();
 begin();
