@@ -47,7 +47,7 @@ def main(
     """Shows GPT-2 at work on a prompt: python explore.py "My lord, the king is dead" --model_size shakespeare
 
     Args:
-        prompt: the text to look at; the first 128 tokens of it
+        prompt: the text to look at, or - for standard input; of a long one, the first 128 tokens
         model_size: 124M, 355M, 774M or 1558M (downloaded on first use), or any folder in models_dir with a checkpoint
         models_dir: the folder that holds the models
         block: the block that is open at first, counted from 0
@@ -59,6 +59,7 @@ def main(
 
     if out is not None and text:
         cli.fail("--out and --text do not go together")
+    prompt = cli.open_prompts(prompt, False, None) if prompt == "-" else prompt
     with cli.mistakes(ModelError):
         model = load_encoder_hparams_and_params(model_size, models_dir)
     session = Session(model_size, *model, prompt, block)

@@ -437,6 +437,12 @@ def test_the_text_shows_tokens_and_the_probabilities_that_numpy_computes(ids, mo
     assert "block 0, head 3" in result.stdout
 
 
+def test_a_dash_reads_standard_input():
+    result = command("-", "--model_size=shakespeare", "--text", script="explore.py", input="ROMEO:\n")
+    assert "R" in result.stdout.splitlines()[1]
+    assert "king" not in result.stdout.splitlines()[1]
+
+
 def test_the_command_serves_the_page_at_the_address_it_prints_until_ctrl_c():
     with running(TEXT, "--model_size=shakespeare", "--no_browser", script="explore.py") as process:
         url = urllib.parse.urlsplit(process.stdout.readline().decode().strip())
