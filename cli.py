@@ -194,9 +194,10 @@ def option_of(word, flag, options):
 
 def check_value(flag, value, has_equals, option, options):
     """Ends with one line for a flag without its value, or with one that is another flag."""
-    is_flag = value is not None and not has_equals and value.startswith("--")
-    is_flag &= not is_text(option) or value[2:].partition("=")[0] in options
-    if value is None or (value == "" and option is not next(iter(options.values()))) or is_flag:
+    if value is None or (value == "" and option is not next(iter(options.values()))):
+        fail(f"{flag} needs a value")
+    is_flag = value.startswith("--") and not has_equals
+    if is_flag and (not is_text(option) or value[2:].partition("=")[0] in options):
         fail(f"{flag} needs a value")
     if option.annotation is bool and value not in ("True", "False"):
         fail(f"--{option.name} must be True or False, not {value!r}")

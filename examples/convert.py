@@ -106,25 +106,21 @@ def new(path, make, remove):
         os.rmdir(path)  # an empty folder is as good as none
     if os.path.lexists(path):
         fail(f"{path} exists: choose another name, or delete it")
-    try:
-        make(part)
-    except OSError as error:
-        fail(f"{path} cannot be made: {error.strerror}")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield part
-        if os.path.lexists(path):
-            fail(f"{path} exists by now: choose another name, or delete it")
-        os.rename(part, path)
-    except BaseException as error:
-        remove(part)
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(130)
-        if isinstance(error, OSError):
-            fail(f"{path} cannot be written: {cli.one_line(error)}")
-        raise
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with cli.on_ctrl_c(signal.default_int_handler):
+        try:
+            make(part)
+            yield part
+            if os.path.lexists(path):
+                fail(f"{path} exists by now: choose another name, or delete it")
+            os.rename(part, path)
+        except BaseException as error:
+            with contextlib.suppress(FileNotFoundError):
+                remove(part)
+            if isinstance(error, KeyboardInterrupt):
+                sys.exit(130)
+            if isinstance(error, OSError):
+                fail(f"{path} cannot be written: {cli.one_line(error)}")
+            raise
 
 
 # to others, from what load_encoder_hparams_and_params() gives

@@ -248,7 +248,9 @@ def test_memory_that_runs_out_on_jaxs_device_is_an_error():
 def test_a_package_that_is_not_installed_is_an_error_that_names_it():
     bare = [sys.executable, "-S", REPO / "gpt2.py", "Hello"]  # without those of its environment
     result = subprocess.run(bare, capture_output=True, text=True)
-    assert_one_line_error(result, "gpt2.py: fire is not installed here: activate its environment, or pip install -r ")
+    assert_one_line_error(
+        result, "gpt2.py: fire is not installed here: activate its environment, or pip install numpy regex requests"
+    )
 
 
 def test_a_python_that_is_too_old_is_an_error():

@@ -442,10 +442,10 @@ class Payload:
 
 
 def test_all_weights_learn_slower_than_adapters_unless_told_otherwise():
-    recipe = {"lora_rank": 0, "lora_alpha": None, "lora_on": "c_attn", "learning_rate": None}
+    recipe = {"lora_rank": 0, "lora_alpha": None, "lora_on": "c_attn", "learning_rate": None, "learn": None}
     assert lora.complete(recipe, is_part=False)["learning_rate"] == 1e-4
     assert lora.complete(recipe | {"lora_rank": 4}, is_part=True) == {
-        "lora_rank": 4, "lora_alpha": 8, "lora_on": ["c_attn"], "learning_rate": 1e-3
+        "lora_rank": 4, "lora_alpha": 8, "lora_on": ["c_attn"], "learning_rate": 1e-3, "learn": None
     }  # fmt: skip
     assert lora.complete(recipe | {"learning_rate": 0.5}, is_part=True)["learning_rate"] == 0.5
 

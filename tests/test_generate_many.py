@@ -186,7 +186,6 @@ def test_the_fields_of_a_prompt_are_kept_but_for_those_of_an_earlier_answer(answ
     ("line", "error"),
     [
         (b"{broken", "no JSON"),
-        (b"", "no JSON"),
         (b"[" * 100_000, "no JSON"),
         (b'["prompt"]', 'no object with a "prompt" that is a text'),
         (b'{"id": 1}', 'no object with a "prompt" that is a text'),
@@ -195,7 +194,7 @@ def test_the_fields_of_a_prompt_are_kept_but_for_those_of_an_earlier_answer(answ
         (b'{"id": 1, "prompt": "caf\xe9"}', "not valid Unicode"),
         (lines({"id": 1, "prompt": "x y " * 99})[:-1], "more than the model's context"),
     ],
-    ids=range(9),
+    ids=range(8),
 )
 def test_a_bad_line_is_an_object_with_an_error_and_the_others_are_answered(line, error, answer, expected):
     one, bad, two = answer(lines({"prompt": "one"}) + line + b"\n" + lines({"prompt": "two"}))
@@ -203,6 +202,11 @@ def test_a_bad_line_is_an_object_with_an_error_and_the_others_are_answered(line,
     assert error in bad.pop("error")
     assert bad.keys() <= {"prompt", "id"}
     assert bad.get("id", 1) == 1
+
+
+def test_blank_lines_of_jsonl_are_passed_over(answer, expected):
+    answers = answer(b"\n" + lines({"prompt": "one"}) + b" \r\n" + lines({"prompt": "two"}))
+    assert [answer["text"] for answer in answers] == [expected("one"), expected("two")]
 
 
 def test_text_has_a_prompt_a_line_which_ends_at_a_line_break_and_nowhere_else(answer, expected):
