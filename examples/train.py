@@ -30,10 +30,12 @@ from files.checkpoint import random_params
 
 def train_tokenizer(texts, n_vocab, model_dir):
     """Learns a byte-level BPE of n_vocab tokens from texts and writes it as OpenAI has it: encoder.json, vocab.bpe."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # cuts words as GPT-2 does
+    characters = pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated")  # Chinese has no spaces: no token holds two
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)  # cuts words as GPT-2 does
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([characters, words])
     alphabet = sorted(bytes_to_unicode().values())  # every byte has a token: any text can be encoded
     trainer = trainers.BpeTrainer(vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)

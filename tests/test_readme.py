@@ -1,4 +1,4 @@
-"""README.md and README.zh-CN.md: one document in two languages; what its commands are said to print, they do."""
+"""Each README.md and its README.zh-CN.md: one document in two languages; what commands are said to print, they do."""
 
 import re
 import shlex
@@ -9,8 +9,13 @@ import textwrap
 import pytest
 from conftest import REPO
 
-ENGLISH, CHINESE = ((REPO / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md"))
+FOLDERS = [".", "models", "models/shakespeare", "examples", "benchmarks", "tests/reference"]
 FENCED, INDENTED = r"^```\w*\n(?:(?!```)[^\n]*\n)*```$", r"(?:^    [^\n]*\n|^\n(?=    ))+"
+
+
+def read(folder):
+    """(English, Chinese)"""
+    return [(REPO / folder / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md")]
 
 
 def sections(text):
@@ -32,7 +37,12 @@ def prose(text):
 def figures(text):
     """All numbers of the text, but for those in names, code, and addresses."""
     text = re.sub(r"`[^`]*`|\]\([^)]*\)|GPT-2|60行|60 Lines|CTranslate2", "", prose(text))
+    text = re.sub(r"([\d.,]+)\s(million|万)", lambda m: counted(m[1], 10**6 if m[2] == "million" else 10**4), text)
     return {*re.findall(r"(?<![A-Za-z])\d+(?:[.,]\d+)*", text)}
+
+
+def counted(number, unit):
+    return f"{round(float(number.replace(',', '')) * unit):,}"
 
 
 def links(text):
@@ -40,20 +50,33 @@ def links(text):
 
 
 def names(text):
-    return {name.replace(".zh-CN", "") for name in re.findall(r"`([^`]+)`", prose(text))}
+    return {" ".join(name.replace(".zh-CN", "").split()) for name in re.findall(r"`([^`]+)`", prose(text))}
 
 
-PAIRS = [*zip(sections(ENGLISH), sections(CHINESE), strict=False)]
+ENGLISH, CHINESE = read(".")
+PAIRS = {
+    f"{folder}-{i}": pair
+    for folder in FOLDERS
+    for i, pair in enumerate(zip(*map(sections, read(folder)), strict=False))
+}
 
 
-def test_both_have_headings_of_the_same_levels_in_the_same_order():
-    assert [level for level, _ in sections(ENGLISH)] == [level for level, _ in sections(CHINESE)]
+def test_every_folder_that_has_a_readme_has_one_in_each_language():
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split()
+    found = {path.rpartition("/")[0] or "." for path in tracked if path.endswith(("README.md", "README.zh-CN.md"))}
+    assert found == {*FOLDERS}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_both_have_headings_of_the_same_levels_in_the_same_order(folder):
+    english, chinese = map(sections, read(folder))
+    assert [level for level, _ in english] == [level for level, _ in chinese]
 
 
 @pytest.mark.parametrize("what", [code, figures, links, names])
-@pytest.mark.parametrize("i", range(len(PAIRS)))
-def test_a_section_has_the_same_in_both(what, i):
-    (_, english), (_, chinese) = PAIRS[i]
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_section_has_the_same_in_both(what, pair):
+    (_, english), (_, chinese) = PAIRS[pair]
     assert what(english) == what(chinese)
 
 
@@ -62,16 +85,27 @@ def test_the_parts_that_are_compared_are_there():
         assert len(what(ENGLISH)) > 10
 
 
-def test_each_links_to_the_other_at_its_top():
-    assert "](README.zh-CN.md)" in "".join(ENGLISH.splitlines()[:4])
-    assert "](README.md)" in "".join(CHINESE.splitlines()[:4])
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_each_links_to_the_other_at_its_top(folder):
+    english, chinese = read(folder)
+    assert "](README.zh-CN.md)" in "".join(english.splitlines()[:4])
+    assert "](README.md)" in "".join(chinese.splitlines()[:4])
 
 
-@pytest.mark.parametrize("path", ["README.md", "README.zh-CN.md", "models/README.md", "examples/README.md",
-                                  "benchmarks/README.md", "tests/reference/README.md"])  # fmt: skip
-def test_links_into_the_repository_lead_somewhere(path):
-    for link in re.findall(r"\]\(([^)]*)\)", (REPO / path).read_text("utf-8")):
-        assert link.startswith("https://") or (REPO / path).parent.joinpath(link.partition("#")[0]).exists(), link
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_links_into_the_repository_lead_somewhere(folder, name):
+    text = (REPO / folder / name).read_text("utf-8")
+    for link in re.findall(r"\]\(([^)]*)\)", text):
+        assert link.startswith("https://") or (REPO / folder / link.partition("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_chinese_page_leads_to_chinese_pages(folder):
+    _, chinese = read(folder)
+    for link in re.findall(r"\]\(([^)]*)\)", chinese.partition("](README.md)")[2]):
+        path = REPO / folder / link.partition("#")[0]
+        assert link.startswith("https://") or not path.with_suffix(f".zh-CN{path.suffix}").exists(), link
 
 
 def test_the_files_that_it_lists_are_all_that_there_are():

@@ -258,6 +258,12 @@ def test_the_vocabulary_is_what_tokenizers_reads_and_encodes_alike(models_dir):
         assert encoder.decode(encoder.encode(text)) == text
 
 
+def test_a_tokenizer_learned_from_chinese_joins_letters_but_no_two_characters(tmp_path):
+    train.train_tokenizer(["明月几时有，明月几时有。" * 10 + "to be or not to be " * 10], 300, tmp_path)
+    encoder = get_encoder("", tmp_path)
+    assert [encoder.decode([i]) for i in encoder.encode("明月几时有，to be")] == [*"明月几时有，", "to", " be"]
+
+
 def test_the_tokenizer_learns_from_the_first_nine_tenths_alone(tmp_path, monkeypatch):
     def stop(texts, n_vocab, model_dir):
         assert texts == [TEXT[: -(len(TEXT) // 10)]]
