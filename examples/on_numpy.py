@@ -10,7 +10,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lora
 from saving import leaves, with_leaves
-from training import with_dropout, with_layer_norms
+from training import sigmoid, with_dropout, with_layer_norms
 
 from backends.threads import each, n_cores
 from backward import (
@@ -70,12 +70,23 @@ def loss_and_gradients(learned, frozen, rows, n, n_head, scale):
 
 def class_loss(x, head, last, labels, n):
     """(the loss, {"x", "w", "b"}: its gradients), of which the head sees the hidden states of last tokens alone."""
-    rows = np.arange(len(x))
-    loss, d = cross_entropy(linear(x[rows, last], **head), labels, np.full(len(x), 1 / n, x.dtype))
+    rows, entropy = np.arange(len(x)), cross_entropy if labels.ndim == 1 else binary_cross_entropy
+    loss, d = entropy(linear(x[rows, last], **head), labels, np.full(len(x), 1 / n, x.dtype))
     gradients = linear_backward(d, x[rows, last], **head)  # [n_rows, n_classes] -> [n_rows, n_embd]
     d = np.zeros_like(x)
     d[rows, last] = gradients["x"]
     return loss, gradients | {"x": d}
+
+
+def binary_cross_entropy(logits, targets, shares):  # [n_classes], [n_classes], [] -> [], [n_classes]
+    """(the loss, its gradient): the mean over classes of -t log(sigmoid(x)) - (1 - t) log(1 - sigmoid(x)), where t, the
+    target, is 0 or 1, of each text times its share.
+
+    That is log(1 + exp(x)) - t x: its gradient is sigmoid(x) - t.
+    """
+    shares = shares[..., None] / logits.shape[-1]  # [1]
+    loss = (shares * (np.logaddexp(0, logits) - targets * logits)).sum()
+    return loss, shares * (sigmoid(logits) - targets)
 
 
 def needed(params, learned):
@@ -162,7 +173,7 @@ class Learner:
 
     def update(self, rows, step):
         """The mean loss of a step, a number, which changes what learns. rows: {name: [accumulate, n_rows, ...]}."""
-        n = rows["counted"].sum() if "counted" in rows else rows["label"].size
+        n = rows["counted"].sum() if "counted" in rows else rows["last"].size
         options = {"n": n, "n_head": self.n_head, "scale": self.scale}
         backward = functools.partial(loss_and_gradients, self.learned, self.frozen, **options)
         loss, gradients = 0.0, None

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO, command, wild_params
 
 sys.path.insert(0, str(REPO / "examples"))
@@ -34,6 +35,11 @@ def text_rows(rng):
 def class_rows(rng):
     """Texts whose last tokens are at other places."""
     return {"ids": rng.integers(101, size=(4, 20)), "last": rng.integers(5, 20, 4), "label": rng.integers(3, size=4)}
+
+
+def several_class_rows(rng):
+    """Such texts, each with any number of three labels."""
+    return class_rows(rng) | {"label": rng.integers(2, size=(4, 3)).astype(np.float32)}
 
 
 def head():
@@ -108,6 +114,22 @@ def test_chosen_weights_learn_as_on_jax_and_the_others_stay(learn):
 
 def test_a_classifier_learns_as_on_jax():
     assert_same_curve({"params": wild_params(HPARAMS), "head": head()}, {}, class_rows)
+
+
+def test_a_classifier_of_several_labels_a_text_learns_as_on_jax():
+    assert_same_curve({"params": wild_params(HPARAMS), "head": head()}, {}, several_class_rows, accumulate=2)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_the_binary_cross_entropy_and_its_gradient_are_pytorchs(size):
+    rng = np.random.default_rng(0)
+    logits, targets = size * rng.standard_normal((4, 3)), rng.integers(2, size=(4, 3)).astype(float)
+    loss, gradient = on_numpy.binary_cross_entropy(logits, targets, np.full(4, 1 / 4))
+    x = torch.tensor(logits, requires_grad=True)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(x, torch.tensor(targets))
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-12)
+    np.testing.assert_allclose(gradient, x.grad.numpy(), rtol=1e-12, atol=1e-15)
 
 
 def test_a_head_alone_learns_as_on_jax():
