@@ -32,6 +32,7 @@ from texts import END, ids_of, is_structured, note_parts_of_characters, read_doc
 from training import HEAD, sigmoid
 
 from backends.arrays import is_jax, round_up
+from backends.threads import blas_threads, thread_counts
 from cli import fail, line_text, mistakes, note, open_lines, run
 from gpt2 import softmax, transformer_block
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
@@ -48,7 +49,8 @@ def probabilities(params, head, rows, n_head, activation="softmax"):  # lists of
     """On NumPy one by one; on JAX 32 at once, padded, of similar lengths, so that few shapes are compiled."""
     if not is_jax(params["wte"]):
         block = functools.partial(transformer_block, n_head=n_head)
-        logits = [training.class_logits(params, head, np.array(ids), -1, block) for ids in rows]
+        with blas_threads(thread_counts(params)[0]):
+            logits = [training.class_logits(params, head, np.array(ids), -1, block) for ids in rows]
         return ACTIVATIONS[activation](np.array(logits, np.float64))
     from on_jax import compiled_class_logits
 

@@ -12,7 +12,7 @@ import lora
 from saving import leaves, with_leaves
 from training import sigmoid, with_dropout, with_layer_norms
 
-from backends.threads import each, n_cores
+from backends.threads import blas_threads, each, n_cores, thread_counts
 from backward import (
     cross_entropy,
     gpt2_backward,
@@ -156,6 +156,7 @@ class Learner:
         self.learned = with_leaves(learned, map(np.array, leaves(learned)))  # copies, which steps write to
         self.means, self.squares = (with_leaves(learned, map(np.zeros_like, leaves(learned))) for _ in range(2))
         self.frozen, self.n_head, self.scale, self.settings = frozen, n_head, lora.scale_of(settings), settings
+        self.n_blas = thread_counts(self.model()[0])[0]  # of BLAS's threads, where one thread computes
 
     @property
     def state(self):
@@ -178,14 +179,17 @@ class Learner:
         backward = functools.partial(loss_and_gradients, self.learned, self.frozen, **options)
         loss, gradients = 0.0, None
         for i in range(self.settings["accumulate"]):
-            for more, found in each(backward, divided({name: array[i] for name, array in rows.items()}), n_cores()):
-                loss, gradients = loss + float(more), added(gradients, leaves(found))
+            parts = divided({name: array[i] for name, array in rows.items()})
+            with blas_threads(self.n_blas):
+                for more, found in each(backward, parts, n_cores()):
+                    loss, gradients = loss + float(more), added(gradients, leaves(found))
         self.change(gradients, step)
         return loss
 
     def change(self, gradients, step):
         """A step of AdamW, with warm-up and cosine, for gradients clipped at a norm of 1; biases do not decay."""
-        norm = math.sqrt(sum(float(np.vdot(gradient, gradient)) for gradient in gradients))
+        with blas_threads(self.n_blas):
+            norm = math.sqrt(sum(float(np.vdot(gradient, gradient)) for gradient in gradients))
         rate = learning_rate(step, self.settings["learning_rate"], self.settings["n_steps"])
         pieces = []
         for x, *others in zip(leaves(self.learned), gradients, leaves(self.means), leaves(self.squares), strict=True):

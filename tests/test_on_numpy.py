@@ -15,6 +15,7 @@ import on_numpy
 import saving
 import training
 
+from backends import threads
 from gpt2 import generate
 from utils import load_encoder_hparams_and_params
 
@@ -140,6 +141,27 @@ def test_a_head_and_adapters_learn_as_on_jax():
     params = wild_params(HPARAMS)
     learned = {"adapters": lora.new_adapters(params, 2, ["c_attn"]), "head": head()}
     assert_same_curve(learned, {"params": params}, class_rows, lora_rank=2, lora_alpha=4.0, dropout=0.3)
+
+
+@pytest.mark.skipif(threads.n_available() < 2, reason="needs two cores and OpenBLAS")
+@pytest.mark.parametrize(("small", "expected"), [(threads.SMALL, {1}), (0, {threads.n_available()})])
+def test_one_row_of_a_model_that_fits_the_cache_takes_one_thread_of_blas_and_of_a_larger_one_all(
+    small, expected, monkeypatch
+):
+    seen, loss_and_gradients = [], on_numpy.loss_and_gradients
+
+    def watched(*args, **options):
+        seen.append(threads.blas()[0]())
+        return loss_and_gradients(*args, **options)
+
+    monkeypatch.setattr(on_numpy, "loss_and_gradients", watched)
+    monkeypatch.setattr(threads, "SMALL", small)
+    before = threads.blas()[0]()
+    learner = on_numpy.Learner({"params": wild_params(HPARAMS)}, {}, HPARAMS["n_head"], RECIPE)
+    rows = {name: x[None, :1] for name, x in text_rows(np.random.default_rng(0)).items()}
+    learner.update(rows, 0)
+    assert {*seen} == expected
+    assert threads.blas()[0]() == before
 
 
 def test_what_it_is_handed_stays_as_it_is():
