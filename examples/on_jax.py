@@ -86,7 +86,8 @@ def window_losses(params, window, masks, n_head, recompute):  # [n_seq+1] -> [n_
 def class_loss(params, head, rows, n_head, dtype, recompute):
     """(nats of the right classes, how many texts there are).
 
-    rows: {"ids": [n_rows, n_seq], "last": [n_rows], "label": [n_rows]}.
+    rows: {"ids": [n_rows, n_seq], "last": [n_rows], "label": [n_rows], or, of several labels a text, [n_rows,
+    n_classes] of 0 and 1}.
     """
     params, head, masks = jax.tree.map(lambda weights: weights.astype(dtype), (params, head, rows.get("masks")))
     losses = functools.partial(row_loss, n_head=n_head, recompute=recompute)
@@ -97,9 +98,12 @@ def class_loss(params, head, rows, n_head, dtype, recompute):
 
 
 def row_loss(params, head, ids, last, label, masks, n_head, recompute):
+    """Of one label the cross-entropy; of several the binary cross-entropy, as on_numpy.py has it."""
     params = with_dropout(params, masks)
-    logits = class_logits(params, head, ids, last, block_of(n_head, recompute))
-    return -jax.nn.log_softmax(logits.astype("float32"))[label]
+    logits = class_logits(params, head, ids, last, block_of(n_head, recompute)).astype("float32")
+    if label.ndim:
+        return optax.sigmoid_binary_cross_entropy(logits, label).mean()
+    return -jax.nn.log_softmax(logits)[label]
 
 
 def block_of(n_head, recompute):

@@ -10,9 +10,9 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lora
 from saving import leaves, with_leaves
-from training import with_dropout, with_layer_norms
+from training import sigmoid, with_dropout, with_layer_norms
 
-from backends.threads import each, n_cores
+from backends.threads import blas_threads, each, n_cores, thread_counts
 from backward import (
     cross_entropy,
     gpt2_backward,
@@ -70,12 +70,23 @@ def loss_and_gradients(learned, frozen, rows, n, n_head, scale):
 
 def class_loss(x, head, last, labels, n):
     """(the loss, {"x", "w", "b"}: its gradients), of which the head sees the hidden states of last tokens alone."""
-    rows = np.arange(len(x))
-    loss, d = cross_entropy(linear(x[rows, last], **head), labels, np.full(len(x), 1 / n, x.dtype))
+    rows, entropy = np.arange(len(x)), cross_entropy if labels.ndim == 1 else binary_cross_entropy
+    loss, d = entropy(linear(x[rows, last], **head), labels, np.full(len(x), 1 / n, x.dtype))
     gradients = linear_backward(d, x[rows, last], **head)  # [n_rows, n_classes] -> [n_rows, n_embd]
     d = np.zeros_like(x)
     d[rows, last] = gradients["x"]
     return loss, gradients | {"x": d}
+
+
+def binary_cross_entropy(logits, targets, shares):  # [n_classes], [n_classes], [] -> [], [n_classes]
+    """(the loss, its gradient): the mean over classes of -t log(sigmoid(x)) - (1 - t) log(1 - sigmoid(x)), where t, the
+    target, is 0 or 1, of each text times its share.
+
+    That is log(1 + exp(x)) - t x: its gradient is sigmoid(x) - t.
+    """
+    shares = shares[..., None] / logits.shape[-1]  # [1]
+    loss = (shares * (np.logaddexp(0, logits) - targets * logits)).sum()
+    return loss, shares * (sigmoid(logits) - targets)
 
 
 def needed(params, learned):
@@ -145,6 +156,7 @@ class Learner:
         self.learned = with_leaves(learned, map(np.array, leaves(learned)))  # copies, which steps write to
         self.means, self.squares = (with_leaves(learned, map(np.zeros_like, leaves(learned))) for _ in range(2))
         self.frozen, self.n_head, self.scale, self.settings = frozen, n_head, lora.scale_of(settings), settings
+        self.n_blas = thread_counts(self.model()[0])[0]  # of BLAS's threads, where one thread computes
 
     @property
     def state(self):
@@ -162,19 +174,22 @@ class Learner:
 
     def update(self, rows, step):
         """The mean loss of a step, a number, which changes what learns. rows: {name: [accumulate, n_rows, ...]}."""
-        n = rows["counted"].sum() if "counted" in rows else rows["label"].size
+        n = rows["counted"].sum() if "counted" in rows else rows["last"].size
         options = {"n": n, "n_head": self.n_head, "scale": self.scale}
         backward = functools.partial(loss_and_gradients, self.learned, self.frozen, **options)
         loss, gradients = 0.0, None
         for i in range(self.settings["accumulate"]):
-            for more, found in each(backward, divided({name: array[i] for name, array in rows.items()}), n_cores()):
-                loss, gradients = loss + float(more), added(gradients, leaves(found))
+            parts = divided({name: array[i] for name, array in rows.items()})
+            with blas_threads(self.n_blas):
+                for more, found in each(backward, parts, n_cores()):
+                    loss, gradients = loss + float(more), added(gradients, leaves(found))
         self.change(gradients, step)
         return loss
 
     def change(self, gradients, step):
         """A step of AdamW, with warm-up and cosine, for gradients clipped at a norm of 1; biases do not decay."""
-        norm = math.sqrt(sum(float(np.vdot(gradient, gradient)) for gradient in gradients))
+        with blas_threads(self.n_blas):
+            norm = math.sqrt(sum(float(np.vdot(gradient, gradient)) for gradient in gradients))
         rate = learning_rate(step, self.settings["learning_rate"], self.settings["n_steps"])
         pieces = []
         for x, *others in zip(leaves(self.learned), gradients, leaves(self.means), leaves(self.squares), strict=True):

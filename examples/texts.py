@@ -14,6 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from cli import fail, mistakes, note, open_lines
 
 END = "<|endoftext|>"
+BAR = "|"  # parts the labels of a text in .csv, which has no lists
 
 
 def paths_of(patterns):
@@ -72,7 +73,8 @@ def read_documents(patterns, *kinds):
 
     A file in .jsonl has an object on every line, in .json an array of them, in .csv a row each below their names; other
     fields are left out. Any other file holds {"text"}. Of {"text"}, <|endoftext|> parts several. Where kinds have
-    {"prompt", "completion"}, {"messages"} become such: see pairs_of. A "label" may be a whole number.
+    {"prompt", "completion"}, {"messages"} become such: see pairs_of. A "label" may be a whole number, or a list, empty
+    or not, of several labels: what parts those in .csv is |, and a file where it is in any label has several in each.
     Ends with one line that names what is bad by file and number.
     """
     documents = []
@@ -87,9 +89,14 @@ def read_documents(patterns, *kinds):
             fail(f"{path} is none of {', '.join(READERS)}, and needs to be")
     if not documents:
         fail(f"{patterns[0]} has no text")
-    if odd := [document for document in documents if document.keys() != documents[0].keys()]:
+    if odd := [document for document in documents if kind_of(document) != kind_of(documents[0])]:
         fail(f"{odd[0]['where']} is of another kind than {documents[0]['where']}")
     return documents
+
+
+def kind_of(document):
+    """The names of its fields, and whether a label is one or a list."""
+    return {field: type(value) for field, value in document.items()}
 
 
 def parted(document):
@@ -130,14 +137,16 @@ def csv_values(path):
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     rows = csv.DictReader(io.StringIO(text), strict=True)
     try:
-        for row in rows:
-            fits = None not in row and None not in row.values()
-            yield (
-                f"line {rows.line_num}",
-                row if fits else ValueError("it has not as many fields as the first"),
-            )
+        found = [(f"line {rows.line_num}", row) for row in rows]
     except csv.Error as error:
         fail(f"{path}, behind line {rows.line_num}: {error}")
+    has_several = any(BAR in (row.get("label") or "") for _, row in found)
+    for where, row in found:
+        if None in row or None in row.values():
+            row = ValueError("it has not as many fields as the first")
+        elif has_several:
+            row["label"] = [label.strip() for label in row["label"].split(BAR) if label.strip()]
+        yield where, row
 
 
 READERS = {".jsonl": jsonl_values, ".json": json_values, ".csv": csv_values}
@@ -176,10 +185,18 @@ def document_of(value, kinds):
         raise ValueError(f"no object with {wanted}")
     if fields == ("messages",):
         return {"messages": [{"role": role, "content": text} for role, text in turns(value["messages"])]}
-    document = {field: value[field] for field in fields}
-    if type(document.get("label")) is int:
-        document["label"] = f"{document['label']}"
-    return {field: text_of(field, text, may_be_empty=field in ("prompt", "text")) for field, text in document.items()}
+    return {field: field_of(field, value[field]) for field in fields}
+
+
+def field_of(field, value):
+    """What a field holds: a text, or a list of several labels. Raises ValueError for what it may not be."""
+    if field == "label":
+        return [*map(label_of, value)] if isinstance(value, list) else label_of(value)
+    return text_of(field, value, may_be_empty=field in ("prompt", "text"))
+
+
+def label_of(value):
+    return text_of("label", f"{value}" if type(value) is int else value)
 
 
 def text_of(field, text, may_be_empty=False):

@@ -25,7 +25,7 @@ import recipe
 from evaluate import text_nats
 from lora import save_adapters
 from saving import STATE, alone, beside, copy_tokenizer, leaves, load_state, plot, replaced, save_state, with_leaves
-from texts import END, checksum, checksums, read_documents, text_ids
+from texts import END, checksum, checksums, kind_of, read_documents, text_ids
 
 from backends.arrays import on_processor
 from cli import fail, mistakes, note
@@ -118,7 +118,7 @@ def read_data(files, held_out, *kinds):
     """
     documents = read_documents(files, *kinds)
     others = read_documents([held_out], *kinds) if held_out else []
-    if others and others[0].keys() != documents[0].keys():
+    if others and kind_of(others[0]) != kind_of(documents[0]):
         fail(f"{held_out} is of another kind than {files[0]}")
     return documents, others, checksums(files, held_out)
 
@@ -228,6 +228,10 @@ def silenced(ln, mask):  # [n_embd], or [n_rows, n_embd] for a batch
 def class_logits(params, head, ids, last, block):  # [n_seq], [] -> [n_classes]
     """What the head makes of the hidden state of the token at last; behind it is padding. Rows need JAX's vmap."""
     return linear(hidden_states(ids, **params, block=block)[last], **head)
+
+
+def sigmoid(x):  # neither exp overflows: that is 1 / (1 + exp(-x))
+    return np.exp(-np.logaddexp(0, -x))
 
 
 class Texts:
@@ -385,7 +389,8 @@ class Run:
             copy_tokenizer(self.tokenizer_dir, folder)
             save_checkpoint(folder, self.hparams, params)
             if "head" in learned:
-                np.savez(os.path.join(folder, HEAD), labels=np.array(self.settings["labels"]), **learned["head"])
+                arrays = {"labels": np.array(self.settings["labels"]), "activation": np.array(self.task.activation)}
+                np.savez(os.path.join(folder, HEAD), **arrays, **learned["head"])
             elif "adapters" in learned:
                 names = ("lora_alpha", "lora_on", "model_size")
                 save_adapters(folder, learned["adapters"], *(self.settings[name] for name in names))

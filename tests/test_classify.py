@@ -52,7 +52,7 @@ def learn(data, name, **settings):
 
 @pytest.fixture(scope="module")
 def words(data):
-    """The classifier "words", of which all weights have learned: (encoder, hparams, params, head, labels)."""
+    """The classifier "words", of which all weights have learned: what load returns."""
     return learn(data, "words", learning_rate=3e-3)
 
 
@@ -62,7 +62,7 @@ def test_all_weights_learn_to_tell_classes_apart(data, words, capsys):
 
 
 def test_the_logits_are_a_linear_function_of_transformers_last_hidden_state(words):
-    encoder, hparams, params, head, _ = words
+    encoder, hparams, params, head, *_ = words
     ids = classify.encoded(encoder, ["red two mile", "x"], 24)
     assert [row[-1] for row in ids] == [encoder.encoder["<|endoftext|>"]] * 2
     model = hugging_face(hparams, params).transformer
@@ -74,7 +74,7 @@ def test_the_logits_are_a_linear_function_of_transformers_last_hidden_state(word
 
 
 def test_jax_finds_in_padded_batches_what_numpy_finds_one_by_one(words):
-    _, hparams, params, head, _ = words
+    _, hparams, params, head, *_ = words
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 307, n).tolist() for n in rng.integers(1, 25, 40)]
     on_jax = jax.tree.map(jnp.asarray, params)
@@ -84,12 +84,12 @@ def test_jax_finds_in_padded_batches_what_numpy_finds_one_by_one(words):
 
 def test_the_head_alone_leaves_the_weights_as_they_are_and_adapters_change_some(data):
     _, _, base = load_encoder_hparams_and_params("base", str(data / "models"))
-    _, _, params, head, _ = learn(data, "head", head_only=True)
+    _, _, params, head, *_ = learn(data, "head", head_only=True)
     for ours, theirs in zip(*map(jax.tree.leaves, (params, base)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert head["b"].any()
 
-    _, _, params, _, _ = learn(data, "adapted", lora_rank=2, learning_rate=1e-2)
+    _, _, params, *_ = learn(data, "adapted", lora_rank=2, learning_rate=1e-2)
     pairs = zip(leaves(params), leaves(base), strict=True)
     changed = [name for (name, ours), (_, theirs) in pairs if not np.array_equal(ours, theirs)]
     assert changed == ["params.blocks.0.attn.c_attn.w"]
@@ -112,6 +112,127 @@ def test_evaluate_prints_what_scikit_learn_computes_and_draws_a_confusion_matrix
         assert row.split()[0] == label
         np.testing.assert_allclose([*map(float, row.split()[1:])], expected, atol=6e-4)
     assert (data / "models" / "poor" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+# several labels a text, or none
+
+
+def write_several(path, n, seed):
+    """n lines of {"text", "label"}: a word of each class that a text is of, and one that is of none."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(n):
+        labels = [label for label in WORDS if rng.random() < 0.5]
+        words = ["of", *(str(rng.choice(WORDS[label])) for label in labels)]
+        lines.append({"text": " ".join(rng.permutation(words)), "label": labels})
+    path.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    return lines
+
+
+def learn_several(data, name, **settings):
+    write_several(data / "several.jsonl", 160, seed=0)
+    models_dir, recipe = str(data / "models"), RECIPE | {"n_ctx": 16, "learning_rate": 3e-3, "n_steps": 80} | settings
+    classify.train(f"{data}/several.jsonl", model_size="base", name=name, models_dir=models_dir, **recipe)
+    return classify.load(name, models_dir)
+
+
+@pytest.fixture(scope="module")
+def several(data):
+    """The classifier "several": what load returns."""
+    return learn_several(data, "several")
+
+
+def predicted(data, lines, name, capsys):
+    classify.predict(*(line["text"] for line in lines), name=name, models_dir=str(data / "models"))
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_predict_names_all_labels_above_one_half_and_no_others(data, several, capsys):
+    lines = write_several(data / "several_held_out.jsonl", 20, seed=1)
+    answers = predicted(data, lines, "several", capsys)
+    for answer in answers:
+        assert [*answer["probabilities"]] == sorted(WORDS)
+        assert answer["label"] == [label for label, p in answer["probabilities"].items() if p > 0.5]
+    assert {len(answer["label"]) for answer in answers} > {1, 2}
+    assert (
+        np.mean([answer["label"] == sorted(line["label"]) for answer, line in zip(answers, lines, strict=True)]) > 0.7
+    )
+
+
+def test_each_probability_is_the_sigmoid_of_its_logit(several):
+    encoder, hparams, params, head, _, activation = several
+    ids = classify.encoded(encoder, ["red two mile", "x"], 24)
+    model = hugging_face(hparams, params).transformer
+    for row, found in zip(ids, classify.probabilities(params, head, ids, hparams["n_head"], activation), strict=True):
+        with torch.no_grad():
+            hidden = model(torch.tensor([row])).last_hidden_state[0, -1].numpy()
+        np.testing.assert_allclose(found, torch.sigmoid(torch.tensor(hidden @ head["w"] + head["b"])), atol=1e-5)
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_evaluate_prints_for_several_labels_what_scikit_learn_computes(bar, data, capsys, tmp_path):
+    if not (data / "models" / "unsure").exists():
+        learn_several(data, "unsure", head_only=True, n_steps=20)  # so that there are mistakes
+    lines, path = write_several(tmp_path / "a.jsonl", 40, seed=2), tmp_path / "a.jsonl"
+    if bar:
+        path = tmp_path / "a.csv"
+        path.write_text("text,label\n" + "\n".join(f"{line['text']},{'|'.join(line['label'])}" for line in lines))
+    answers, labels = predicted(data, lines, "unsure", capsys), sorted(WORDS)
+    classify.evaluate(str(path), name="unsure", models_dir=str(data / "models"))
+    *figures, _, first, second, third = capsys.readouterr().out.splitlines()
+
+    right = np.array([[label in line["label"] for label in labels] for line in lines], int)
+    found = np.array([[*answer["probabilities"].values()] for answer in answers])
+    chosen = (found > 0.5).astype(int)
+    accuracy = sklearn.metrics.accuracy_score(right, chosen)
+    nats = np.mean([sklearn.metrics.log_loss(y, p, labels=[0, 1]) for y, p in zip(right.T, found.T, strict=True)])
+    f1 = sklearn.metrics.f1_score(right, chosen, average="micro")
+    assert figures == [f"micro F1 {f1:.3f}", f"exact matches {accuracy:.3f}", f"nats per label {nats:.4f}"]
+    assert 0 < accuracy < 1
+    columns = sklearn.metrics.precision_recall_fscore_support(right, chosen, zero_division=0)
+    for label, row, *expected in zip(labels, [first, second, third], *columns, strict=True):
+        assert row.split()[0] == label
+        np.testing.assert_allclose([*map(float, row.split()[1:])], expected, atol=6e-4)
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 2}, {"learn": "mlp"}, {"head_only": True}])
+def test_several_labels_go_with_what_else_learns_and_their_run_goes_on(options, data, tmp_path, capsys):
+    name = "several-" + "".join(map(str, next(iter(options.items())))).replace("_", "-")
+    options = options | {"backend": "numpy", "evaluate_every": 1}
+    learn_several(data, name, n_steps=2, **options)
+    *_, activation = learn_several(data, name, n_steps=4, resume=True, **options)
+    assert activation == "sigmoid"
+    said = capsys.readouterr().err
+    assert "nats per label, micro F1" in said[said.index("step 4: held out") :]
+
+
+def test_a_head_of_before_which_does_not_say_what_it_is_has_one_label_a_text(data, words):
+    path = data / "models" / "words" / "classes.npz"
+    content = path.read_bytes()
+    try:
+        arrays = dict(np.load(path))
+        assert str(arrays.pop("activation")) == "softmax"
+        np.savez(path, **arrays)
+        *_, activation = classify.load("words", str(data / "models"))
+    finally:
+        path.write_bytes(content)
+    assert activation == "softmax"
+
+
+def test_one_label_a_text_and_several_are_not_mixed(data, words, several, tmp_path):
+    models_dir, one, many = str(data / "models"), f"{data}/held_out.jsonl", f"{data}/several.jsonl"
+    options = {"model_size": "base", "models_dir": models_dir, "name": "new"}
+    assert "is of another kind than" in message(classify.train, one, many, **options)
+    assert "is of another kind than" in message(classify.train, one, held_out=many, **options)
+    said = message(classify.evaluate, many, name="words", models_dir=models_dir)
+    assert "line 1 has a list of labels, and words has learned from one label a text" in said
+    said = message(classify.evaluate, one, name="several", models_dir=models_dir)
+    assert "line 1 has one label, and several has learned from lists" in said
+    (tmp_path / "none.jsonl").write_text('{"text": "a", "label": []}', "utf-8")
+    assert "no text has a label" in message(classify.train, f"{tmp_path}/none.jsonl", **options)
+    (tmp_path / "other.jsonl").write_text('{"text": "a", "label": ["colours", "odd"]}', "utf-8")
+    said = message(classify.evaluate, f"{tmp_path}/other.jsonl", name="several", models_dir=models_dir)
+    assert "line 1: 'odd' is none of the classes colours" in said
 
 
 def test_predict_prints_a_line_of_json_for_every_text_of_a_file(data, words):
@@ -208,6 +329,7 @@ def test_a_classifier_whose_run_died_while_it_saved_a_better_one_is_told_of(data
         ({"labels": np.array([1, 2, 3])}, "does not fit"),
         ({"b": np.zeros(3, np.int32)}, "is damaged"),
         ({"labels": np.array(["a", None, 5], object)}, "Object arrays cannot be loaded"),
+        ({"activation": np.array("tanh")}, "is damaged"),
     ],
 )
 def test_a_damaged_head_is_told_in_one_line(change, said, data, words):

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO, command, wild_params
 
 sys.path.insert(0, str(REPO / "examples"))
@@ -14,6 +15,7 @@ import on_numpy
 import saving
 import training
 
+from backends import threads
 from gpt2 import generate
 from utils import load_encoder_hparams_and_params
 
@@ -34,6 +36,11 @@ def text_rows(rng):
 def class_rows(rng):
     """Texts whose last tokens are at other places."""
     return {"ids": rng.integers(101, size=(4, 20)), "last": rng.integers(5, 20, 4), "label": rng.integers(3, size=4)}
+
+
+def several_class_rows(rng):
+    """Such texts, each with any number of three labels."""
+    return class_rows(rng) | {"label": rng.integers(2, size=(4, 3)).astype(np.float32)}
 
 
 def head():
@@ -110,6 +117,22 @@ def test_a_classifier_learns_as_on_jax():
     assert_same_curve({"params": wild_params(HPARAMS), "head": head()}, {}, class_rows)
 
 
+def test_a_classifier_of_several_labels_a_text_learns_as_on_jax():
+    assert_same_curve({"params": wild_params(HPARAMS), "head": head()}, {}, several_class_rows, accumulate=2)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_the_binary_cross_entropy_and_its_gradient_are_pytorchs(size):
+    rng = np.random.default_rng(0)
+    logits, targets = size * rng.standard_normal((4, 3)), rng.integers(2, size=(4, 3)).astype(float)
+    loss, gradient = on_numpy.binary_cross_entropy(logits, targets, np.full(4, 1 / 4))
+    x = torch.tensor(logits, requires_grad=True)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(x, torch.tensor(targets))
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-12)
+    np.testing.assert_allclose(gradient, x.grad.numpy(), rtol=1e-12, atol=1e-15)
+
+
 def test_a_head_alone_learns_as_on_jax():
     assert_same_curve({"head": head()}, {"params": wild_params(HPARAMS)}, class_rows)
 
@@ -118,6 +141,27 @@ def test_a_head_and_adapters_learn_as_on_jax():
     params = wild_params(HPARAMS)
     learned = {"adapters": lora.new_adapters(params, 2, ["c_attn"]), "head": head()}
     assert_same_curve(learned, {"params": params}, class_rows, lora_rank=2, lora_alpha=4.0, dropout=0.3)
+
+
+@pytest.mark.skipif(threads.n_available() < 2, reason="needs two cores and OpenBLAS")
+@pytest.mark.parametrize(("small", "expected"), [(threads.SMALL, {1}), (0, {threads.n_available()})])
+def test_one_row_of_a_model_that_fits_the_cache_takes_one_thread_of_blas_and_of_a_larger_one_all(
+    small, expected, monkeypatch
+):
+    seen, loss_and_gradients = [], on_numpy.loss_and_gradients
+
+    def watched(*args, **options):
+        seen.append(threads.blas()[0]())
+        return loss_and_gradients(*args, **options)
+
+    monkeypatch.setattr(on_numpy, "loss_and_gradients", watched)
+    monkeypatch.setattr(threads, "SMALL", small)
+    before = threads.blas()[0]()
+    learner = on_numpy.Learner({"params": wild_params(HPARAMS)}, {}, HPARAMS["n_head"], RECIPE)
+    rows = {name: x[None, :1] for name, x in text_rows(np.random.default_rng(0)).items()}
+    learner.update(rows, 0)
+    assert {*seen} == expected
+    assert threads.blas()[0]() == before
 
 
 def test_what_it_is_handed_stays_as_it_is():

@@ -34,6 +34,14 @@ def read(path, content, *kinds):
     ]
 
 
+def message(path, content, *kinds):
+    """The one line in which reading such a file ends."""
+    with pytest.raises(SystemExit) as error:
+        read(path, content, *kinds)
+    assert "\n" not in error.value.code
+    return error.value.code
+
+
 @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_line_ends_and_byte_order_marks_do_not_reach_the_model(ends, mark, tmp_path):
@@ -82,6 +90,31 @@ def test_labels_may_be_whole_numbers(tmp_path):
     lines = '{"text": "a", "label": 5}\n{"text": "b", "label": "5"}'
     assert [document["label"] for document in read(tmp_path / "a.jsonl", lines, LABELLED)] == ["5", "5"]
     assert read(tmp_path / "a.csv", "label,text\n5,a\n", LABELLED) == [{"text": "a", "label": "5"}]
+
+
+def test_a_text_may_have_several_labels_or_none_in_a_list(tmp_path):
+    lines = '{"text": "a", "label": ["b", 5]}\n{"text": "c", "label": []}'
+    documents = read(tmp_path / "a.jsonl", lines, LABELLED)
+    assert documents == [{"text": "a", "label": ["b", "5"]}, {"text": "c", "label": []}]
+
+
+def test_in_a_csv_file_in_which_a_bar_is_in_a_label_bars_part_several(tmp_path):
+    several = read(tmp_path / "a.csv", "text,label\na,b | 5\nc,\nd,b\n", LABELLED)
+    assert [document["label"] for document in several] == [["b", "5"], [], ["b"]]
+    alone = read(tmp_path / "b.csv", "text,label\na,b|\n", LABELLED)
+    assert [document["label"] for document in alone] == [["b"]]
+    assert "line 3" in message(tmp_path / "c.csv", "text,label\na,b\nc,\n", LABELLED)
+
+
+def test_one_label_a_text_and_lists_of_them_are_two_kinds(tmp_path):
+    lines = '{"text": "a", "label": ["b"]}\n{"text": "c", "label": "b"}'
+    assert "line 2 is of another kind than" in message(tmp_path / "a.jsonl", lines, LABELLED)
+
+
+@pytest.mark.parametrize("label", ['[["b"]]', "[true]", '[""]', "[null]", '{"b": 1}'])
+def test_labels_that_are_none_are_told_in_one_line(label, tmp_path):
+    said = message(tmp_path / "a.jsonl", f'{{"text": "a", "label": {label}}}', LABELLED)
+    assert 'line 1: "label" is ' in said
 
 
 def test_a_chat_is_a_pair_for_each_answer_with_all_before_as_its_prompt(tmp_path):
