@@ -129,13 +129,21 @@ def load_params(model_dir, hparams):
     changed = max(os.stat(path).st_mtime_ns for path in paths)
     is_recorded = changed == recorded_time(model_dir)
     known = recorded if is_recorded and len(paths) == 1 else {}  # of several, the time tells of the newest alone
-    sums = sums_of(model_dir, [*TEXTS, index, *data], {name: known[name] for name in data if name in known})
+    known = {name: known[name] for name in data if name in known}
+    if not recorded:
+        from concurrent.futures import ThreadPoolExecutor  # only here: its import takes milliseconds
+
+        with ThreadPoolExecutor(1) as pool:  # hashes take one core, checksums another
+            hashing = pool.submit(sums_of, model_dir, data)
+            verify(paths, entries, arrays)
+        known = hashing.result()
+    sums = sums_of(model_dir, [*TEXTS, index, *data], known)
 
     others = [name for name in TEXTS if name in recorded and recorded[name] != sums.get(name)]
     if others:
         path = os.path.join(model_dir, others[0])
         raise CheckpointError(f"{path} is not as {SUMS} has it: restore it, or delete {SUMS} to accept it")
-    if any(recorded.get(name) != sums[name] for name in (index, *data)):
+    if recorded and any(recorded.get(name) != sums[name] for name in (index, *data)):
         verify(paths, entries, arrays)
     if recorded != sums or not is_recorded:
         try:
