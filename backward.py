@@ -80,10 +80,10 @@ def attention_backward(d, q, k, v, mask):  # [n_q, d_v], [n_q, d_k], [n_k, d_k],
 
 def causal_attention_backward(d, q, k, v):  # 4 of [n_head, n_seq, n_embd/n_head]
     """Queries of several blocks see a key and its value: their gradients are summed."""
-    slots, n_block = np.arange(q.shape[-2]), query_block(q)
+    slots, block_size = np.arange(q.shape[-2]), query_block(q)
     gradients = {"q": np.zeros_like(q), "k": np.zeros_like(k), "v": np.zeros_like(v)}
-    for start in range(0, len(slots), n_block):
-        stop = min(start + n_block, len(slots))
+    for start in range(0, len(slots), block_size):
+        stop = min(start + block_size, len(slots))
         mask = np.where(slots[:stop] > slots[start:stop, None], q.dtype.type(-math.inf), 0)  # [stop-start, stop]
         seen = q[..., start:stop, :], k[..., :stop, :], v[..., :stop, :], mask
         of_block = attention_backward(d[..., start:stop, :], *seen)

@@ -7,6 +7,7 @@ In a notebook: explore.show("My lord, the king", model_size="shakespeare").
 
 import html
 import sys
+import threading
 import webbrowser
 
 import gpt2
@@ -67,7 +68,8 @@ def main(
         if text:
             return print_text(session)
         page = single_file.page(session) if out is not None else None
-        session.answer("run", {"text": prompt, "block": block})
+        if page is None:
+            session.answer("run", {"text": prompt, "block": block})
     if out is not None:
         try:
             with open(out, "w", encoding="utf-8") as file:
@@ -78,8 +80,8 @@ def main(
     server = Server(session)
     print(server.url, flush=True)
     cli.note("the page is at this address, for you alone; Ctrl-C ends it")
-    if not no_browser:
-        webbrowser.open(server.url)
+    if not no_browser:  # beside the server: a browser in the terminal keeps whoever opens it
+        threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
     server.serve_forever()
 
 
@@ -98,7 +100,10 @@ def print_text(session):
     shares = {(b, h): share for b, row in enumerate(told["habits"]) for h, share in enumerate(row["before"] or [0])}
     block, head = max(shares, key=shares.get)
     weights = session.array(told["weights"][block])[head]
-    print(f"\nblock {block}, head {head}, of all heads the one that looks most at the token before: where each looks")
+    said = (
+        f"of all heads the one that gives the token before most, {shares[block, head]:.0%} on average: where it looks"
+    )
+    print(f"\nblock {block}, head {head}, {said}")
     width = max(len(session.readable(i)) for i in ids)
     for row, i in zip(weights, ids, strict=True):
         best = (-row).argsort()[:3]

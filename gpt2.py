@@ -78,10 +78,10 @@ def causal_attention(q, k, v, slots):  # [n_head, n_q, d], 2 of [n_head, n_k, d]
                                                                          query in 3     .  .  .  .
     """
     xp, n_q, n_k, out = namespace(q), q.shape[-2], k.shape[-2], []
-    n_block = query_block(q)  # queries at a time: of few, the scores fit the processor's cache
-    for start in range(0, max(n_q, 1), n_block):  # of no queries, too
-        stop = min(start + n_block, n_q)
-        end = n_k - (n_q - stop)  # no query of the block has a slot from here on: those keys are left out
+    block_size = query_block(q)  # queries at a time: of few, the scores fit the processor's cache
+    for start in range(0, max(n_q, 1), block_size):  # once for no queries: a prompt that only fills the cache
+        stop = min(start + block_size, n_q)
+        end = n_k - (n_q - stop)  # the last query's slot is at most the last key's: no query here sees from end on
         block_slots = slots[..., None, start:stop, None]  # [1, stop-start, 1]: the same for all heads, beside all keys
         hidden = xp.arange(end) > block_slots  # [1, stop-start, end]
         mask = xp.where(hidden, q.dtype.type(-math.inf), 0)  # [1, stop-start, end]
@@ -177,7 +177,7 @@ def decode(prompts, model, sampler, n_ctx, n_tokens):
                 window.append(next_id)
             n_tokens -= 1
             yield ids
-        n_past = [len(window) - 1 for window in windows]
+        n_past = [len(window) - 1 for window in windows]  # the newest id is not in the cache yet
 
 
 def until(stop, steps, n_rows):

@@ -5,8 +5,6 @@ import numbers
 
 from backends.arrays import is_jax, namespace, on_processor
 
-NO_PENALTY = {"repetition_penalty": 1, "no_repeat_ngram": 0}
-
 
 def sample(logits, rng=None, temperature=0, top_k=0, top_p=1):  # [..., n_vocab] -> [...]
     """Picks a token: the likeliest at temperature 0, else one drawn from softmax(logits / temperature).
@@ -71,17 +69,28 @@ class Sampler:
     alike.
     """
 
-    draw = staticmethod(draw)
+    draw = staticmethod(draw)  # here, too, so that backends/ is handed it and need not import this file
 
-    def __init__(self, prompts, temperature=0, top_k=0, top_p=1, seed=None, n_samples=None, **penalties):
+    def __init__(
+        self,
+        prompts,
+        temperature=0,
+        top_k=0,
+        top_p=1,
+        seed=None,
+        repetition_penalty=1,
+        no_repeat_ngram=0,
+        n_samples=None,
+    ):
         if n_samples is not None:
             raise TypeError("n_samples is a flag: for several samples of a prompt, give a batch, [ids] * 3")
+        penalties = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}
         check_options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, **penalties)
         seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(len(prompts))]
         if len(seeds) != len(prompts):
             raise ValueError(f"seed has {len(seeds)} numbers for {len(prompts)} prompts")
         self.options = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
-        self.penalties = {name: value for name, value in penalties.items() if value != NO_PENALTY[name]}
+        self.penalties = penalties if repetition_penalty != 1 or no_repeat_ngram else {}
         self.is_greedy = temperature == 0 and not self.penalties  # the likeliest ids, whatever came before
         self.texts, self.rngs = [[*prompt] for prompt in prompts], []
         if temperature:
@@ -105,7 +114,7 @@ class Sampler:
         if points is None:
             ids = draw(logits, None)[:, 0].tolist()
         elif on_processor(logits):  # row by row, in little memory, by NumPy, which sorts faster than JAX
-            rows = zip(on_numpy(logits), points[0], strict=True)
+            rows = zip(as_numpy(logits), points[0], strict=True)
             ids = [draw(row, point, **self.options).item() for row, point in rows]
         else:
             ids = draw(logits, points.T[..., None], **self.options)[:, 0].tolist()  # [n_rows, 1, 1]
@@ -114,13 +123,13 @@ class Sampler:
         return ids
 
     def penalized(self, logits):  # [n_rows, 1, n_vocab]
-        logits = on_numpy(logits).copy()
+        logits = as_numpy(logits).copy()
         for row, text in zip(logits[:, 0], self.texts, strict=True):
             penalize(row, text, **self.penalties)
         return logits
 
 
-def on_numpy(x):
+def as_numpy(x):
     """An array of any library as NumPy's."""
     import numpy as np
 

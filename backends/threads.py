@@ -9,6 +9,7 @@ import functools
 import math
 import os
 import sys
+import threading
 import time
 
 from backends.arrays import is_numpy, n_weights
@@ -24,8 +25,8 @@ wanted = None  # a number of threads; None: what is best
 def tune_openblas():
     """Sets what OpenBLAS reads from the environment while NumPy is imported: to be called before, unless it has been.
 
-    On processors that it does not know it takes its AVX2 kernels, half the speed for prompts: it shall use AVX-512
-    where Linux says that the processor has it. What the user has set stays.
+    On processors that it does not know it takes its AVX2 kernels, half the speed for prompts: where Linux says that the
+    processor has AVX-512, it shall use that, as it does on those it knows. What the user has set stays.
     """
     if "numpy" in sys.modules:
         return
@@ -66,15 +67,9 @@ def blas():
     return None
 
 
-@functools.cache
-def at_first():
-    """The number of BLAS's threads before this file changes it, for a while and in one thread or several."""
-    return blas()[0]()
-
-
 def n_available():
-    """How many threads may compute at once: as many as there are cores, unless the environment has BLAS use fewer."""
-    return min(n_cores(), at_first()) if blas() else 1
+    """How many threads may compute at once: as many as there are cores, unless the program has BLAS use fewer."""
+    return min(n_cores(), outside.n_blas()) if blas() else 1
 
 
 def use_threads(n):
@@ -107,15 +102,42 @@ def set_blas_threads(n):
         blas()[1](n)
 
 
+class Outside:
+    """The number of BLAS's threads that the program has outside of blas_threads(), in one thread or several."""
+
+    def __init__(self):
+        self.lock, self.n_inside, self.n_before = threading.Lock(), 0, 1
+
+    def n_blas(self):
+        return self.n_before if self.n_inside else blas()[0]()
+
+    def enter(self):
+        with self.lock:
+            self.n_before = self.n_blas()
+            self.n_inside += 1
+
+    def leave(self):
+        with self.lock:
+            self.n_inside -= 1
+            if not self.n_inside:
+                set_blas_threads(self.n_before)
+
+
+outside = Outside()
+
+
 @contextlib.contextmanager
 def blas_threads(n=None):
-    """Has BLAS use n threads for a while, where it lets itself be told; then as many as at first."""
-    before = at_first() if blas() else 1
-    set_blas_threads(n or before)
+    """Has BLAS use n threads for a while, where it lets itself be told, or as many as outside; then those again."""
+    if not blas():
+        yield
+        return
+    outside.enter()
     try:
+        set_blas_threads(n or outside.n_before)
         yield
     finally:
-        set_blas_threads(before)
+        outside.leave()
 
 
 class Pace:

@@ -12,7 +12,7 @@ import lora
 from saving import leaves, with_leaves
 from training import sigmoid, with_dropout, with_layer_norms
 
-from backends.threads import blas_threads, each, n_cores, thread_counts
+from backends.threads import blas_threads, each, n_available, thread_counts
 from backward import (
     cross_entropy,
     gpt2_backward,
@@ -181,7 +181,7 @@ class Learner:
         for i in range(self.settings["accumulate"]):
             parts = divided({name: array[i] for name, array in rows.items()})
             with blas_threads(self.n_blas):
-                for more, found in each(backward, parts, n_cores()):
+                for more, found in each(backward, parts, n_available()):
                     loss, gradients = loss + float(more), added(gradients, leaves(found))
         self.change(gradients, step)
         return loss
@@ -197,7 +197,7 @@ class Learner:
             flat = [array.reshape(-1) for array in (x, *others)]
             pieces += [(*(a[i : i + PIECE] for a in flat), decay) for i in range(0, x.size, PIECE)]
 
-        each(functools.partial(adamw, step=step, rate=rate, norm=norm), pieces, n_cores())
+        each(functools.partial(adamw, step=step, rate=rate, norm=norm), pieces, n_available())
 
     def model(self):
         """(params, learned) as they are now, to evaluate and to save."""
@@ -207,7 +207,7 @@ class Learner:
 def divided(rows):
     """Rows in parts, one for each core, whose threads then need not wait for each other; one row is left to BLAS's."""
     n_rows = len(rows["ids"])
-    parts = np.array_split(np.arange(n_rows), min(n_cores(), n_rows))
+    parts = np.array_split(np.arange(n_rows), min(n_available(), n_rows))
     return [{name: array[part] for name, array in rows.items()} for part in parts]
 
 

@@ -7,7 +7,7 @@ import json
 import pathlib
 import secrets
 
-from explorer.session import QuestionError
+from explorer.session import QuestionError, as_json
 
 PAGE = pathlib.Path(__file__).parent / "page"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -82,8 +82,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             key = question.get("key") if isinstance(question, dict) else None
             self.reply(200, session.array(key).tobytes(), "application/octet-stream")
         else:
-            answer = json.dumps(session.answer(kind, question), ensure_ascii=True, allow_nan=False)
-            self.reply(200, answer.encode(), "application/json")
+            self.reply(200, as_json(session.answer(kind, question)).encode(), "application/json")
 
     def refuse(self, status, why):
         self.close_connection = True  # whatever else it brings is not read

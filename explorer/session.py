@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 import math
 import os
 import threading
@@ -25,6 +26,14 @@ class QuestionError(ValueError):
     """What was asked cannot be answered: one line that says why."""
 
 
+def as_json(answer):
+    """Raises QuestionError for numbers that JSON does not have."""
+    try:
+        return json.dumps(answer, allow_nan=False)
+    except ValueError as error:
+        raise QuestionError("the model makes numbers that are not finite: its weights are damaged") from error
+
+
 class Session:
     """answer(kind, question) -> a dict; array(key) -> the float32 array that an answer named. Threads may share it."""
 
@@ -38,7 +47,7 @@ class Session:
         self.kept_weights = True  # of the model, where a call has them as arguments
         self.lock, self.keys = threading.Lock(), itertools.count()
         self.kept = {}  # {kind of answer: {key: array}}, of the newest answer of each kind
-        self.streams = self.off = None  # of the newest run: what comes into each block and leaves the last, and see run
+        self.streams = None  # of the newest run: what comes into each block and leaves the last
         self.cached, self.caches = [], None  # the ids whose keys and values are in the caches
         self.answers = {"about": self.about, "first": self.first, "run": self.run, "lens": self.lens, "step": self.step}
         self.answers["compare"] = self.compare
@@ -105,10 +114,10 @@ class Session:
     def told(self, run, ids, off=()):
         self.kept["run"] = {}
         self.streams = [value.array for value in run.root.values if value.name == "x"][: self.n_layer + 1]
-        self.off = off
         all_weights = [trace.attention_weights(run, i) for i in range(self.n_layer)]
         return {
             "ids": ids,
+            "text": self.encoder.decode(ids),
             "words": self.words(ids),
             "root": self.call(run.root, self.sizes(len(ids))),
             "weights": [self.keep("run", weights) for weights in all_weights],

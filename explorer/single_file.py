@@ -2,10 +2,10 @@
 
 import base64
 import hashlib
-import json
 import re
 
 from explorer.server import PAGE
+from explorer.session import as_json
 
 MODULES = [  # each after those it imports
     *("app", "words", "api", "dom", "sampling", "heat", "source", "tokens"),
@@ -20,7 +20,7 @@ def page(session):
     arrays, inside = {}, session.everything(N_BYTES)
     for key in keys_in(inside):
         arrays[key] = base64.b64encode(session.array(key).tobytes()).decode()
-    data = json.dumps({**inside, "arrays": arrays}, allow_nan=False).replace("<", r"\u003c")  # no tag ends it early
+    data = as_json({**inside, "arrays": arrays}).replace("<", r"\u003c")  # no tag ends it early
     policy = f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; img-src data:"
     head = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{style}</style>'
     tail = (

@@ -49,7 +49,7 @@ MAY_IMPORT = {
         "sampling",
     },
     "explorer.server": {"explorer.session"},
-    "explorer.single_file": {"explorer.server"},
+    "explorer.single_file": {"explorer.server", "explorer.session"},
     "explore": {"explorer.server", "explorer.session", "explorer.single_file", "gpt2", "utils"},
 }
 MAIN_MAY_IMPORT = {

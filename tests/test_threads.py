@@ -135,7 +135,7 @@ def test_a_larger_one_may_take_all_cores_that_blas_may_use_or_fewer(
     monkeypatch.setattr(threads, "SMALL", 0)
     monkeypatch.setattr(threads, "blas", lambda: (None, None))
     monkeypatch.setattr(threads, "n_cores", lambda: n_cores)
-    monkeypatch.setattr(threads, "at_first", lambda: n_blas)
+    monkeypatch.setattr(threads.outside, "n_blas", lambda: n_blas)
     assert threads.thread_counts(long_params) == expected
 
 
@@ -144,6 +144,26 @@ def test_threads_that_the_user_denies_blas_are_not_used():
     code = "from backends import threads; print(threads.n_available())"
     assert command(code=code, cwd=REPO, env={"OPENBLAS_NUM_THREADS": "1"}).stdout == "1\n"
     assert command(code=code, cwd=REPO, env={"OPENBLAS_NUM_THREADS": "2"}).stdout == "2\n"
+
+
+@two_cores
+def test_a_number_that_the_program_sets_between_two_texts_stays_and_counts(long_params, monkeypatch):
+    monkeypatch.setattr(threads, "SMALL", 0)
+    before = n_blas()
+    for n in (1, before):
+        threads.set_blas_threads(n)
+        gpt2.generate([1, 2, 3], long_params, N_HEAD, 3)
+        assert n_blas() == threads.n_available() == n
+
+
+@two_cores
+def test_the_last_of_several_who_set_it_leaves_blas_as_the_first_found_it():
+    before = n_blas()
+    with threads.blas_threads(1):
+        with threads.blas_threads(2):
+            assert (n_blas(), threads.outside.n_blas()) == (2, before)
+        assert threads.outside.n_blas() == before
+    assert n_blas() == before
 
 
 @two_cores

@@ -1,7 +1,7 @@
 // A block, opened: its parts in order, each with its picture; all its heads; the residual stream through all blocks.
 
 import { app, change, inBlock, lastValue } from "./app.js";
-import { numbers } from "./api.js";
+import { isFile, numbers } from "./api.js";
 import { axesText, choice, el, number, percent, place, tokenText } from "./dom.js";
 import { heatMap, thumbnail } from "./heat.js";
 import { go } from "./source.js";
@@ -97,7 +97,7 @@ export async function showHeads() {
   const map = { data: of(app.head), n_rows: n, n_columns: n, rows: names, columns: names, row: app.token, about, onrow: (token) => change({ token }) };
   const off = el("button", { type: "button", class: "act", onclick: () => switchOff(app.block, app.head) }, t("switchOff", app.block, app.head));
   const see = el("button", { type: "button", class: "plain", onclick: () => openWeights() }, t("seeLine"));
-  place("head", el("h3", {}, about), el("p", { class: "hint" }, t("readHead")), heatMap(map), el("p", {}, off, " ", see));
+  place("head", el("h3", {}, about), el("p", { class: "hint" }, t("readHead")), heatMap(map), el("p", {}, ...(isFile ? [] : [off, " "]), see));
 }
 
 function switchOff(block, head) {

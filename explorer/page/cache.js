@@ -25,8 +25,10 @@ export async function generate(n_steps) {
   try {
     for (let i = 0; i < n_steps && ids.length < Math.min(256, app.about.hparams.n_ctx); i++) {
       const { temperature, top_k, top_p } = app.settings;
-      step = await ask("step", { ids, block: app.block, temperature, top_k, top_p, point: Math.random() });
-      step.ids = ids;
+      const asked = ids;
+      const answer = await ask("step", { ids, block: app.block, temperature, top_k, top_p, point: Math.random() });
+      if (ids !== asked) break; // it was started over meanwhile
+      step = { ...answer, ids };
       ids = [...ids, step.next_id];
       await showCache();
     }

@@ -54,7 +54,8 @@ async function compare(patch) {
   try {
     const answer = await ask("compare", { ids: app.run.ids, off: app.off, patch });
     const [before, after] = (await Promise.all([numbers(answer.before), numbers(answer.after)])).map((logits) => cut(logits, PLAIN).p);
-    const note = patch ? t("patched", tokenText(answer.other_ids[patch.from]), tokenText(app.run.ids[patch.position])) : t("without", app.off.map(said).join("; "));
+    const notes = patch ? [t("patched", tokenText(answer.other_ids[patch.from]), tokenText(app.run.ids[patch.position]))] : [];
+    const note = [...notes, ...(app.off.length ? [t("without", app.off.map(said).join("; "))] : [])].join(" · ");
     showCompared(before, after, note);
   } catch (error) {
     if (error.message.includes("neuron") || error.message.includes("head")) app.off = app.off.slice(0, -1);

@@ -37,7 +37,9 @@ function showLens() {
   };
   const head = el("tr", {}, el("td", {}), ...positions.map((i) => el("th", { scope: "col", class: "mono" }, tokenText(run.ids[i]))));
   const body = rows.map((row, i) => el("tr", {}, el("th", { scope: "row" }, stage(i)), ...row.map((view, column) => cell(view, i, column))));
-  place("seen", el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": t("lensTitle") }, el("table", { class: "grid lens" }, el("caption", {}, t("lensCaption")), el("thead", {}, head), el("tbody", {}, ...body))), ...rise());
+  const some = positions.length < run.ids.length ? `, ${t("lensSome", positions.length, run.ids.length)}` : "";
+  const caption = t("lensCaption") + some;
+  place("seen", el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": t("lensTitle") }, el("table", { class: "grid lens" }, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body))), ...rise());
 }
 
 // How the token that the model chose in the end rose, at the place looked at.

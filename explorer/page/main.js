@@ -28,6 +28,7 @@ async function run(question, path = app.path, pick = undefined) {
     const isSame = app.run && String(app.run.ids) === String(answer.ids);
     Object.assign(app, { run: answer, block: answer.block, path: callAt(path, answer.root) ? path : ["gpt2"] });
     if (!isSame) app.token = answer.ids.length - 1;
+    if (question.ids) showText(answer.text);
     change({ run: answer });
     const opened = app.value && callAt(app.path).values.findLast((value) => value.name === app.value.name && value.line === app.value.line);
     openCall(app.path, pick ?? ((value) => value === opened || (!opened && value.name === "return")));
@@ -74,8 +75,7 @@ async function begin() {
   document.addEventListener("go", goTo);
   document.addEventListener("take", ({ detail }) => run({ ids: [...app.run.ids, detail].slice(-app.about.n_tokens), block: app.block }));
   const first = await ask("first");
-  document.getElementById("prompt").value = first.text;
-  fitPrompt();
+  showText(first.text);
   const attention = ["gpt2", `block ${first.block}`, "mha", "causal_attention", "attention"];
   await run({ text: first.text, block: first.block }, attention, (value) => value.name === "weights");
 }
@@ -84,6 +84,11 @@ document.getElementById("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   run({ text: document.getElementById("prompt").value, block: app.block });
 });
+
+function showText(text) {
+  document.getElementById("prompt").value = text;
+  fitPrompt();
+}
 
 // As high as its text, where the browser cannot do that by itself.
 function fitPrompt() {

@@ -1,7 +1,7 @@
 // What comes next: the probabilities over the whole vocabulary, and where temperature, top-k and top-p cut.
 
 import { app, change } from "./app.js";
-import { numbers } from "./api.js";
+import { isFile, numbers } from "./api.js";
 import { counted, el, percent, place, tokenText } from "./dom.js";
 import { bar } from "./heat.js";
 import { cut, drawn, likeliest } from "./sampling.js";
@@ -41,7 +41,7 @@ export async function showNext() {
   if (n_shown < best.length) bars.splice(n_shown, 0, el("li", { class: "cut" }, t("cutHere")));
   const said = settings.temperature === 0 ? t("greedy") : t("kept", counted(chances.n), counted(logits.length), percent(chances.left));
   const draw = el("button", { type: "button", class: "act", onclick: () => take(drawn(chances, Math.random())) }, t("drawOne"));
-  place("chances", el("p", { "aria-live": "polite" }, said), el("ol", { class: "bars wide" }, ...bars), el("p", { class: "hint" }, t("restHas", counted(logits.length - best.length), percent(1 - best.reduce((sum, id) => sum + chances.p[id], 0)))), el("p", {}, draw));
+  place("chances", el("p", { "aria-live": "polite" }, said), el("ol", { class: "bars wide" }, ...bars), el("p", { class: "hint" }, t("restHas", counted(logits.length - best.length), percent(1 - best.reduce((sum, id) => sum + chances.p[id], 0)))), ...(isFile ? [] : [el("p", {}, draw)]));
 }
 
 function tokenBar(id, chances, most) {
@@ -49,7 +49,7 @@ function tokenBar(id, chances, most) {
   const share = kept && chances.left < 1 ? ` → ${percent(chances.may[id] / chances.left)}` : "";
   const line = bar("", `${percent(chances.p[id])}${kept ? share : ` · ${t("isCut")}`}`, chances.p[id] / most, kept ? "" : "isCut");
   const button = el("button", { type: "button", class: "plain", "aria-label": t("take", tokenText(id)), onclick: () => take(id) }, tokenText(id));
-  line.querySelector(".name").replaceChildren(button);
+  line.querySelector(".name").replaceChildren(isFile ? tokenText(id) : button);
   return line;
 }
 

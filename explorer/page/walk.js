@@ -1,6 +1,7 @@
 // A guided walk of ten steps: each shows a part of the page, and says what to look at there.
 
 import { app, change, inBlock } from "./app.js";
+import { isFile } from "./api.js";
 import { el, place } from "./dom.js";
 import { go, openCall } from "./source.js";
 import { t } from "./words.js";
@@ -12,8 +13,8 @@ const open = (names, pick) => {
   if (found) go(found.path, pick);
 };
 
-// [the part of the page, what is opened there]
-const STEPS = [
+// [the part of the page, what is opened there]; a page that was saved has no experiments, which are the last
+const ALL = [
   ["ask", () => {}],
   ["tokens", () => change({ token: app.run.ids.length - 1 })],
   ["source", () => openCall(["gpt2"], (value) => value.name === "x" && value.before?.length === 1)],
@@ -25,6 +26,7 @@ const STEPS = [
   ["lens", () => {}],
   ["experiments", () => {}],
 ];
+const STEPS = isFile ? ALL.slice(0, -1) : ALL;
 
 export function walk(to) {
   document.querySelector(".walked")?.classList.remove("walked");
@@ -47,6 +49,6 @@ export function showWalk() {
   place("walk",
     el("p", { class: "hint" }, t("stepOf", at + 1, STEPS.length)),
     el("h2", {}, t(`walk${at + 1}`)),
-    el("p", {}, t(`walk${at + 1}text`)),
+    el("p", {}, t(`walk${at + 1}text`), at === 0 && !isFile ? ` ${t("changeIt")}` : ""),
     el("p", { class: "turns" }, ...(at > 0 ? [button(t("back"), at - 1, "plain")] : []), at < STEPS.length - 1 ? button(t("onward"), at + 1, "act") : button(t("finish"), -1, "act"), ...(at < STEPS.length - 1 ? [button(t("leave"), -1, "plain")] : [])));
 }
