@@ -27,7 +27,7 @@ PICTURES = {"attention": "attention.png", "logit-lens": "logit-lens.png"}  # id 
 
 def execute(notebook, folder):
     """Runs every cell in a new kernel that has nothing but what a clone has. Raises at the first error."""
-    for room in ("", "backends", "files", "examples"):
+    for room in ("", "backends", "files", "explorer", "examples"):
         (folder / room).mkdir(exist_ok=True)
         for path in (REPO / room).glob("*.py"):
             shutil.copy(path, folder / room)
