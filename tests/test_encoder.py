@@ -246,10 +246,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / len
     assert float(result.stdout) < 20, result.stderr
 
 
-def test_a_megabyte_of_english_takes_at_most_ten_times_as_long_as_cutting_it_into_words(genuine):
+def test_a_megabyte_of_english_takes_at_most_twenty_times_as_long_as_cutting_it_into_words(genuine):
     text = "\n".join(pydoc_data.topics.topics.values())  # 700 KB of prose and code that comes with Python
     text = (text + text.upper())[:1_000_000]
-    assert fastest(encoder.get_encoder(GENUINE.name, GENUINE.parent).encode, text, 1) < 10 * fastest(
+    assert fastest(encoder.get_encoder(GENUINE.name, GENUINE.parent).encode, text, 1) < 20 * fastest(
         encoder.PATTERN.findall, text
     )
     assert genuine.decode(genuine.encode(text)) == text
