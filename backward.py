@@ -1,8 +1,8 @@
 """The gradient of each function of gpt2.py, in its order: the chain rule, written out in NumPy.
 
 The gradient of an array says how much the loss grows with each of its numbers, and has its shape. f_backward(d, ...)
-takes the gradient d of what f returned, and f's arguments; it returns their gradients, under their names. What is cheap
-is computed again. Where it is not, f_forward returns what f does and what it has kept, and f_backward takes that.
+takes the gradient d of what f returned, and f's arguments; it returns their gradients, under their names (d_w is that
+of w). What is cheap is computed again. Where it is not, f_forward returns what f does and what it keeps for f_backward.
 The shapes at the end of a line leave out leading batch axes, which all functions take, too.
 """
 
@@ -63,10 +63,10 @@ def ffn_forward(x, c_fc, c_proj):  # [n_seq, n_embd] -> [n_seq, n_embd]
 def ffn_backward(d, kept, c_fc, c_proj):
     """The same steps, last first. Each hands the gradient of its x on to the one before; those of its weights stay."""
     x, h, a = kept
-    c_proj = linear_backward(d, a, **c_proj)  # [n_seq, n_embd] -> [n_seq, 4*n_embd]
-    d = gelu_backward(c_proj.pop("x"), h)["x"]  # [n_seq, 4*n_embd]
-    c_fc = linear_backward(d, x, **c_fc)  # [n_seq, 4*n_embd] -> [n_seq, n_embd]
-    return {"x": c_fc.pop("x"), "c_fc": c_fc, "c_proj": c_proj}
+    d_c_proj = linear_backward(d, a, **c_proj)  # [n_seq, n_embd] -> [n_seq, 4*n_embd]
+    d_h = gelu_backward(d_c_proj.pop("x"), h)["x"]  # [n_seq, 4*n_embd]
+    d_c_fc = linear_backward(d_h, x, **c_fc)  # [n_seq, 4*n_embd] -> [n_seq, n_embd]
+    return {"x": d_c_fc.pop("x"), "c_fc": d_c_fc, "c_proj": d_c_proj}
 
 
 def attention_backward(d, q, k, v, mask):  # [n_q, d_v], [n_q, d_k], [n_k, d_k], [n_k, d_v], [n_q, n_k]
@@ -108,12 +108,12 @@ def mha_forward(x, c_attn, c_proj, n_head):  # [n_seq, n_embd] -> [n_seq, n_embd
 def mha_backward(d, kept, c_attn, c_proj, n_head):
     """Splitting and merging heads move numbers, and change none: their gradients are moved back."""
     x, qkv, a = kept
-    c_proj = linear_backward(d, a, **c_proj)  # [n_seq, n_embd] -> [n_seq, n_embd]
-    (d,) = heads(c_proj.pop("x"), 1, n_head)  # [n_seq, n_embd] -> [n_head, n_seq, n_embd/n_head]
-    d = causal_attention_backward(d, *heads(qkv, 3, n_head))  # q, k and v: 3 of [n_head, n_seq, n_embd/n_head]
-    d = np.stack([d[name].swapaxes(-3, -2) for name in "qkv"], axis=-3)  # [n_seq, 3, n_head, n_embd/n_head]
-    c_attn = linear_backward(d.reshape(qkv.shape), x, **c_attn)  # [n_seq, 3*n_embd] -> [n_seq, n_embd]
-    return {"x": c_attn.pop("x"), "c_attn": c_attn, "c_proj": c_proj}
+    d_c_proj = linear_backward(d, a, **c_proj)  # [n_seq, n_embd] -> [n_seq, n_embd]
+    (d_a,) = heads(d_c_proj.pop("x"), 1, n_head)  # [n_seq, n_embd] -> [n_head, n_seq, n_embd/n_head]
+    d_heads = causal_attention_backward(d_a, *heads(qkv, 3, n_head))  # q, k, v: 3 of [n_head, n_seq, n_embd/n_head]
+    d_qkv = np.stack([d_heads[name].swapaxes(-3, -2) for name in "qkv"], axis=-3)  # [n_seq, 3, n_head, n_embd/n_head]
+    d_c_attn = linear_backward(d_qkv.reshape(qkv.shape), x, **c_attn)  # [n_seq, 3*n_embd] -> [n_seq, n_embd]
+    return {"x": d_c_attn.pop("x"), "c_attn": d_c_attn, "c_proj": d_c_proj}
 
 
 def transformer_block_forward(x, mlp, attn, ln_1, ln_2, n_head):  # [n_seq, n_embd] -> [n_seq, n_embd]
@@ -126,12 +126,12 @@ def transformer_block_forward(x, mlp, attn, ln_1, ln_2, n_head):  # [n_seq, n_em
 def transformer_block_backward(d, kept, mlp, attn, ln_1, ln_2, n_head):
     """Of a residual connection y = x + f(x), x gets what y gets, and what comes back through f."""
     x, kept_by_mha, y, kept_by_ffn = kept
-    mlp = ffn_backward(d, kept_by_ffn, **mlp)
-    ln_2 = layer_norm_backward(mlp.pop("x"), y, **ln_2)
-    d = d + ln_2.pop("x")
-    attn = mha_backward(d, kept_by_mha, **attn, n_head=n_head)
-    ln_1 = layer_norm_backward(attn.pop("x"), x, **ln_1)
-    return {"x": d + ln_1.pop("x"), "mlp": mlp, "attn": attn, "ln_1": ln_1, "ln_2": ln_2}
+    d_mlp = ffn_backward(d, kept_by_ffn, **mlp)
+    d_ln_2 = layer_norm_backward(d_mlp.pop("x"), y, **ln_2)
+    d_y = d + d_ln_2.pop("x")
+    d_attn = mha_backward(d_y, kept_by_mha, **attn, n_head=n_head)
+    d_ln_1 = layer_norm_backward(d_attn.pop("x"), x, **ln_1)
+    return {"x": d_y + d_ln_1.pop("x"), "mlp": d_mlp, "attn": d_attn, "ln_1": d_ln_1, "ln_2": d_ln_2}
 
 
 def hidden_states_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_embd]
@@ -149,17 +149,17 @@ def hidden_states_backward(d, kept, wte, wpe, blocks, ln_f, n_head, down_to=None
     down_to: the first block that learns, if the embeddings do not: they get nothing, and the blocks before it {}.
     """
     inputs, kept, x = kept
-    ln_f = layer_norm_backward(d, x, **ln_f)
-    d, of_blocks = ln_f.pop("x"), [{} for _ in blocks]
+    d_ln_f = layer_norm_backward(d, x, **ln_f)
+    d_x, d_blocks = d_ln_f.pop("x"), [{} for _ in blocks]
     for i in reversed(range(down_to or 0, len(blocks))):
-        of_blocks[i] = transformer_block_backward(d, kept.pop(), **blocks[i], n_head=n_head)
-        d = of_blocks[i].pop("x")
+        d_blocks[i] = transformer_block_backward(d_x, kept.pop(), **blocks[i], n_head=n_head)
+        d_x = d_blocks[i].pop("x")
     if down_to is not None:
-        return {"blocks": of_blocks, "ln_f": ln_f}
+        return {"blocks": d_blocks, "ln_f": d_ln_f}
     d_wte, d_wpe = np.zeros(wte.shape, wte.dtype) if d_wte is None else d_wte, np.zeros(wpe.shape, wpe.dtype)
-    np.add.at(d_wte, inputs, d)  # each use of a row adds to its gradient
-    d_wpe[: d.shape[-2]] = d.reshape(-1, *d.shape[-2:]).sum(axis=0)
-    return {"wte": d_wte, "wpe": d_wpe, "blocks": of_blocks, "ln_f": ln_f}
+    np.add.at(d_wte, inputs, d_x)  # each use of a row adds to its gradient
+    d_wpe[: d_x.shape[-2]] = d_x.reshape(-1, *d_x.shape[-2:]).sum(axis=0)
+    return {"wte": d_wte, "wpe": d_wpe, "blocks": d_blocks, "ln_f": d_ln_f}
 
 
 def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_vocab]
@@ -171,8 +171,8 @@ def gpt2_backward(d, kept, wte, wpe, blocks, ln_f, n_head, down_to=None):
     """wte embeds, and projects: it gets the sum of both."""
     x, kept = kept
     d_wte = None if down_to is not None else d.reshape(-1, len(wte)).T @ x.reshape(-1, x.shape[-1])  # [n_vocab, n_embd]
-    d = matmul(d, wte)  # [n_seq, n_vocab] -> [n_seq, n_embd]
-    return hidden_states_backward(d, kept, wte, wpe, blocks, ln_f, n_head, down_to, d_wte)
+    d_x = matmul(d, wte)  # [n_seq, n_vocab] -> [n_seq, n_embd]
+    return hidden_states_backward(d_x, kept, wte, wpe, blocks, ln_f, n_head, down_to, d_wte)
 
 
 def cross_entropy(logits, targets, shares):  # [n_seq, n_vocab], [n_seq], [n_seq] -> [], [n_seq, n_vocab]
