@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import math
 import os
 import platform
 import random
@@ -471,62 +470,43 @@ def markdown(result):
 
 
 def plot(result, out):
-    import matplotlib
+    from matplotlib.figure import Figure
+    from plots import COLORS, draw_lines
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    model, samples = f"random weights in the shape of GPT-2 {result['model_size']}", result["samples"]
+    decoding = {
+        name: {n: statistics.median(times[f"decode {n}"]) for n in CONTEXTS if times.get(f"decode {n}")}
+        for name, times in samples.items()
+    }
+    options = {"title": f"Decoding, {model}", "xlabel": "tokens in the context", "ylabel": "tokens per second"}
+    draw_lines(os.path.join(out, "decode.png"), decoding, ylim=(0, 1.05 * highest(decoding)), **options)
 
-    figure, axes = plt.subplots(figsize=(8, 5))
-    ends = {}
-    for i, (name, samples) in enumerate(result["samples"].items()):
-        points = [(n, statistics.median(samples[f"decode {n}"])) for n in CONTEXTS if f"decode {n}" in samples]
-        shade, width = ("black", 3) if name == "gpt2.py" else (f"{0.1 + 0.07 * i:.2f}", 1.3)
-        line = (":" if name.startswith("limit") else "-") + "osD^v<>P*X"[i]  # shapes, for who cannot see shades
-        if points:
-            axes.plot(*zip(*points, strict=True), line, color=shade, linewidth=width)
-            ends[name] = points[-1]
-    axes.set(xlabel="tokens in the context", ylabel="tokens per second", ylim=(0, None))
-    axes.set_title(f"Decoding, GPT-2 {result['model_size']}")
-    name_lines(axes, ends)
-    axes.grid(alpha=0.3)
-    figure.savefig(os.path.join(out, "decode.png"), dpi=150, bbox_inches="tight")
-
-    commands = {name: s["command"] for name, s in result["samples"].items() if s.get("command")}
-    commands = dict(sorted(commands.items(), key=lambda item: -statistics.median(item[1])))
-    medians = [statistics.median(times) for times in commands.values()]
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.5 * len(commands)))
-    colors = ["black" if name == "gpt2.py" else "0.65" for name in commands]
-    axes.barh(list(commands), medians, color=colors)
-    for y, seconds in enumerate(medians):
+    commands = {name: statistics.median(s["command"]) for name, s in samples.items() if s.get("command")}
+    commands = dict(sorted(commands.items(), key=lambda item: -item[1]))
+    figure = Figure(figsize=(8, 0.8 + 0.5 * len(commands)))
+    axes = figure.subplots()
+    colors = [COLORS[0] if name == "gpt2.py" else "0.65" for name in commands]
+    axes.barh([*commands], [*commands.values()], color=colors)
+    for y, seconds in enumerate(commands.values()):
         axes.text(seconds, y, f" {seconds:.1f} s", va="center")
-    axes.set(xlabel="seconds", xlim=(0, 1.15 * max(medians)))
-    axes.set_title(f"The whole command: 10 tokens in, 40 out, GPT-2 {result['model_size']}")
+    axes.set(xlabel="seconds", xlim=(0, 1.15 * max(commands.values())))
+    axes.set_title(f"The whole command: 10 tokens in, 40 out\n{model}", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(os.path.join(out, "command.png"), dpi=150, bbox_inches="tight")
 
-    if not result["cores"]:
-        return
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for i, name in enumerate(result["samples"]):
-        points = [(n, time) for n, by_name in result["cores"].items() for time in first_of(by_name.get(name, {}))]
-        shade, width = ("black", 3) if name == "gpt2.py" else (f"{0.1 + 0.07 * i:.2f}", 1.3)
-        if points:
-            axes.plot(*zip(*points, strict=True), "-" + "osD^v<>P*X"[i], label=name, color=shade, linewidth=width)
-    axes.set(xlabel="cores", ylabel="milliseconds to the first token", xscale="log", yscale="log")
-    axes.set_xticks([*result["cores"]], [*map(str, result["cores"])], minor=False)
-    axes.set_title(f"A prompt that fills the context, GPT-2 {result['model_size']}")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(os.path.join(out, "cores.png"), dpi=150, bbox_inches="tight")
+    if result["cores"]:
+        first = {
+            name: {int(n): time for n, of in result["cores"].items() for time in first_of(of.get(name, {}))}
+            for name in samples
+        }
+        options = {"title": f"A prompt that fills the context, {model}", "xscale": "log", "yscale": "log"}
+        options |= {"xlabel": "cores", "ylabel": "milliseconds to the first token"}
+        ticks = [*map(int, result["cores"])]
+        draw_lines(os.path.join(out, "cores.png"), first, **options, xticks=ticks, xticklabels=ticks)
 
 
-def name_lines(axes, ends):
-    """Writes the name of every line beside its end, apart from one another. ends: {name: (x, y)}."""
-    lowest, apart = -math.inf, 0.05 * axes.get_ylim()[1]
-    for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
-        lowest = max(y, lowest + apart)
-        arrow = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.8}
-        axes.annotate(name, (x, y), (1.08 * x, lowest), va="center", annotation_clip=False, arrowprops=arrow)
+def highest(lines):
+    return max(y for points in lines.values() for y in points.values())
 
 
 def first_of(figures):

@@ -24,6 +24,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from bench import SHAPES, greedy, processor
 from convert import flat, transformers_name
+from plots import draw_lines
 
 import cli
 from backends import devices
@@ -108,18 +109,8 @@ def markdown(title, notes, rows, speeds, first, n_long):
 
 
 def plot(path, title, rows, speeds):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5))
-    axes = figure.subplots()
-    for i, (name, by_rows) in enumerate(speeds.items()):
-        line = (":" if name.startswith("limit") else "-") + "osD^v<>P*X"[i]  # shapes, for who cannot see colours
-        axes.plot(by_rows.keys(), by_rows.values(), line, label=name, color=f"{0.08 * i:.2f}")
-    axes.set(xscale="log", yscale="log", xlabel="texts at once", ylabel="tokens per second", title=title)
-    axes.set_xticks(rows, rows)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    options = {"xlabel": "texts at once", "ylabel": "tokens per second", "xscale": "log", "yscale": "log"}
+    draw_lines(path, speeds, title=title, **options, xticks=rows, xticklabels=rows)  # a scale takes ticks of its own
 
 
 def main(
