@@ -27,7 +27,7 @@ PICTURES = {"attention": "attention.png", "logit-lens": "logit-lens.png"}  # id 
 
 def execute(notebook, folder):
     """Runs every cell in a new kernel that has nothing but what a clone has. Raises at the first error."""
-    for room in ("", "backends", "files", "explorer", "examples"):
+    for room in ("", "backends", "files", "languages", "explorer", "examples"):
         (folder / room).mkdir(exist_ok=True)
         for path in (REPO / room).glob("*.py"):
             shutil.copy(path, folder / room)
@@ -37,7 +37,7 @@ def execute(notebook, folder):
         shutil.copy(GENUINE / name, folder / "models/124M")
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False, coalesce_streams=True)
     # one thread: products this small gain nothing from a second, which on a busy machine only waits for the first
-    client.execute(cwd=str(folder), env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
+    client.execute(cwd=str(folder), env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "LANGUAGE": "en"})
     return notebook
 
 
