@@ -71,13 +71,14 @@ def is_sentence(part):
 @functools.cache
 def patterns():
     """[(what matches an English text, its translation)], those with the longest wording of their own first."""
-    entries = sorted(catalogue().items(), key=lambda entry: -len(entry[0].replace("{}", "")))
+    entries = sorted(catalogue().items(), key=lambda entry: -len(re.sub("{w?}", "", entry[0])))
     return [(re.compile(pattern(english), re.DOTALL), chinese) for english, chinese in entries]
 
 
 def pattern(english):
-    parts = string.Formatter().parse(english)
-    return "".join(re.escape(literal) + ("(.*?)" if field is not None else "") for literal, field, *_ in parts)
+    """The regular expression of a wording: {} is anything, {w} one word."""
+    groups = {None: "", "": "(.*?)", "w": r"(\S*?)"}
+    return "".join(re.escape(literal) + groups[field] for literal, field, *_ in string.Formatter().parse(english))
 
 
 def catalogue():
