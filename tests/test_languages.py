@@ -1,9 +1,12 @@
 """What commands say to those who read Chinese: which locales are Chinese, and that the catalogue lacks nothing."""
 
 import ast
+import ctypes
 import importlib
 import json
+import os
 import re
+import types
 
 import fire
 import pytest
@@ -199,6 +202,16 @@ def test_where_no_variable_is_set_the_system_says(locale, is_chinese, monkeypatc
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(languages, "system_locale", lambda: locale)
     assert languages.is_chinese() == is_chinese
+
+
+@pytest.mark.parametrize(("number", "locale"), [(0x0804, "zh_CN"), (0x0404, "zh_TW"), (0x0409, "en_US"), (0xFFFF, "C")])
+def test_windows_has_numbers_for_languages(number, locale, monkeypatch):
+    kernel32 = types.SimpleNamespace(GetUserDefaultUILanguage=lambda: number)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        patch.setattr(ctypes, "windll", types.SimpleNamespace(kernel32=kernel32), raising=False)
+        said = languages.system_locale()
+    assert said == locale
 
 
 def test_nothing_is_read_for_those_who_read_english(monkeypatch):

@@ -182,13 +182,6 @@ def test_pictures_of_the_readme_are_those_of_the_notebook(committed, path, cell_
     assert pictures(cell) == [picture(path, cell_id).read_bytes()]
 
 
-def test_there_is_a_text_in_chinese_for_every_text_in_english(english):
-    (cell,) = (cell for cell in english.cells if cell.id == "load")
-    assert "def either(english, chinese):" in cell.source
-    calls = [call for cell in code_cells(english) for call in re.findall(r"\beither\((?!english)", cell.source)]
-    assert len(calls) == 9
-
-
 if __name__ == "__main__":
     import tempfile
 
