@@ -135,7 +135,7 @@ def fetch_model(model_size, model_dir, source=None):
         if source != "openai":
             take_cached(model_dir=model_dir, **theirs)
         if missing_files(model_dir) and source == "transformers":
-            fetch_from_hub(model_dir=model_dir, title=model_size, **theirs)
+            fetch_from_hub(model_dir=model_dir, n_bytes=TOKENIZER_BYTES, title=model_size, **theirs)
         elif missing_files(model_dir):
             fetch_from_openai(model_size, model_dir)
     except OSError as error:

@@ -29,16 +29,17 @@ def take_cached(repository, model_dir, hparams, digests):
         take(folder, model_dir, hparams, digests)
 
 
-def fetch_from_hub(repository, model_dir, hparams, digests, title):
+def fetch_from_hub(repository, model_dir, hparams, digests, n_bytes, title):
     """Makes what a model lacks of files from Hugging Face, or from the mirror of it that HF_ENDPOINT names.
 
-    title: see fetch. Raises DownloadError. Other arguments, errors: see take.
+    n_bytes: {name: that of OpenAI's file, where it is the same there}. title: see fetch. Raises DownloadError. Other
+    arguments, errors: see take.
     """
     parent, name = os.path.split(os.path.abspath(model_dir))
     with locked(os.path.join(parent, f".{name}.transformers")):  # else one process would take away what another reads
         wanted = lacking(model_dir)
         fetch(
-            files=dict.fromkeys(FILES[name] for name in wanted),
+            files={FILES[name]: n_bytes.get(name) for name in wanted},
             folder=model_dir,
             sources=[
                 f"{(os.environ.get('HF_ENDPOINT') or HUB).rstrip('/')}/openai-community/{repository}/resolve/main"

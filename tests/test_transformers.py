@@ -56,6 +56,7 @@ def known(tiny, monkeypatch):
     files = {path.name: path.read_bytes() for path in tiny.glob("[!.]*")}
     monkeypatch.setattr(utils, "MODEL_SIZES", {"124M": HPARAMS})
     monkeypatch.setattr(utils, "SHA256", {name: hashlib.sha256(files[name]).hexdigest() for name in utils.SHA256})
+    monkeypatch.setattr(utils, "TOKENIZER_BYTES", {name: len(files[name]) for name in utils.SHA256})
     monkeypatch.setattr(utils, "MD5", {"124M": hashlib.md5(files[DATA]).hexdigest()})  # noqa: S324
 
 
@@ -180,6 +181,14 @@ def test_what_is_not_openais_is_refused(name, hub, folder):
     with pytest.raises(utils.ModelError, match="OpenAI's"):
         load(folder)
     assert not [file for file in (name, *OURS) if (folder / file).exists()]
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_tokenizer_of_another_size_is_not_even_fetched(name, hub, folder):
+    hub.files[name] += bytes(1000)
+    with pytest.raises(utils.ModelError, match=r"bytes there, which cannot be right"):
+        load(folder)
+    assert {what for _, which, what in hub.log if which == name} == {"bytes=0-0"}
 
 
 def test_weights_of_another_shape_are_refused(hub, folder, monkeypatch):
