@@ -94,6 +94,15 @@ def test_a_file_with_is_refused(what, path):
         read_safetensors(path)
 
 
+@pytest.mark.parametrize(
+    "what", ["another size than its shape", "a shape of ten to the hundredth", "offsets that run back"]
+)
+def test_what_is_said_of_a_size_is_ours(what, path):
+    path.write_bytes(BAD[what])
+    with pytest.raises(ValueError, match="'a' is of another size than its shape"):
+        read_safetensors(path)
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_the_package_refuses_it_too(what, path):
     path.write_bytes(BAD[what])
