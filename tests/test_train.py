@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -475,8 +474,9 @@ def test_help_needs_no_package_of_trainings(script, tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py", "finetune.py", "classify.py"])
 def test_ctrl_c_during_the_imports_leaves_no_traceback(script):
-    with running("train", TEXT_FILE, "--name", "new", script=f"examples/{script}") as process:
-        time.sleep(0.3)
+    loud = {"PYTHONVERBOSE": "1"}  # says what is imported
+    with running("train", TEXT_FILE, "--name", "new", script=f"examples/{script}", env=loud) as process:
+        next(line for line in process.stderr if b"numpy" in line)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
     assert process.returncode == 130
