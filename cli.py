@@ -1,6 +1,7 @@
 """The manners of a command: flags, prompts, stop texts, errors, signals, and text as it is made.
 
-Text goes to stdout, everything else to stderr; a user's mistake is one line there and a status that is not 0.
+Text goes to stdout, everything else to stderr, in the user's language; a user's mistake is one line there and a status
+that is not 0.
 """
 
 import ast
@@ -18,6 +19,7 @@ import sys
 import threading
 
 from backends.checks import check_room
+from languages import translated, translated_lines
 
 ANSWERED = ("text", "n_tokens", "finish_reason", "samples", "error")  # what an answer to a line of prompts adds
 BASIC = ("numpy", "regex", "requests", "tqdm", "fire")  # the packages that gpt2.py needs
@@ -26,13 +28,13 @@ CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a char
 
 def fail(message):
     """Ends with one line on stderr and status 1."""
-    sys.exit(f"{os.path.basename(sys.argv[0])}: {message}")
+    sys.exit(f"{os.path.basename(sys.argv[0])}: {translated(message)}")
 
 
 def note(message):
     """One line on stderr, if there is something to say."""
     if message:
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+        print(f"{os.path.basename(sys.argv[0])}: {translated(message)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -74,7 +76,7 @@ def on_ctrl_c(handler):
 def end(said, *_):
     """Ends the program at once, wherever it is, without a traceback; said: what the terminal shows."""
     if said and sys.stderr:
-        os.write(sys.stderr.fileno(), f"\n{said}\n".encode())
+        os.write(sys.stderr.fileno(), f"\n{translated(said)}\n".encode(sys.stderr.encoding))
     os._exit(130)
 
 
@@ -113,7 +115,8 @@ def run_with_fire(function):
             sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
         name, command = os.path.basename(sys.argv[0]), arguments(sys.argv[1:], function)
         if command is None:
-            print(fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, name)))
+            text = fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, name))
+            print(translated_lines(text, sys.stdout))
         else:
             texts = {option.name: str for option in inspect.signature(function).parameters.values() if is_text(option)}
             keep_text = fire.decorators.SetParseFns(**texts)  # to Fire, 1984 and [1, 2] are Python
@@ -384,11 +387,11 @@ def converse(writer):
     lines = None if sys.stdin.isatty() else open_lines("-")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
-        print("Each prompt is continued on its own. Ctrl-C stops a text, Ctrl-D leaves.", file=sys.stderr)
+        print(translated("Each prompt is continued on its own. Ctrl-C stops a text, Ctrl-D leaves."), file=sys.stderr)
     with on_ctrl_c(signal.default_int_handler):
         while True:
             try:
-                prompt = ask(lines, "Model prompt >>> " if on_terminal else "")
+                prompt = ask(lines, translated("Model prompt >>> ") if on_terminal else "")
                 if prompt is None:
                     return
                 continue_one(writer, prompt)

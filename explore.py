@@ -14,6 +14,7 @@ import gpt2
 from explorer import single_file
 from explorer.server import Server
 from explorer.session import QuestionError, Session
+from languages import translated
 from utils import ModelError, load_encoder_hparams_and_params
 
 EXAMPLE = "My lord, the king is dead; my lord, the"
@@ -90,20 +91,22 @@ def print_text(session):
     told = session.answer("run", {"text": session.text, "block": session.block})
     ids = told["ids"]
     if told["n_cut"]:
-        print(f"only the first {len(ids)} tokens of {len(ids) + told['n_cut']}", file=sys.stderr)
-    print("tokens, with their ids:")
+        said = f"only the first {len(ids)} tokens of {len(ids) + told['n_cut']}"
+        print(translated(said), file=sys.stderr)
+    print(translated("tokens, with their ids:", sys.stdout))
     print("  " + "  ".join(f"{session.readable(i)} {i}" for i in ids))
     p = gpt2.softmax(session.array(told["logits"]))
-    print("\nwhat comes next:")
+    print("\n" + translated("what comes next:", sys.stdout))
     for i in (-p).argsort()[:10].tolist():
         print(f"  {p[i]:6.1%}  {session.readable(i)}")
     shares = {(b, h): share for b, row in enumerate(told["habits"]) for h, share in enumerate(row["before"] or [0])}
     block, head = max(shares, key=shares.get)
     weights = session.array(told["weights"][block])[head]
     said = (
-        f"of all heads the one that gives the token before most, {shares[block, head]:.0%} on average: where it looks"
+        f"block {block}, head {head}, of all heads the one that gives the token before most, "
+        f"{shares[block, head]:.0%} on average: where it looks"
     )
-    print(f"\nblock {block}, head {head}, {said}")
+    print("\n" + translated(said, sys.stdout))
     width = max(len(session.readable(i)) for i in ids)
     for row, i in zip(weights, ids, strict=True):
         best = (-row).argsort()[:3]

@@ -7,6 +7,7 @@ fetches and verifies a model for later, or for another machine.
 
 import os
 import re
+import sys
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from files.checkpoint import (
 )
 from files.sums import SUMS, hexdigest, read_sums, sums_of
 from files.together import finish
+from languages import translated
 
 MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
 FILES = ("checkpoint", HPARAMS, ENCODER, VOCAB, INDEX, "model.ckpt.meta", DATA)  # as OpenAI publishes them
@@ -43,6 +45,7 @@ SOURCES = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",  # a mirror
 )
+REPOSITORIES = {"124M": "gpt2", "355M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}  # of openai-community
 TOKENIZER_BYTES = {ENCODER: 1_042_301, VOCAB: 456_318}  # the same for all four
 BYTES = {
     "124M": {"checkpoint": 77, HPARAMS: 90, INDEX: 5_215, "model.ckpt.meta": 471_155},
@@ -114,27 +117,47 @@ def folders_in(models_dir):
     return f"a folder in {models_dir} ({', '.join(names) or 'there is none'})"
 
 
-def fetch_model(model_size, model_dir):
-    """Downloads those files of one of MODEL_SIZES that model_dir lacks. Raises ModelError.
+def fetch_model(model_size, model_dir, source=None):
+    """Gets those files of one of MODEL_SIZES that model_dir lacks. Raises ModelError, CheckpointError.
 
-    GPT2_BASE_URL in the environment names another server with files at GPT2_BASE_URL/<size>/<file>.
+    source: openai, or transformers: its cache or, for what that lacks, Hugging Face. None: as the environment says:
+    GPT2_BASE_URL names another server with files at GPT2_BASE_URL/<size>/<file>, HF_ENDPOINT a mirror of Hugging Face;
+    where neither is set, transformers' cache and then OpenAI.
     """
-    from files.download import DownloadError, fetch  # only here: most starts need no network
+    from files.download import DownloadError  # only here: most starts need no network
+    from files.transformers import fetch_from_hub, take_cached
 
-    n_bytes = {**TOKENIZER_BYTES, **BYTES.get(model_size, {}), DATA: 4 * n_params(MODEL_SIZES[model_size])}
-    sources = [os.environ["GPT2_BASE_URL"]] if os.environ.get("GPT2_BASE_URL") else SOURCES
+    base_url, endpoint = os.environ.get("GPT2_BASE_URL"), os.environ.get("HF_ENDPOINT")
+    source = source or ("openai" if base_url else "transformers" if endpoint else "any")
+    digests = {**SHA256, DATA: MD5.get(model_size)}
+    theirs = {"repository": REPOSITORIES[model_size], "hparams": MODEL_SIZES[model_size], "digests": digests}
     try:
-        fetch(
-            files={name: n_bytes.get(name) for name in FILES},  # those that are there already stay as they are
-            folder=model_dir,
-            sources=[f"{source.rstrip('/')}/{model_size}" for source in sources],
-            check=lambda name, path: unlike_published(model_size, name, path),
-            title=model_size,
-        )
+        if source != "openai":
+            take_cached(model_dir=model_dir, **theirs)
+        if missing_files(model_dir) and source == "transformers":
+            fetch_from_hub(model_dir=model_dir, n_bytes=TOKENIZER_BYTES, title=model_size, **theirs)
+        elif missing_files(model_dir):
+            fetch_from_openai(model_size, model_dir)
+    except OSError as error:
+        raise ModelError(f"{model_size} cannot be stored in {model_dir}: {error}") from error
     except DownloadError as error:
         is_there = os.path.isdir(os.path.join(os.path.dirname(model_dir), "shakespeare"))
         first = f"{model_size} is not here, --model_size shakespeare is and needs no network: " if is_there else ""
         raise ModelError(f"{first}{error}; run it again to go on from here (by hand: see models/README.md)") from error
+
+
+def fetch_from_openai(model_size, model_dir):
+    from files.download import fetch
+
+    n_bytes = {**TOKENIZER_BYTES, **BYTES.get(model_size, {}), DATA: 4 * n_params(MODEL_SIZES[model_size])}
+    sources = [os.environ["GPT2_BASE_URL"]] if os.environ.get("GPT2_BASE_URL") else SOURCES
+    fetch(
+        files={name: n_bytes.get(name) for name in FILES},  # those that are there already stay as they are
+        folder=model_dir,
+        sources=[f"{source.rstrip('/')}/{model_size}" for source in sources],
+        check=lambda name, path: unlike_published(model_size, name, path),
+        title=model_size,
+    )
 
 
 def check_files(model_size, model_dir):
@@ -175,16 +198,23 @@ def load_encoder(model_size, models_dir, n_vocab):
     return encoder
 
 
-def main(model_size: str, models_dir: str = MODELS_DIR):
+def main(model_size: str, models_dir: str = MODELS_DIR, source: str = None):
     """Fetches one of OpenAI's models, if it is not there yet, and verifies it.
 
     Args:
         model_size: 124M, 355M, 774M or 1558M, or any folder in models_dir
         models_dir: the folder that holds the models
+        source: openai, or transformers: from its cache, or from Hugging Face or its mirror that HF_ENDPOINT names
     """
     import cli
 
-    with cli.mistakes(ModelError):
+    if source not in (None, "openai", "transformers"):
+        cli.fail(f"--source must be openai or transformers, not {source!r}")
+    if source and model_size not in MODEL_SIZES:
+        cli.fail(f"--source is for {', '.join(MODEL_SIZES)}, and not for {model_size!r}")
+    with cli.mistakes((ModelError, CheckpointError)):
+        if source and not is_model(os.path.join(models_dir, model_size)):
+            fetch_model(model_size, os.path.join(models_dir, model_size), source)
         load_encoder_hparams_and_params(model_size, models_dir)
         model_dir = os.path.abspath(os.path.join(models_dir, model_size))
         index, data = weight_files(model_dir)
@@ -194,7 +224,7 @@ def main(model_size: str, models_dir: str = MODELS_DIR):
             raise ModelError(f"{model_dir}: {', '.join(changed)} is not as {SUMS} has it: delete it to fetch it anew")
     names = ["checkpoint", *TEXTS, index, "model.ckpt.meta", *data, SUMS]
     names = [name for name in names if os.path.isfile(os.path.join(model_dir, name))]
-    print(f"{model_size} is verified, and lies in {model_dir}: {', '.join(names)}")
+    print(translated(f"{model_size} is verified, and lies in {model_dir}: {', '.join(names)}", sys.stdout))
 
 
 if __name__ == "__main__":

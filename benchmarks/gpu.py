@@ -23,13 +23,14 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples"))
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from bench import SHAPES, greedy, processor
-from convert import flat, transformers_name
+from convert import flat
 from plots import draw_lines
 
 import cli
 from backends import devices
 from backends.arrays import n_weights
 from files.checkpoint import random_params
+from files.transformers import transformers_name
 from sampling import is_whole
 
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -35,6 +35,7 @@ from backends.arrays import is_jax, round_up
 from backends.threads import blas_threads, thread_counts
 from cli import fail, line_text, mistakes, note, open_lines, run
 from gpt2 import softmax, transformer_block
+from languages import translated, translated_lines
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
 ACTIVATIONS = {"softmax": softmax, "sigmoid": sigmoid}  # of a head: for one label a text, and for several
@@ -75,7 +76,8 @@ def encoded(encoder, texts, n_ctx):
     """Ids of texts and a last <|endoftext|>. Of a text that is longer than n_ctx, only the beginning: that is said."""
     rows = [ids_of(encoder, text) for text in texts]
     if n_cut := sum(len(row) >= n_ctx for row in rows):
-        print(f"{n_cut} of {len(rows)} texts are longer than {n_ctx} tokens: their ends are left out", file=sys.stderr)
+        said = f"{n_cut} of {len(rows)} texts are longer than {n_ctx} tokens: their ends are left out"
+        print(translated(said), file=sys.stderr)
     return [[*row[: n_ctx - 1], encoder.encoder[END]] for row in rows]
 
 
@@ -246,7 +248,7 @@ def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
     if not importlib.util.find_spec("matplotlib"):
         return note("matplotlib is not installed: which class is taken for which is not drawn")
     draw_confusion(path, confusion, labels)
-    print(f"which class is taken for which is drawn in {path}", file=sys.stderr)
+    print(translated(f"which class is taken for which is drawn in {path}"), file=sys.stderr)
 
 
 def print_classes(labels, n_right, n_found, n_hits):  # 4 of [n_classes]
@@ -325,7 +327,7 @@ if __name__ == "__main__":
     commands = {"train": train, "evaluate": evaluate, "predict": predict}
     which = sys.argv.pop(1) if sys.argv[1:] else "nothing"
     if which in ("-h", "--help"):
-        print(__doc__)
+        print(translated_lines(__doc__, sys.stdout))
     elif which not in commands:
         fail(f"{which} is none of {', '.join(commands)} (see --help)")
     else:

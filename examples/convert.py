@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import formats
-from formats import ARCHITECTURE, END, EPSILON, SIZES, fail, printable, transformers_name
+from formats import ARCHITECTURE, END, EPSILON, SIZES, fail, printable
 
 import cli
 from files.checkpoint import (
@@ -38,6 +38,7 @@ from files.checkpoint import (
     save_checkpoint,
     variables,
 )
+from files.transformers import transformers_name
 from utils import (
     MODEL_SIZES,
     MODELS_DIR,

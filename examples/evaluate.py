@@ -29,6 +29,7 @@ from backends import devices
 from backends.arrays import is_jax, is_numpy, namespace, round_up
 from backends.threads import each, n_available
 from gpt2 import MODELS_DIR, gpt2
+from languages import translated
 
 # the model's part
 
@@ -229,7 +230,8 @@ def evaluate_task(examples, encoder, params, n_head, task, **options):
         n_cut += max(len(ids) for ids, _ in rows) > n_ctx + 1
         encoded.append(([(ids[-n_ctx - 1 :], n_scored) for ids, n_scored in rows], endings, label))
     if n_cut:
-        print(f"{n_cut} contexts are longer than the model's, and lose their beginning", file=sys.stderr)
+        said = f"{n_cut} contexts are longer than the model's, and lose their beginning"
+        print(translated(said), file=sys.stderr)
     encoded.sort(key=lambda example: -max(len(ids) for ids, _ in example[0]))  # batches of similar lengths
     scored = scores(params, (row for rows, _, _ in encoded for row in rows), n_head, **options)
 

@@ -21,8 +21,10 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
 from encoder import SHA256, bytes_to_unicode
+from files import safetensors
 from files.checkpoint import ENCODER, VOCAB, n_params, variables
 from files.sums import hexdigest
+from files.transformers import transformers_name
 from utils import MODEL_SIZES
 
 END, N_VOCAB = "<|endoftext|>", 50257  # of GPT-2's own vocabulary
@@ -146,20 +148,10 @@ def read_shards(folder, index):
 
 def read_safetensors(path):
     try:
-        import ml_dtypes  # noqa: F401  (has NumPy know bfloat16)
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        fail(f"{path} cannot be read: {error}: pip install -r requirements-dev.txt")
-    arrays = {}
-    try:
-        with safe_open(path, "numpy") as f:
-            for name in f.keys():  # noqa: SIM118  (it is no dict)
-                dtype = f.get_slice(name).get_dtype()
-                is_float = dtype in ("F64", "F32", "F16", "BF16")
-                arrays[name] = f.get_tensor(name).astype(np.float32, copy=False) if is_float else dtype
-    except (OSError, SafetensorError) as error:
+        arrays = safetensors.read_safetensors(path)
+    except (OSError, ValueError) as error:
         fail(f"{path} cannot be read: {cli.one_line(error):.200}")
-    return arrays
+    return {name: x if isinstance(x, str) else x.astype(np.float32, copy=False) for name, x in arrays.items()}
 
 
 def read_pytorch(path):
@@ -238,11 +230,6 @@ def read_llmc(path):
 
 
 # from their names to ours
-
-
-def transformers_name(name):  # h0/attn/c_attn/w -> h.0.attn.c_attn.weight
-    name = re.sub(r"^h(\d+)", r"h/\1", name)
-    return re.sub("/[gw]$|(?<=^w[tp]e)$", "/weight", re.sub("/b$", "/bias", name)).replace("/", ".")
 
 
 def unwrapped(arrays, where):

@@ -31,6 +31,7 @@ from backends.arrays import on_processor
 from cli import fail, mistakes, note
 from files.checkpoint import DATA, ENCODER, VOCAB, save_checkpoint
 from gpt2 import generate, layer_norm, linear
+from languages import translated
 from utils import MODEL_SIZES, NEW_NAME
 
 HEAD = "classes.npz"
@@ -405,7 +406,8 @@ class Run:
 
     def say(self, text):
         if self.learner.is_first:
-            tqdm.write(text, sys.stderr)
+            line, *sample = text.split("\n")
+            tqdm.write("\n".join([translated(line), *sample]), sys.stderr)
 
 
 def train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, resume):

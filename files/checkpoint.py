@@ -17,6 +17,7 @@ import numpy as np
 from files.bundle import checksum, read_index, write_bundle
 from files.sums import SUMS, read_sums, recorded_time, sums_of, write_sums
 from files.together import replacing
+from languages import translated
 
 HPARAMS, ENCODER, VOCAB = "hparams.json", "encoder.json", "vocab.bpe"
 INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"  # unless the file `checkpoint` has another prefix
@@ -149,7 +150,8 @@ def load_params(model_dir, hparams):
         try:
             write_sums(model_dir, sums, changed)
         except OSError as error:
-            print(f"{model_dir}: cannot be written to, so it is verified at every start: {error}", file=sys.stderr)
+            warning = f"{model_dir}: cannot be written to, so it is verified at every start: {error}"
+            print(translated(warning), file=sys.stderr)
     return nest(arrays)
 
 

@@ -28,6 +28,7 @@ if __name__ == "__main__":  # where files/ is no package
 
 from files.lock import locked, plain_file
 from files.web import Client, DownloadError, PassingError, blocks, check_proxy, one_line, read
+from languages import translated
 
 PIECE = 2**18  # bytes of a connection that are on disk together with their SHA-256, if not earlier
 LONGEST_PAUSE = 60  # seconds, also where a server asks for more
@@ -97,7 +98,7 @@ def announce(title, missing, source):
 
 
 def say(text):
-    print(one_line(text), file=sys.stderr, flush=True)
+    print(translated(one_line(text)), file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -107,7 +108,8 @@ class Progress:
         from tqdm import tqdm
 
         self.title, self.n, self.noted, self.closed = title, 0, -math.inf, False
-        self.bar = tqdm(desc=f"Fetching {title}", unit="B", unit_scale=True, disable=None)  # None: as stderr has it
+        desc = translated(f"Fetching {title}")
+        self.bar = tqdm(desc=desc, unit="B", unit_scale=True, disable=None)  # None: as stderr has it
 
     def begin(self, n_bytes, n_left):
         self.n = n_bytes - n_left
@@ -124,7 +126,7 @@ class Progress:
         if self.closed:  # by now; a thread that was left behind
             return
         if not self.bar.disable:
-            self.bar.set_postfix_str(one_line(text))
+            self.bar.set_postfix_str(translated(one_line(text)))
         elif time.monotonic() - self.noted >= QUIET:
             self.noted = time.monotonic()
             say(f"{self.title}: {text}")
@@ -217,7 +219,7 @@ class Download:
             return self.verify_and_name(name, remote)
         except DamagedError as error:
             message = f"{name} from {remote.url}: {error}: fetching it once more"
-            self.progress.bar.write(one_line(message), file=sys.stderr)
+            self.progress.bar.write(translated(one_line(message)), file=sys.stderr)
         remote, todo = self.plan(name)
         self.progress.add(n_others + remote.size - n_bytes(todo) - self.progress.n)
         self.fetch_gaps(name, remote, todo)

@@ -5,6 +5,8 @@ import os
 import sys
 import time
 
+from languages import translated
+
 
 @contextlib.contextmanager
 def locked(folder):
@@ -32,7 +34,7 @@ def locked(folder):
 
 def wait_for_lock(f, folder):
     if not try_lock(f):
-        print(f"waiting for another process that writes to {folder}", file=sys.stderr, flush=True)
+        print(translated(f"waiting for another process that writes to {folder}"), file=sys.stderr, flush=True)
         while not try_lock(f):
             time.sleep(0.1)
 

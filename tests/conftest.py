@@ -43,6 +43,12 @@ TIMEOUT = 300  # seconds: it ends what hangs, and nothing else
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
 
+# tests read English, whatever the language of who runs them, and fetch models from nowhere but where they say
+os.environ["LANGUAGE"] = "en"
+os.environ["HF_HUB_CACHE"] = os.path.join(os.devnull, "none")
+for name in ("GPT2_BASE_URL", "HF_ENDPOINT"):
+    os.environ.pop(name, None)
+
 # a shell has what it starts in the background ignore Ctrl-C, and so would all that is started here
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -104,7 +110,7 @@ def new_cache(params, n_head, n_slots, rows=(), fill=0.0, xp=np):
 
 def copy_code(folder):
     """What `python gpt2.py` runs, without any model."""
-    for room in ("", "backends", "files"):
+    for room in ("", "backends", "files", "languages"):
         (folder / room).mkdir(exist_ok=True)
         for path in (REPO / room).glob("*.py"):
             shutil.copy(path, folder / room)

@@ -21,7 +21,8 @@ class Server(ThreadingHTTPServer):
         every byte of its head; drop, stall: to stop, or to pause for stall_seconds, after that many bytes; drip: to
         send single bytes so many seconds apart; flip: to change that byte of the file; ignore_range; length: the
         Content-Length to claim.
-    etags: sent in turn. log: [(method, name, Range header or None), ...]; most_at_once: of GETs answered together.
+    elsewhere: {name: URL}, where to be sent instead. etags: sent in turn. log: [(method, name, Range header or None),
+    ...]; folders: those that were asked for; most_at_once: of GETs answered together.
     """
 
     daemon_threads = True
@@ -32,6 +33,7 @@ class Server(ThreadingHTTPServer):
         self.files, self.ranges, self.seconds_per_block = files, ranges, seconds_per_block
         self.faults, self.probe_faults, self.always, self.head = {}, {}, {}, {}
         self.headers, self.stall_seconds, self.etags = {}, 30, itertools.repeat('"1"')
+        self.elsewhere, self.folders = {}, set()
         self.log, self.lock, self.n_at_once, self.most_at_once = [], threading.Lock(), 0, 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -60,7 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        server, name = self.server, self.path.rsplit("/", 1)[-1]
+        server, (folder, name) = self.server, self.path.rsplit("/", 1)
+        server.folders.add(folder)
         asked = self.headers["Range"]
         with server.lock:
             server.log.append((self.command, name, asked))
@@ -77,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, server, name, asked, fault):
         time.sleep(fault.get("wait", 0))
         data = server.files.get(name)
+        if name in server.elsewhere:
+            fault = {"status": 302, "headers": {"Location": server.elsewhere[name]}}
         status = fault.get("status", 200 if data is not None else 404)
         headers = {"ETag": next(server.etags), **server.headers}
         if status != 200:

@@ -21,19 +21,37 @@ MAY_IMPORT = {
     "backends.on_numpy": {"backends.arrays", "backends.cache", "backends.devices", "backends.threads"},
     "backends.on_jax": {"backends.arrays", "backends.cache", "backends.devices"},
     "backends": {"backends.arrays", "backends.lookup", "backends.on_jax", "backends.on_numpy"},
+    "languages": set(),
     "files": set(),
-    "files.lock": set(),
+    "files.lock": {"languages"},
     "files.web": set(),
-    "files.download": {"files.lock", "files.web"},
+    "files.download": {"files.lock", "files.web", "languages"},
     "files.crc32c": set(),
     "files.bundle": {"files.crc32c"},
     "files.sums": set(),
     "files.together": {"files.lock"},
-    "files.checkpoint": {"files.bundle", "files.sums", "files.together"},
+    "files.checkpoint": {"files.bundle", "files.sums", "files.together", "languages"},
+    "files.safetensors": set(),
+    "files.transformers": {
+        "files.checkpoint",
+        "files.download",
+        "files.lock",
+        "files.safetensors",
+        "files.sums",
+        "files.together",
+    },
     "encoder": set(),
     "sampling": {"backends.arrays"},
-    "cli": {"backends.checks"},
-    "utils": {"encoder", "files.checkpoint", "files.download", "files.sums", "files.together"},
+    "cli": {"backends.checks", "languages"},
+    "utils": {
+        "encoder",
+        "files.checkpoint",
+        "files.download",
+        "files.sums",
+        "files.together",
+        "files.transformers",
+        "languages",
+    },
     "gpt2": {"backends", "backends.arrays", "backends.checks", "sampling"},
     "backward": {"backends.arrays", "gpt2"},
     "explorer": set(),
@@ -50,7 +68,7 @@ MAY_IMPORT = {
     },
     "explorer.server": {"explorer.session"},
     "explorer.single_file": {"explorer.server", "explorer.session"},
-    "explore": {"explorer.server", "explorer.session", "explorer.single_file", "gpt2", "utils"},
+    "explore": {"explorer.server", "explorer.session", "explorer.single_file", "gpt2", "languages", "utils"},
 }
 MAIN_MAY_IMPORT = {
     "encoder": {"cli"},
@@ -58,7 +76,7 @@ MAIN_MAY_IMPORT = {
     "gpt2": {"backends.devices", "backends.threads", "utils", "cli"},
     "explore": {"cli"},
 }
-ROOMS = "", "backends", "files", "explorer"
+ROOMS = "", "backends", "files", "languages", "explorer"
 TOML = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest brings
 PYPROJECT = TOML.loads((REPO / "pyproject.toml").read_text("utf-8"))
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
