@@ -1,5 +1,6 @@
 """examples/generate_many.py: on a Ray cluster of two nodes, on this machine alone, and its parts by themselves."""
 
+import gzip
 import importlib.util
 import json
 import pathlib
@@ -154,6 +155,49 @@ def test_what_a_worker_lacks_is_told_in_one_line(cluster, tiny, tmp_path):
     assert_one_line_error(command(*args, script=SCRIPT, model=tiny, n=N, env=cluster), "CuPy is not installed")
 
 
+def test_parts_that_lack_answers_are_made_anew_and_the_others_are_not(cluster, tiny, tmp_path, expected):
+    (tmp_path / "p.jsonl").write_text(
+        "".join(f'{{"prompt": "w{i}"}}\n\n' for i in range(40))
+    )  # blank lines ask nothing
+    out, args = tmp_path / "out", [tmp_path / "p.jsonl", tmp_path / "out", "--batch_size=2"]
+    assert command(*args, script=SCRIPT, model=tiny, n=3, env=cluster).returncode == 0
+    whole = {part: part.read_bytes() for part in parts(out)}
+    assert [data.count(b"\n") for data in whole.values()] == [8] * 5
+    first, second, third, *_ = whole
+    first.write_bytes(b"")
+    second.write_bytes(b"".join(whole[second].splitlines(keepends=True)[:3]))
+    third.write_bytes(kept := whole[third].replace(b'"w1', b'"kept": 1, "w1'))
+    done = command(*args, script=SCRIPT, model=tiny, n=3, env=cluster)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "".join(
+        f"generate_many.py: {part.name} had {n} answers, which were not all, and is answered anew\n"
+        for part, n in ((first, 0), (second, 3))
+    )
+    assert {part: part.read_bytes() for part in parts(out)} == whole | {third: kept}
+
+
+def test_a_packed_file_of_prompts_is_read_and_a_damaged_one_is_an_error(cluster, tiny, tmp_path, expected):
+    packed = gzip.compress(b'{"prompt": "one"}\n' * 3)
+    for name, data in {"good": packed, "bad": packed[:-9]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.jsonl.gz").write_bytes(data)
+    run = {"script": SCRIPT, "model": tiny, "n": N, "env": cluster}
+    assert command(tmp_path / "good", tmp_path / "out", "--logprobs=1", **run).returncode == 0
+    assert [answer["text"] for answer in answers(tmp_path / "out")] == [expected("one")] * 3
+    assert [len(answer["logprobs"]) for answer in answers(tmp_path / "out")] == [N] * 3
+    assert_one_line_error(command(tmp_path / "bad", tmp_path / "out2", **run), "p.jsonl.gz cannot be read: ")
+
+
+def test_another_run_into_the_same_folder_is_refused_at_once(cluster, tiny, tmp_path):
+    write_prompts(tmp_path / "prompts.jsonl", 3000)
+    args, out = [tmp_path / "prompts.jsonl", tmp_path / "out", "--batch_size=8"], tmp_path / "out"
+    with running(*args, script=SCRIPT, model=tiny, n=N, env=cluster) as process:
+        wait_until(lambda: len(parts(out)) >= 2)
+        second = command(*args, "--temperature=1", script=SCRIPT, model=tiny, n=N, env=cluster)
+        assert process.poll() is None
+        assert_one_line_error(second, f"{out} cannot be written: another process writes to it: wait until it has ended")
+
+
 # A part by itself
 
 
@@ -280,11 +324,39 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_damaged_part_is_an_error_that_names_it(tmp_path):
+def test_what_a_killed_run_left_is_no_file_of_another(tmp_path):
     begin(tmp_path, seed=1)
-    (tmp_path / "part-00000-000000000000.jsonl").write_text('{"prompt": "a", "te')
+    for name in (".lock", "part-00000-000000000000.jsonl.77.unfinished"):
+        (tmp_path / name).write_text("")
+    assert begin(tmp_path, seed=1) == {}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ['{"prompt": "a", "te', "5\n", "{}\n", '{"prompt": "a"}\n', "[]\n", "null\n", "[" * 100_000, "\xff\n"],
+    ids=repr,
+)
+def test_a_damaged_part_is_an_error_that_names_it(odd, tmp_path):
+    begin(tmp_path, seed=1)
+    (tmp_path / "part-00000-000000000000.jsonl").write_text(odd, "latin-1")
     with pytest.raises(SystemExit, match=r"part-00000-000000000000\.jsonl is damaged, delete it: "):
         begin(tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("odd", ["", "{", "[]", "5", "[" * 100_000, "\xff"], ids=repr)
+def test_damaged_settings_are_an_error_that_says_what_to_do(odd, tmp_path):
+    (tmp_path / "settings.json").write_text(odd, "latin-1")
+    (tmp_path / "part-00000-000000000000.jsonl").write_text('{"prompt": "a", "text": "b"}\n')
+    with pytest.raises(SystemExit, match=r"settings\.json is damaged, give another folder: "):
+        begin(tmp_path, seed=1)
+    assert (tmp_path / "settings.json").read_text("latin-1") == odd
+
+
+def test_a_run_ends_where_another_has_begun_with_other_settings(tmp_path):
+    begin(tmp_path, seed=1)
+    begin(tmp_path, seed=2)  # on another machine, say
+    with pytest.raises(SystemExit, match="has seed=2, not 1: give another folder"):
+        many.refuse_others(LocalFileSystem(), str(tmp_path), {"seed": 1})
 
 
 # Mistakes
@@ -294,10 +366,10 @@ def test_a_damaged_part_is_an_error_that_names_it(tmp_path):
     ("args", "said"),
     [
         (["a"], "give files or folders of prompts, and last the folder for the answers"),
-        (["a", "out", "--top_k=3"], "top_k does nothing at a temperature of 0"),
-        (["a", "out", "--batch_size=0"], "batch_size must be a whole number, 1 or more, not 0"),
-        (["a", "out", "--num_workers=x"], "num_workers must be"),
-        (["a", "out", "--num_gpus=1.5"], "num_gpus must be"),
+        (["a", "out", "--top_k=3"], "--top_k does nothing at a temperature of 0"),
+        (["a", "out", "--batch_size=0"], "--batch_size must be a whole number, 1 or more, not 0"),
+        (["a", "out", "--num_workers=x"], "--num_workers must be"),
+        (["a", "out", "--num_gpus=1.5"], "--num_gpus must be"),
         (["a", "out", "--dtype=int8"], "no backend numpy with dtype int8: choose numpy with float32; jax"),
         (["a", "out", "--stop="], "--stop needs a value"),
         (["nowhere", "out"], "nowhere cannot be read: it is not there"),
