@@ -19,7 +19,7 @@ import zipfile
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import cli
+from cli import fail, one_line
 from encoder import SHA256, bytes_to_unicode
 from files.checkpoint import ENCODER, VOCAB, n_params, variables
 from files.sums import hexdigest
@@ -65,15 +65,6 @@ MINGPT_HEADS |= {"gopher-44m": 16, "gpt-mini": 6, "gpt-micro": 4, "gpt-nano": 3}
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLMC_MAGIC, LLMC_HEADER = 20240326, 1024  # bytes
 JSON_BYTES = 2**26  # more than any tokenizer.json of GPT-2's kind has
-
-
-def fail(message):
-    """Ends with one line in which all is printable, names from a file too."""
-    cli.fail(printable(message))
-
-
-def printable(text):
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 # weights
@@ -123,13 +114,20 @@ def weights_file(folder):
 def read_json(path):
     """The object in a file of JSON. Ends with one line if there is none."""
     try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        fail(f"{path} cannot be read: {one_line(error):.200}")
+    return value if isinstance(value, dict) else fail(f"{path} does not hold an object")
+
+
+def read_text(path):
+    try:
         if os.path.getsize(path) > JSON_BYTES:
             fail(f"{path} is larger than any of its kind")
         with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path} cannot be read: {cli.one_line(error):.200}")
-    return value if isinstance(value, dict) else fail(f"{path} does not hold an object")
+            return f.read()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path} cannot be read: {one_line(error)}")
 
 
 def read_shards(folder, index):
@@ -158,7 +156,7 @@ def read_safetensors(path):
                 is_float = dtype in ("F64", "F32", "F16", "BF16")
                 arrays[name] = f.get_tensor(name).astype(np.float32, copy=False) if is_float else dtype
     except (OSError, SafetensorError) as error:
-        fail(f"{path} cannot be read: {cli.one_line(error):.200}")
+        fail(f"{path} cannot be read: {one_line(error):.200}")
     return arrays
 
 
@@ -378,13 +376,7 @@ def read_tokenizer(folder):
 
 
 def read_merges(path):
-    try:
-        if os.path.getsize(path) > JSON_BYTES:
-            fail(f"{path} is larger than any of its kind")
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read: {cli.one_line(error)}")
+    lines = read_text(path).split("\n")
     return [line for line in lines[lines[0].startswith("#version") :] if line]
 
 

@@ -438,7 +438,9 @@ def without(folder, *packages):
 def test_packages_that_are_missing_are_named_all_at_once_with_the_least_that_helps(script, tmp_path):
     env = without(tmp_path, "jax", "optax")
     done = command("train", "--name", "new", "--backend=jax", script=f"examples/{script}", env=env)
-    assert_one_line_error(done, f"{script}: jax, optax are not installed here, which training needs: ")
+    assert_one_line_error(
+        done, f"{script}: jax, optax are not installed here: activate its environment, or pip install jax optax"
+    )
     assert done.stderr.endswith(": pip install jax optax\n")
 
 
