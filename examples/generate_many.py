@@ -325,7 +325,7 @@ def main(
 def answer_files(paths, filesystem, folder, worker, generation, num_workers, num_cpus, num_gpus):
     """Starts Ray, and leaves in a folder the answers to files of prompts. worker, generation: what Worker takes."""
     silence_ray()
-    with cli.mistakes((ConnectionError, ValueError), "Ray does not start: "):
+    with cli.mistakes(Exception, "Ray does not start: "):  # it raises nothing more exact where a machine is too busy
         ray.init(log_to_driver=False)
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     model, (backend, dtype), stop_texts = worker

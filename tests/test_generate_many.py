@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import io
 import json
 import pathlib
 import signal
@@ -265,6 +266,45 @@ def test_the_mark_before_the_first_line_of_a_file_is_text_before_another(answer)
         "one",
         "\ufeffone",
     ]
+
+
+def parts_of(data, path="p.jsonl", **done):
+    """The parts, of two lines each, that are to be answered of a file. done: {name: how many answers it has}."""
+    reader = many.Parts.__new__(many.Parts)  # its own __init__ would start Ray
+    reader.n_lines, reader.places, reader.done = 2, {path: 0}, {name: (n, 0) for name, n in done.items()}
+    return [part for table in reader._read_stream(io.BytesIO(data), path) for part in table.to_pylist()]
+
+
+NAMES = [f"part-00000-{first:012}.jsonl" for first in (0, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("n", "asked"), [([1, 1, 1], []), ([0, 1, 1], [0]), ([1, 2, 1], [1]), ([1, 1, 0], [2]), ([1, 1], [2])], ids=str
+)
+def test_a_part_is_done_if_it_has_an_answer_for_each_prompt_and_blank_lines_are_none(n, asked):
+    done = {f"{name}": n for name, n in zip(NAMES, n, strict=False)}
+    assert [
+        part["name"] for part in parts_of(b'\xef\xbb\xbf\n{"prompt": "a"}\n' + b'{"prompt": "a"}\n \n' * 2, **done)
+    ] == [NAMES[i] for i in asked]
+
+
+def test_every_line_of_a_text_is_a_prompt_and_a_blank_one_too():
+    assert parts_of(b"\n\n", "p.txt", **{NAMES[0]: 2}) == []
+    assert [part["name"] for part in parts_of(b"\n\n", "p.txt", **{NAMES[0]: 1})] == [NAMES[0]]
+
+
+def test_what_cannot_be_read_is_a_last_part_that_says_so():
+    class Damaged(io.BytesIO):
+        def readinto(self, buffer):
+            raise OSError("zlib inflate failed")
+
+    reader = many.Parts.__new__(many.Parts)
+    reader.n_lines, reader.places, reader.done = 2, {"p.gz": 0}, {}
+    (table,) = reader._read_stream(Damaged(), "p.gz")
+    (part,) = table.to_pylist()
+    worker = many.Worker.__new__(many.Worker)
+    worker.mistake = ""
+    assert worker(part)["mistake"] == "p.gz cannot be read: zlib inflate failed"
 
 
 def test_samples_are_drawn_with_seeds_that_follow_from_the_line_alone(answer, expected):
