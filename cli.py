@@ -9,7 +9,9 @@ import codecs
 import contextlib
 import errno
 import functools
+import importlib.util
 import inspect
+import io
 import itertools
 import json
 import os
@@ -17,24 +19,37 @@ import re
 import signal
 import sys
 import threading
+import zlib
 
 from backends.checks import check_room
+from files.lock import try_lock
 from languages import translated, translated_lines
 
-ANSWERED = ("text", "n_tokens", "finish_reason", "samples", "error")  # what an answer to a line of prompts adds
+ANSWERS = ("text", "samples", "error")  # what a line of prompts has when it is answered: one of these
+ANSWERED = (*ANSWERS, "n_tokens", "finish_reason", "logprobs")  # all that an answer adds
 BASIC = ("numpy", "regex", "requests", "tqdm", "fire")  # the packages that gpt2.py needs
 CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a character in UTF-8
+LONGEST = 2**24  # bytes of a prompt: a line of a file that was packed may have any number
+# what the library's errors name without dashes, and where
+OPTIONS = "n_tokens_to_generate|temperature|top_k|top_p|seed|repetition_penalty|no_repeat_ngram|logprobs|n_samples"
+OPTIONS += "|batch_size|sliding_window|backend|dtype|tensor_parallel|n_threads|num_workers|num_cpus|num_gpus"
+OPTION = re.compile(rf"(?<![-\w./])({OPTIONS})(?= must | needs | does |=| \d+ does |\)$)")
 
 
 def fail(message):
     """Ends with one line on stderr and status 1."""
-    sys.exit(f"{os.path.basename(sys.argv[0])}: {translated(message)}")
+    sys.exit(printable(f"{os.path.basename(sys.argv[0])}: {translated(message)}"))
 
 
 def note(message):
     """One line on stderr, if there is something to say."""
     if message:
-        print(f"{os.path.basename(sys.argv[0])}: {translated(message)}", file=sys.stderr, flush=True)
+        print(printable(f"{os.path.basename(sys.argv[0])}: {translated(message)}"), file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """A text on one line, without what a terminal would obey: names that come from files may hold anything."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 @contextlib.contextmanager
@@ -47,7 +62,9 @@ def mistakes(kind, where=""):
 
 
 def one_line(error):
-    return "not valid Unicode text" if isinstance(error, UnicodeError) else " ".join(str(error).split())
+    """What an error says, with dashes before what are flags here."""
+    text = "not valid Unicode text" if isinstance(error, UnicodeError) else " ".join(str(error).split())
+    return OPTION.sub(r"--\1", text)
 
 
 def is_out_of_memory(error):
@@ -94,14 +111,30 @@ def run(function, stopped=""):
         with on_ctrl_c(functools.partial(end, stopped)):
             run_with_fire(function)
     except ModuleNotFoundError as error:
-        packages = " ".join(BASIC) if error.name in BASIC else "-r requirements-dev.txt"
-        fail(f"{error.name} is not installed here: activate its environment, or pip install {packages}")
+        fail(how_to_install(error.name))
     except MemoryError as error:
         fail(f"not enough memory: {one_line(error) or 'take fewer at once, or a smaller model'}")
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         fail(f"not enough memory on the device: take fewer at once, or a smaller model: {one_line(error):.200}")
+
+
+def need(*packages):
+    """Ends with one line that says what to do, unless these packages are installed here and NumPy is new enough."""
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        fail(how_to_install(*missing))
+    if "numpy" in packages:
+        import numpy
+
+        if int(numpy.__version__.partition(".")[0]) < 2:
+            fail(f"NumPy 2.0 or newer is needed, and this is {numpy.__version__}: pip install -U numpy")
+
+
+def how_to_install(*missing):
+    are, packages = "are" if missing[1:] else "is", BASIC if {*missing} & {*BASIC} else missing
+    where = "activate its environment, or pip install"
+    return f"{', '.join(missing)} {are} not installed here: {where} {' '.join(packages)}"
 
 
 def run_with_fire(function):
@@ -206,15 +239,24 @@ def check_value(flag, value, has_equals, option, options):
         fail(f"--{option.name} must be True or False, not {value!r}")
 
 
+def check_writable(path):
+    """Ends with one line if there can be no file at path: better now than when all is computed."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        fail(f"{path} cannot be written: {'it is a folder' if os.path.isdir(path) else 'no such folder'}")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        fail(f"{path} cannot be written: permission denied")
+
+
 # prompts and stop texts
 
 
-def check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size, out, seed, temperature):
+def check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size, out, logprobs, seed, temperature):
     """Ends with one line for flags that contradict each other or would do nothing."""
     modes = {"interactive": interactive, "prompts_file": prompts_file, "stream": stream, "n_samples": n_samples > 1}
     modes = [mode for mode, wanted in modes.items() if wanted]
-    for name, given in {"batch_size": batch_size != 32, "out": out}.items():
-        if given and not prompts_file:
+    for name, given in {"batch_size": batch_size, "out": out, "logprobs": logprobs}.items():
+        if given is not None and not prompts_file:
             fail(f"--{name} does nothing without --prompts_file")
     if isinstance(seed, list):
         fail(f"--seed must be a whole number, 0 or more, not {seed!r}")
@@ -223,7 +265,7 @@ def check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size
     if prompt is not None and (interactive or prompts_file):
         fail(f"--{modes[0]} brings its own prompts, so {prompt!r} is one too many")
     if n_samples > 1 and temperature == 0:
-        fail("n_samples does nothing at a temperature of 0, which takes the likeliest token: add --temperature=1")
+        fail("--n_samples does nothing at a temperature of 0, which takes the likeliest token: add --temperature=1")
 
 
 def open_prompts(prompt, interactive, prompts_file):
@@ -242,15 +284,35 @@ def open_prompts(prompt, interactive, prompts_file):
 def open_lines(path):
     """A file, or standard input for -, of lines of bytes, past the byte order mark that some editors begin it with.
 
-    Ends with one line if it cannot be read.
+    One in .gz is unpacked as it is read. Ends with one line if it cannot be read.
     """
     try:
         lines = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+        if path.lower().endswith(".gz"):
+            lines = io.BufferedReader(Unpacked(lines, path))
         if lines.peek(3).startswith(codecs.BOM_UTF8):
             lines.read(3)
         return lines
     except OSError as error:
         fail(f"{path} cannot be read: {error.strerror}")
+
+
+class Unpacked(io.RawIOBase):
+    """What a file of gzip holds, unpacked as it is read. Ends with one line where the file is damaged."""
+
+    def __init__(self, file, path):
+        import gzip  # takes longer than all other imports here
+
+        self.file, self.path = gzip.GzipFile(fileobj=file), path
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        try:
+            return self.file.readinto(buffer)
+        except (OSError, EOFError, zlib.error) as error:
+            fail(f"{self.path} cannot be read: it is no whole file of gzip: {one_line(error)}")
 
 
 def line_text(line, errors="strict"):
@@ -357,9 +419,19 @@ class Writer:
         outputs = self.generate(prompts, bar=False, **{**self.options, "seed": seeds})
         return [self.answer(ids) for ids in outputs]
 
-    def answer(self, ids):
+    def answer(self, output):
+        """output: ids; or with the option logprobs (id, its log-probability, {id: those of the likeliest})."""
+        if self.options.get("logprobs") is None:
+            ids, told = output, {}
+        else:
+            ids, told = [i for i, _, _ in output], {"logprobs": [self.told(*token) for token in output]}
         reason = "stop" if self.has_stop(ids) else "length"
-        return {"text": self.decode(ids), "n_tokens": len(ids), "finish_reason": reason}
+        return {"text": self.decode(ids), "n_tokens": len(ids), "finish_reason": reason, **told}
+
+    def told(self, i, logprob, best=None):
+        """What JSON says of a token. best: those that it is told beside, {id: log-probability}."""
+        token = {"id": i, "token": self.encoder.decode([i]), "logprob": round(logprob, 6)}
+        return token if best is None else token | {"top": [self.told(*other) for other in best.items()]}
 
 
 @contextlib.contextmanager
@@ -429,8 +501,9 @@ def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
     """
     from tqdm import tqdm
 
-    objects = prompt_objects(lines, path.lower().endswith(".jsonl"))
+    objects = prompt_objects(bounded(lines), path.lower().removesuffix(".gz").endswith(".jsonl"))
     file, done = open_out(out, path, objects) if out else (sys.stdout, [])
+    batch_size = batch_size or 32
     n_done, n_errors, n_at_once = len(done), sum(done), max(1, batch_size // n_samples)
     seeds = [seed if seed is None else seed + i for i in range(n_samples)]
     with tqdm(desc="prompts", disable=None, initial=n_done) as bar:
@@ -443,8 +516,18 @@ def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
                 tqdm.write(json.dumps(line, ensure_ascii=False), file=file)  # clear of the bar
             file.flush()
             n_done, n_errors = n_done + len(window), n_errors + sum("error" in line for line in window)
+    if out:
+        file.close()  # which others may write to from here on
     if n_errors:
         fail(f'{n_errors} of {n_done} prompts could not be continued: their lines have an "error"')
+
+
+def bounded(lines):
+    """Yields lines, and of one that is longer than any prompt the beginning, LONGEST + 1 bytes."""
+    while line := lines.readline(LONGEST + 1):
+        yield line
+        while len(line) > LONGEST and not line.endswith(b"\n"):
+            line = lines.readline(LONGEST + 1)
 
 
 def prompt_objects(lines, is_json):
@@ -455,6 +538,8 @@ def prompt_objects(lines, is_json):
 def prompt_object(line, is_json):
     """A line of bytes -> {"prompt"} and, from JSON, what stands beside it; or with an "error"."""
     text = line_text(line, "replace")
+    if len(line) > LONGEST:
+        return {"prompt": text[:100], "error": f"more than {LONGEST:,} bytes are no prompt"}
     try:
         fields = json.loads(line_text(line)) if is_json else {"prompt": line_text(line)}
     except (ValueError, RecursionError) as error:
@@ -489,26 +574,33 @@ def add_answers(objects, batch, answers):
 def open_out(out, path, objects):
     """(the file out to append to, for each line that it has whether that is an error), with objects past those lines.
 
-    A last line that was cut short is removed. Ends with one line if the others do not answer these prompts.
+    A last line that was cut short is removed. Ends with one line if the others do not answer these prompts, or if
+    another process is writing them. What cannot seek, such as a pipe, has no lines.
     """
     if os.path.exists(out) and path != "-" and os.path.samefile(out, path):
         fail("--out and --prompts_file are the same file")
     try:
         # backslashes for what is no Unicode: \ud83d is half of an emoji to JSON, and a last line may be cut anywhere
-        file = open(out, "a+", encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115
+        may_seek = os.path.isfile(out) or not os.path.exists(out)
+        mode = "a+" if may_seek else "w"
+        file = open(out, mode, encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115
+        if not may_seek:
+            return file, []
+        if not try_lock(file):
+            fail(f"another process is writing {out}: wait until it has ended, or choose another file")
         file.seek(0)
         whole, done = 0, []
         for line in iter(file.readline, ""):
             if not line.endswith("\n"):
                 break
             answered, asked = json.loads(line), next(objects, None)
-            if asked is None or {**answered, **asked} != answered:
+            if asked is None or {**answered, **asked} != answered or not {*ANSWERS} & {*answered}:
                 fail(f"{out} answers other prompts, from line {len(done) + 1} on: choose another file, or delete it")
             whole = file.tell()
             done.append("error" in answered)
         file.truncate(whole)
         return file, done
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         fail(f"{out} cannot be added to: {error.strerror if isinstance(error, OSError) else 'it is no JSON'}")
 
 

@@ -19,9 +19,16 @@ import os
 import re
 import sys
 
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+    import cli
+
+    cli.need("regex", "fire")
+
 import regex
 
-MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
+from files import MODELS_DIR
+
 SHA256 = {  # of GPT-2's own vocabulary, which is the same for all four sizes
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -133,8 +140,9 @@ class Encoder:
 
     @functools.cached_property
     def special_tokens(self):
-        """The tokens in <|...|> that the vocabulary has, as a set."""
-        return {token for token in self.encoder if SPECIAL.fullmatch(token)}
+        """The tokens in <|...|> that the vocabulary has, and no merge makes, as a set."""
+        made = {pair.replace(" ", "") for pair in self.ranks}
+        return {token for token in self.encoder.keys() - made if SPECIAL.fullmatch(token)}
 
     def characters(self, word):
         """A word of the text as a string with a character for each of its bytes."""
@@ -323,6 +331,4 @@ def has_vocabulary(models_dir, model_size):
 
 
 if __name__ == "__main__":
-    import cli
-
     cli.run(main)

@@ -6,9 +6,16 @@ In a notebook: explore.show("My lord, the king", model_size="shakespeare").
 """
 
 import html
+import os
 import sys
 import threading
 import webbrowser
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+    import cli
+
+    cli.need("numpy", "regex", "fire")
 
 import gpt2
 from explorer import single_file
@@ -61,6 +68,8 @@ def main(
 
     if out is not None and text:
         cli.fail("--out and --text do not go together")
+    if out is not None:
+        cli.check_writable(out)
     prompt = cli.open_prompts(prompt, False, None) if prompt == "-" else prompt
     with cli.mistakes(ModelError):
         model = load_encoder_hparams_and_params(model_size, models_dir)
@@ -115,6 +124,4 @@ def print_text(session):
 
 
 if __name__ == "__main__":
-    import cli
-
     cli.run(main)

@@ -12,12 +12,15 @@ import math
 import os
 import sys
 
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+    import cli
+
 from backends import with_cache
 from backends.arrays import matmul, namespace, query_block
 from backends.checks import as_batch, check_bounds, check_room
+from files import MODELS_DIR
 from sampling import Sampler, check_options
-
-MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
 
 
 def gelu(x):
@@ -161,10 +164,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kv_cache=None, n_past=0, n_last
 
 
 def decode(prompts, model, sampler, n_ctx, n_tokens):
-    """Yields the next ids of all prompts, [n_rows], n_tokens times. Where a context is full, its newest half goes on.
-
-    model: next_ids() asks gpt2() for the ids that follow, one step or several: see backends.
-    """
+    """Yields the next ids of all prompts, [n_rows], n_tokens times. A full context goes on as its newest half."""
     windows, n_past = [[*prompt] for prompt in prompts], [0] * len(prompts)
     while n_tokens > 0:  # auto-regressive
         for row, window in enumerate(windows):
@@ -172,7 +172,7 @@ def decode(prompts, model, sampler, n_ctx, n_tokens):
                 windows[row], n_past[row] = window[-max(n_ctx // 2, 1) :], 0
         rows = [window[n:] for window, n in zip(windows, n_past, strict=True)]  # what the cache does not have yet
         n_steps = n_ctx + 1 - max(map(len, windows))  # + 1: the newest ids need no slot until they are fed
-        for ids in model.next_ids(rows, n_past, min(n_tokens, n_steps), sampler):
+        for ids in model.next_ids(rows, n_past, min(n_tokens, n_steps), sampler):  # gpt2(), once or more: see backends
             for window, next_id in zip(windows, ids, strict=True):
                 window.append(next_id)
             n_tokens -= 1
@@ -196,12 +196,11 @@ def until(stop, steps, n_rows):
 def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, sliding_window=False, **sampling):
     """Yields the ids that continue a prompt, as they are made, on the arrays that params are: NumPy's, CuPy's or JAX's.
 
-    inputs: the ids of a prompt, or a batch: a list of several, of any lengths. A batch yields lists with an id for each
-        prompt, and None for those that have stopped.
+    inputs: the ids of a prompt, or a batch, a list of several: that yields lists, with None for those that ended.
     stop: called with the ids generated so far for a prompt; a true result ends it.
     sliding_window: where the context is full, go on with the newest half of it as the prompt.
-    sampling: temperature (0, the default, is greedy), top_k, top_p, seed, repetition_penalty, no_repeat_ngram: see
-        sampling.py.
+    sampling: temperature (0, the default, is greedy), top_k, top_p, seed, and others: see sampling.Sampler. With
+        logprobs=k, each id comes as (id, its log-probability, {id: log-probability} of the k likeliest).
     Raises, before any work, TypeError for no ids, ValueError for what is out of range, MemoryError for too much.
     """
     prompts, is_batch = as_batch(inputs, len(params["wte"]))
@@ -213,6 +212,7 @@ def generate_ids(inputs, params, n_head, n_tokens_to_generate, stop=None, slidin
     model = with_cache(gpt2, params, n_head, n_rows, n_slots, greedy=sampler.is_greedy)
     steps = decode(prompts, model, sampler, n_ctx, n_tokens_to_generate)
     steps = until(stop, steps, n_rows) if stop else steps
+    steps = steps if sampler.logprobs is None else sampler.with_logprobs(steps)
     return steps if is_batch else (next_id for (next_id,) in steps)  # one prompt: ids, not lists of one
 
 
@@ -249,8 +249,9 @@ def main(
     stream: bool = False,
     interactive: bool = False,
     prompts_file: str = None,
-    batch_size: int = 32,
+    batch_size: int = None,
     out: str = None,
+    logprobs: int = None,
     sliding_window: bool = False,
     backend: str = "numpy",
     dtype: str = "float32",
@@ -276,8 +277,9 @@ def main(
         stream: print the text as it is made
         interactive: ask for prompt after prompt, each continued on its own; Ctrl-C stops a text, Ctrl-D leaves
         prompts_file: continue every line (-: of standard input), in .jsonl every "prompt"; prints a JSON object a line
-        batch_size: with prompts_file, how many texts are made at once
+        batch_size: with prompts_file, how many texts are made at once, 32 unless told otherwise
         out: with prompts_file, append to this file; prompts that it answers already are passed over, whatever the flags
+        logprobs: with prompts_file, tell the log-probability of each token, and of the so many likeliest in its place
         sliding_window: past the end of the model's context, go on with the newest half of it as the prompt
         backend: whose arrays to compute with: numpy, jax (on a GPU or TPU where it sees one), or cupy
         dtype: of the weights: float32, or bfloat16 with jax
@@ -291,11 +293,11 @@ def main(
     from utils import ModelError, load_encoder_hparams_and_params
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    sampling |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}
+    sampling |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram, "logprobs": logprobs}
     with cli.mistakes(ValueError):
         check_options(n_tokens_to_generate, n_samples, batch_size, **sampling)
         devices.check(backend, dtype, tensor_parallel, n_threads)
-    cli.check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size, out, seed, temperature)
+    cli.check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size, out, logprobs, seed, temperature)
     source, stop_texts = cli.open_prompts(prompt, interactive, prompts_file), cli.stop_texts(stop)
 
     # load encoder, hparams, and params from the released open-ai gpt-2 files
@@ -303,7 +305,6 @@ def main(
         encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
         params = devices.place(params, backend, dtype, tensor_parallel, n_threads)
     cli.note(devices.described(params))
-
     options = {"n_tokens_to_generate": n_tokens_to_generate, "sliding_window": sliding_window, **sampling}
     options |= {"params": params, "n_head": hparams["n_head"]}
     writer = cli.Writer(encoder, generate, generate_ids, stop_texts, special, **options)
@@ -325,6 +326,4 @@ def main(
 
 
 if __name__ == "__main__":
-    import cli
-
     cli.run(main)

@@ -62,11 +62,24 @@ def penalize(logits, ids, repetition_penalty=1, no_repeat_ngram=0):  # [n_vocab]
                 logits[ids[i + n]] = -math.inf
 
 
+def log_probability(logits, i, n_best):  # [n_vocab] -> a number, {id: number}
+    """The log-probability of token i, and those of the n_best likeliest tokens, these first. On NumPy, in float64."""
+    import numpy as np
+
+    x = logits.astype(np.float64)
+    x -= x.max()
+    x -= np.log(np.exp(x).sum())  # log(softmax(x)), where none becomes log(0)
+    k = max(1, min(n_best, len(x)))
+    best = np.flatnonzero(x >= np.partition(x, -k)[-k])  # as likely as the k-th: few, to sort
+    best = best[np.argsort(-x[best], kind="stable")][:n_best]  # of equals, as with argmax, the first is first
+    return x[i].item(), {j: x[j].item() for j in best.tolist()}
+
+
 class Sampler:
-    """Picks the next ids of a batch: its options are those of sample() and penalize().
+    """Picks the next ids of a batch: its options are those of sample() and penalize(), and logprobs.
 
     prompts: [n_rows] lists of ids. seed: row i draws with seed + i, or with seed[i] of a list; None: with no two runs
-    alike.
+    alike. logprobs: see with_logprobs; of how many of the likeliest tokens, 0 for the id alone.
     """
 
     draw = staticmethod(draw)  # here, too, so that backends/ is handed it and need not import this file
@@ -80,18 +93,21 @@ class Sampler:
         seed=None,
         repetition_penalty=1,
         no_repeat_ngram=0,
+        logprobs=None,
         n_samples=None,
     ):
         if n_samples is not None:
             raise TypeError("n_samples is a flag: for several samples of a prompt, give a batch, [ids] * 3")
         penalties = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}
-        check_options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, **penalties)
+        check_options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, logprobs=logprobs, **penalties)
         seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(len(prompts))]
         if len(seeds) != len(prompts):
             raise ValueError(f"seed has {len(seeds)} numbers for {len(prompts)} prompts")
         self.options = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
         self.penalties = penalties if repetition_penalty != 1 or no_repeat_ngram else {}
-        self.is_greedy = temperature == 0 and not self.penalties  # the likeliest ids, whatever came before
+        self.logprobs, self.newest = logprobs, []  # newest: log_probability() of each row's newest id
+        self.sees_logits = bool(self.penalties) or logprobs is not None  # of each step: the ids alone are not enough
+        self.is_greedy = temperature == 0 and not self.sees_logits
         self.texts, self.rngs = [[*prompt] for prompt in prompts], []
         if temperature:
             from numpy.random import default_rng  # only here: its import takes as long as a token
@@ -108,6 +124,7 @@ class Sampler:
 
     def pick(self, logits):  # [n_rows, 1, n_vocab] -> [n_rows]
         """The next id of each row, in a list."""
+        unchanged = logits
         if self.penalties:
             logits = self.penalized(logits)
         points = self.points(1)  # [1, n_rows]
@@ -120,7 +137,15 @@ class Sampler:
             ids = draw(logits, points.T[..., None], **self.options)[:, 0].tolist()  # [n_rows, 1, 1]
         for text, next_id in zip(self.texts, ids, strict=True):
             text.append(next_id)
+        if self.logprobs is not None:
+            rows = zip(as_numpy(unchanged)[:, 0], ids, strict=True)
+            self.newest = [log_probability(row, next_id, self.logprobs) for row, next_id in rows]
         return ids
+
+    def with_logprobs(self, steps):
+        """Passes on steps as they are picked, each id with its log_probability(): (id, number, {id: number})."""
+        for ids in steps:
+            yield [i if i is None else (i, *told) for i, told in zip(ids, self.newest, strict=True)]
 
     def penalized(self, logits):  # [n_rows, 1, n_vocab]
         logits = as_numpy(logits).copy()
@@ -139,7 +164,7 @@ def as_numpy(x):
 def check_options(
     n_tokens_to_generate=0,
     n_samples=1,
-    batch_size=1,
+    batch_size=None,
     temperature=0,
     top_k=0,
     top_p=1,
@@ -147,6 +172,7 @@ def check_options(
     stop=None,
     repetition_penalty=1,
     no_repeat_ngram=0,
+    logprobs=None,
 ):
     """Raises ValueError for a value that generate, or the command, cannot take, and TypeError for such a stop."""
     if stop is not None and not callable(stop):
@@ -159,7 +185,9 @@ def check_options(
         raise ValueError(f"repetition_penalty must be a number from 0.01 to 100, not {repetition_penalty!r}")
     if not is_whole(n_samples) or not 1 <= n_samples <= 1000:
         raise ValueError(f"n_samples must be a whole number from 1 to 1000, not {n_samples!r}")
-    if not is_whole(batch_size) or batch_size < 1:
+    if logprobs is not None and not is_whole(logprobs):
+        raise ValueError(f"logprobs must be a whole number, 0 or more, not {logprobs!r}")
+    if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
         raise ValueError(f"batch_size must be a whole number, 1 or more, not {batch_size!r}")
     if not is_number(temperature) or not (temperature == 0 or 1e-6 <= temperature <= 1e6):
         raise ValueError(f"temperature must be 0, or a number from 1e-6 to 1e6, not {temperature!r}")

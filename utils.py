@@ -9,9 +9,16 @@ import os
 import re
 import sys
 
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+    import cli
+
+    cli.need("numpy", "regex", "fire")
+
 import numpy as np
 
 from encoder import SHA256, get_encoder
+from files import MODELS_DIR
 from files.checkpoint import (
     DATA,
     ENCODER,
@@ -29,7 +36,6 @@ from files.sums import SUMS, hexdigest, read_sums, sums_of
 from files.together import finish
 from languages import translated
 
-MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
 FILES = ("checkpoint", HPARAMS, ENCODER, VOCAB, INDEX, "model.ckpt.meta", DATA)  # as OpenAI publishes them
 NEW_NAME = r"\w([\w.-]*[\w-])?"  # what a new model may be called, on every system
 LIMITS = {HPARAMS: 2**16, ENCODER: 2**24, VOCAB: 2**24, SUMS: 2**16}  # bytes; GPT-2's largest has 1 MB
@@ -228,6 +234,4 @@ def main(model_size: str, models_dir: str = MODELS_DIR, source: str = None):
 
 
 if __name__ == "__main__":
-    import cli
-
     cli.run(main)

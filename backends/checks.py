@@ -16,12 +16,12 @@ def as_batch(inputs, n_vocab):
 
 
 def prompt_ids(prompt, n_vocab):
-    try:
-        if isinstance(prompt, bytes | set | dict):  # would look like ids
-            raise TypeError
-        ids = [operator.index(i) for i in prompt]
-    except TypeError as error:
-        raise TypeError(f"a prompt is a list of token ids, as encoder.encode gives, not {prompt!r:.40}") from error
+    try:  # bytes, sets and dicts would look like ids
+        ids = None if isinstance(prompt, bytes | set | dict) else [operator.index(i) for i in prompt]
+    except TypeError:
+        ids = None
+    if ids is None:
+        raise TypeError(f"a prompt is a list of token ids, as encoder.encode gives, not {prompt!r:.40}")
     if not ids:
         raise ValueError("a prompt has no tokens: begin with that of <|endoftext|> to generate from nothing")
     check_ids(min(ids), max(ids), n_vocab)

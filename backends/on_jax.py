@@ -41,7 +41,7 @@ class Model:
         self.kv_cache = compiled_zeros(n_blocks, shape, wte.dtype, sharding)()
 
     def next_ids(self, rows, n_past, n_steps, sampler):
-        if on_processor(self.params["wte"]) or sampler.penalties:  # one step: each id is shown when it is known
+        if on_processor(self.params["wte"]) or sampler.sees_logits:  # one step: each id is shown when known
             return [sampler.pick(self.logits(rows, n_past))]
         n_steps, (rows, n_past) = min(n_steps, STEPS_AHEAD), self.read_before(rows, n_past, 1)
         points = sampler.points(n_steps)

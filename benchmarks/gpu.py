@@ -15,13 +15,17 @@ import statistics
 import sys
 import time
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
-
-import numpy as np
-
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples"))
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+    from cli import need
+
+    need("numpy", "regex", "tqdm", "fire")
+
+import numpy as np
 from bench import SHAPES, greedy, processor
 from convert import flat
 from plots import draw_lines

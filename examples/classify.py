@@ -17,14 +17,17 @@ import signal
 import sys
 import warnings
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
-
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+    from cli import need
+
+    need("numpy", "regex", "tqdm", "fire")
+
 import lora
+import numpy as np
 import training
 from recipe import BASE_FLAGS, complete, with_flags
 from saving import beside, is_left_half, read_arrays
@@ -33,7 +36,7 @@ from training import HEAD, sigmoid
 
 from backends.arrays import is_jax, round_up
 from backends.threads import blas_threads, thread_counts
-from cli import fail, line_text, mistakes, note, open_lines, run
+from cli import check_writable, fail, line_text, mistakes, note, open_lines, printable, run
 from gpt2 import softmax, transformer_block
 from languages import translated, translated_lines
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
@@ -141,11 +144,6 @@ def figures_of_several(found, right):  # 2 of [n_rows, n_classes]: probabilities
     return float(nats), f1, (chosen == right).all(axis=-1).mean()
 
 
-def printable(label):
-    """A label without what a terminal would obey."""
-    return "".join(c if c.isprintable() else "?" for c in label)
-
-
 class Labelled:
     """A task: to tell classes of texts apart. rows, held_out: lists of ids; classes: see targets."""
 
@@ -226,6 +224,9 @@ def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
         models_dir: the folder that holds the models
     """
     encoder, hparams, params, head, labels, activation = load(name, models_dir)
+    path = os.path.join(models_dir, name, CONFUSION)
+    if activation == "softmax" and importlib.util.find_spec("matplotlib"):
+        check_writable(path)
     documents = read_documents(files, ("text", "label"))
     if isinstance(documents[0]["label"], list) != (activation == "sigmoid"):
         has, learned = ("one label", "lists") if activation == "sigmoid" else ("a list of labels", "one label a text")
@@ -244,11 +245,10 @@ def evaluate(*files: str, name: str = "", models_dir: str = MODELS_DIR):
 
     print(f"accuracy {np.trace(confusion) / len(rows):.3f}")
     print_classes(labels, confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion))
-    path = os.path.join(models_dir, name, CONFUSION)
     if not importlib.util.find_spec("matplotlib"):
         return note("matplotlib is not installed: which class is taken for which is not drawn")
     draw_confusion(path, confusion, labels)
-    print(translated(f"which class is taken for which is drawn in {path}"), file=sys.stderr)
+    note(f"which class is taken for which is drawn in {path}")
 
 
 def print_classes(labels, n_right, n_found, n_hits):  # 4 of [n_classes]

@@ -17,15 +17,18 @@ import shutil
 import signal
 import sys
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+    from cli import need
 
-import numpy as np
+    need("numpy", "regex", "tqdm", "fire")
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import formats
-from formats import ARCHITECTURE, END, EPSILON, SIZES, fail, printable
+import numpy as np
+from formats import ARCHITECTURE, END, EPSILON, SIZES, fail
 
 import cli
 from files.checkpoint import (
@@ -252,7 +255,7 @@ def main(*paths: str, name: str = None, to: str = None, dtype: str = "float32", 
     if not re.fullmatch(NEW_NAME, name or ""):
         fail("--name must name the new model with letters, digits, dashes, and dots but not at the end")
     for line in convert(path, name, models_dir):
-        cli.note(printable(line))
+        cli.note(line)
     where = f" --models_dir {shlex.quote(models_dir)}" if models_dir != MODELS_DIR else ""
     cli.note(f'wrote {os.path.join(models_dir, name)}: python gpt2.py "..." --model_size {name}{where}')
 

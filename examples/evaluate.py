@@ -17,11 +17,15 @@ import re
 import signal
 import sys
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+    from cli import need
+
+    need("numpy", "regex", "tqdm", "fire")
+
 from texts import END, ids_of, read_documents, read_text
 
 import cli
@@ -353,8 +357,8 @@ def main(
         cli.fail(f"--{'heatmap' if heatmap else 'stride'} is for texts, and does nothing for a task")
     with cli.mistakes(devices.DeviceError):
         devices.check(backend, dtype, tensor_parallel)
-    if heatmap is not None and (os.path.isdir(heatmap) or not os.path.isdir(os.path.dirname(heatmap) or ".")):
-        cli.fail(f"{heatmap} cannot be written: {'it is a folder' if os.path.isdir(heatmap) else 'no such folder'}")
+    if heatmap is not None:
+        cli.check_writable(heatmap)
     if heatmap is not None and os.path.realpath(heatmap) == os.path.realpath(file):
         cli.fail(f"{heatmap} is the text itself: choose another file for --heatmap")
     if task:
@@ -384,7 +388,7 @@ def main(
             cli.mistakes(OSError, f"{heatmap} cannot be written: "),
             open(heatmap, "w", encoding="utf-8", newline="") as f,
         ):
-            f.write(as_html(f"{file}, {model_size}", encoder, ids, nats))
+            f.write(as_html(cli.printable(f"{file}, {model_size}"), encoder, ids, nats))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,17 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
-
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+    from cli import need
+
+    need("numpy", "regex", "tqdm", "fire")
+
 import lora
+import numpy as np
 import training
 from evaluate import scores
 from lora import load_adapters, new_adapters, save_adapters, with_adapters  # noqa: F401
@@ -29,7 +32,7 @@ from recipe import BASE_FLAGS, complete, with_flags
 from saving import alone, copy_tokenizer, replaced
 from texts import END, hold_out, ids_of, note_parts_of_characters
 
-from cli import fail, mistakes, note, run
+from cli import fail, mistakes, need, note, run
 from files.checkpoint import save_checkpoint
 from utils import ModelError, load_encoder_hparams_and_params
 
@@ -133,7 +136,7 @@ def save_merged(merge, files, options):
     unused += [f"--{key}" for key, value in options.items() if key not in may_be and value != complete(main, {})[key]]
     if unused:
         fail(f"--merge applies adapters and learns nothing: it takes no {', '.join(unused)}")
-    training.need("safetensors")
+    need("safetensors")
     model_size, models_dir = options["model_size"], options["models_dir"]
     model_dir = training.new_model(options["name"], models_dir)
     training.refuse_existing(model_dir)

@@ -19,7 +19,7 @@ import zipfile
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import cli
+from cli import fail, one_line
 from encoder import SHA256, bytes_to_unicode
 from files import safetensors
 from files.checkpoint import ENCODER, VOCAB, n_params, variables
@@ -69,15 +69,6 @@ LLMC_MAGIC, LLMC_HEADER = 20240326, 1024  # bytes
 JSON_BYTES = 2**26  # more than any tokenizer.json of GPT-2's kind has
 
 
-def fail(message):
-    """Ends with one line in which all is printable, names from a file too."""
-    cli.fail(printable(message))
-
-
-def printable(text):
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-
-
 # weights
 
 
@@ -125,13 +116,20 @@ def weights_file(folder):
 def read_json(path):
     """The object in a file of JSON. Ends with one line if there is none."""
     try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        fail(f"{path} cannot be read: {one_line(error):.200}")
+    return value if isinstance(value, dict) else fail(f"{path} does not hold an object")
+
+
+def read_text(path):
+    try:
         if os.path.getsize(path) > JSON_BYTES:
             fail(f"{path} is larger than any of its kind")
         with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path} cannot be read: {cli.one_line(error):.200}")
-    return value if isinstance(value, dict) else fail(f"{path} does not hold an object")
+            return f.read()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path} cannot be read: {one_line(error)}")
 
 
 def read_shards(folder, index):
@@ -150,7 +148,7 @@ def read_safetensors(path):
     try:
         arrays = safetensors.read_safetensors(path)
     except (OSError, ValueError) as error:
-        fail(f"{path} cannot be read: {cli.one_line(error):.200}")
+        fail(f"{path} cannot be read: {one_line(error):.200}")
     return {name: x if isinstance(x, str) else x.astype(np.float32, copy=False) for name, x in arrays.items()}
 
 
@@ -365,13 +363,7 @@ def read_tokenizer(folder):
 
 
 def read_merges(path):
-    try:
-        if os.path.getsize(path) > JSON_BYTES:
-            fail(f"{path} is larger than any of its kind")
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read: {cli.one_line(error)}")
+    lines = read_text(path).split("\n")
     return [line for line in lines[lines[0].startswith("#version") :] if line]
 
 

@@ -11,6 +11,7 @@ prompts.
 """
 
 import codecs
+import contextlib
 import io
 import itertools
 import json
@@ -22,14 +23,19 @@ import socket
 import sys
 import warnings
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+    from cli import need
+
+    need("numpy", "regex", "tqdm", "fire")
 
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cli
 from backends import devices
+from files.lock import locked
 from gpt2 import MODELS_DIR, generate, generate_ids
 from sampling import check_options, is_number, is_whole
 from utils import ModelError, load_encoder_hparams_and_params
@@ -51,24 +57,45 @@ SETTINGS = "settings.json"
 class Parts(FileBasedDatasource):
     """The parts of files, a row each: {"name": the part's, "first": its first line, "data": bytes, "is_json"}.
 
-    n_lines: how many lines a part has. done: the names of parts to leave out. files: (path, size) of each.
+    n_lines: how many lines a part has. done: {name: (how many answers it has, ...)} of parts to leave out, unless there
+    should be more. files: (path, size) of each. What cannot be read is a last part with a "mistake".
     """
 
     def __init__(self, paths, n_lines):
         super().__init__(paths)
-        self.n_lines, self.done = n_lines, ()
+        self.n_lines, self.done = n_lines, {}
         self.files = list(zip(self._paths(), self._file_sizes(), strict=True))
         self.places = {path: i for i, (path, _) in enumerate(self.files)}
 
     def _read_stream(self, f, path):
-        lines, first = io.BufferedReader(f), 0
+        mistake = ""
+        try:
+            yield from self.parts(f, path)
+        except (OSError, ValueError) as error:  # where it was packed, and is damaged
+            mistake = f"{path} cannot be read: {cli.one_line(error)}"
+        if mistake:
+            yield part_table(mistake=mistake)
+
+    def parts(self, f, path):
+        lines, first = cli.bounded(io.BufferedReader(f)), 0
         is_json = re.search(r"\.jsonl(\.(gz|bz2|br|lz4|zst|snappy))?$", path, re.IGNORECASE) is not None
         while part := list(itertools.islice(lines, self.n_lines)):
             name = f"part-{self.places[path]:05}-{first:012}.jsonl"
-            if name not in self.done:
-                row = {"name": name, "first": first, "data": b"".join(part), "is_json": is_json}
-                yield pa.Table.from_pylist([row])
+            data = b"".join(part)
+            if name not in self.done or self.done[name][0] != len(prompts_of(data, first, is_json)):
+                yield part_table(name, first, data, is_json)
             first += len(part)
+
+
+def part_table(name="", first=0, data=b"", is_json=False, mistake=""):
+    row = {"name": name, "first": first, "data": data, "is_json": is_json, "mistake": mistake}
+    return pa.Table.from_pylist([row])
+
+
+def prompts_of(data, first, is_json):
+    """An object for each prompt of a part, in their order: see cli.prompt_objects."""
+    data = data if first else data.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
+    return [*cli.prompt_objects(io.BytesIO(data), is_json)]
 
 
 class Worker:
@@ -89,6 +116,7 @@ class Worker:
             self.writer = cli.Writer(encoder, generate, generate_ids, stop_texts, **options)
 
     def __call__(self, part):
+        self.mistake = part.pop("mistake", "") or self.mistake
         try:
             answers = [] if self.mistake else self.answers(**part)
         except (MemoryError, RuntimeError) as error:
@@ -100,9 +128,8 @@ class Worker:
         return {"name": part["name"], "answers": text.encode("utf-8", "backslashreplace"), "mistake": self.mistake}
 
     def answers(self, name, first, data, is_json):
-        """An object for each line of a part, in their order: see cli.prompt_objects and cli.Writer."""
-        data = data if first else data.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
-        objects = [*cli.prompt_objects(io.BytesIO(data), is_json)]
+        """An object for each prompt of a part, in their order: see cli.Writer."""
+        objects = prompts_of(data, first, is_json)
         for batch in cli.batches_by_length(objects, self.writer.encode, max(1, self.batch_size // self.n_samples)):
             prompts = [ids for _, ids in batch for _ in range(self.n_samples)]
             seeds = [self.row_seed(first + i, sample) for i, _ in batch for sample in range(self.n_samples)]
@@ -126,33 +153,67 @@ def write(filesystem, path, data):
 
 
 def tally(data):
-    """(prompts, prompts with an "error") of a part. Raises ValueError if it is none."""
-    objects = [json.loads(line) for line in data.splitlines()]
+    """(answers, answers that are an "error") of a part. Raises ValueError if it holds anything else."""
+    objects = [json_object(line) for line in data.splitlines()]
+    if not all({*cli.ANSWERS} & {*answer} for answer in objects):
+        raise ValueError("it holds other than answers")
     return len(objects), sum("error" in answer for answer in objects)
+
+
+def json_object(data):
+    """Raises ValueError if it is none."""
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(value, dict):
+        raise ValueError("it holds other than objects")
+    return value
+
+
+def read(filesystem, path):
+    with filesystem.open_input_stream(path) as f:
+        return f.read()
+
+
+@contextlib.contextmanager
+def alone(filesystem, folder):
+    """Keeps other processes on this machine from writing to a folder that is here. Ends with one line if one does."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(filesystem, LocalFileSystem):
+            with cli.mistakes(OSError, f"{folder} cannot be written: "):
+                stack.enter_context(locked(folder, patient=False))
+        yield
 
 
 def begin_or_resume(filesystem, folder, settings):
     """What is done: {name of a part: its tally}. Ends with one line if it was done with other settings."""
     filesystem.create_dir(folder)
     files = {info.base_name: info.path for info in filesystem.get_file_info(FileSelector(folder))}
-    files = {name: path for name, path in files.items() if not name.endswith(".unfinished")}
+    files = {name: path for name, path in files.items() if not name.endswith(".unfinished") and name != ".lock"}
     if files and SETTINGS not in files:
         cli.fail(f"{folder} has files already, and no {SETTINGS} of a run to go on with: give another folder")
-    saved, done = settings, {}
+    done = {}
     for name, path in files.items():
-        with filesystem.open_input_stream(path) as f, cli.mistakes(ValueError, f"{path} is damaged, delete it: "):
-            data = f.read()
-            if name == SETTINGS:
-                saved = json.loads(data)
-            elif re.fullmatch(r"part-\d+-\d+\.jsonl", name):
-                done[name] = tally(data)
-    if not done:
+        if re.fullmatch(r"part-\d+-\d+\.jsonl", name):
+            with cli.mistakes(ValueError, f"{path} is damaged, delete it: "):
+                done[name] = tally(read(filesystem, path))
+    if done:
+        refuse_others(filesystem, folder, settings)
+    else:
         write(filesystem, f"{folder}/{SETTINGS}", json.dumps(settings, indent=1).encode())
-    for key, value in settings.items():
-        if done and saved.get(key) != value:
-            fault = "other files of prompts" if key == "files" else f"{key}={saved.get(key)!r}, not {value!r}"
-            cli.fail(f"the run in {folder} has {fault}: give another folder, or the settings that it has")
     return done
+
+
+def refuse_others(filesystem, folder, settings):
+    """Ends with one line unless the run in a folder has these settings."""
+    path = f"{folder}/{SETTINGS}"
+    with cli.mistakes(ValueError, f"{path} is damaged, give another folder: "):
+        saved = json_object(read(filesystem, path))
+    for key, value in settings.items():
+        if saved.get(key) != value:
+            fault = "other files of prompts" if key == "files" else f"{key}={saved.get(key)!r:.80}, not {value!r:.80}"
+            cli.fail(f"the run in {folder} has {fault}: give another folder, or the settings that it has")
 
 
 def is_within(out, path):
@@ -188,6 +249,7 @@ def main(
     stop: str = None,
     sliding_window: bool = False,
     batch_size: int = 32,
+    logprobs: int = None,
     backend: str = "numpy",
     dtype: str = "float32",
     num_workers: int = None,
@@ -213,6 +275,7 @@ def main(
         stop: end before this text appears; \\n is a line break; several are given as a list, '["User:", "Bot:"]'
         sliding_window: past the end of the model's context, go on with the newest half of it as the prompt
         batch_size: how many texts a worker makes at once
+        logprobs: tell the log-probability of each token, and of the so many likeliest in its place
         backend: numpy, jax or cupy
         dtype: float32, or with JAX bfloat16
         num_workers: how many at most; all that there is room for unless given
@@ -228,7 +291,7 @@ def main(
             cli.fail(f"{path} cannot be read: {'permission denied' if os.path.exists(path) else 'it is not there'}")
         if is_within(out, path):
             cli.fail(f"{out} is within {path}: its answers would be read as prompts: give a folder elsewhere")
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "logprobs": logprobs}
     with cli.mistakes(ValueError):
         check_options(n_tokens_to_generate, n_samples, batch_size, **sampling)
         for name, value in {"num_workers": num_workers, "num_cpus": num_cpus}.items():
@@ -238,7 +301,7 @@ def main(
             is_number(num_gpus) and num_gpus >= 0 and (num_gpus <= 1 or num_gpus % 1 == 0)
         ):
             raise ValueError(f"num_gpus must be a whole number or a part of 1, not {num_gpus!r}")
-    cli.check_flags(None, False, paths, False, n_samples, batch_size, None, seed, temperature)
+    cli.check_flags(None, False, paths, False, n_samples, None, None, None, seed, temperature)
     stop_texts, model, arrays = cli.stop_texts(stop), (model_size, os.path.abspath(models_dir)), (backend, dtype)
     if dtype not in devices.DTYPES.get(backend, ()):
         choices = "; ".join(f"{name} with {' or '.join(dtypes)}" for name, dtypes in devices.DTYPES.items())
@@ -250,32 +313,35 @@ def main(
     if colon and port.isdecimal() and "://" not in host:
         with cli.mistakes(OSError, f"the Ray cluster at {host}:{port} cannot be reached: "):
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray would try for minutes
+    with cli.mistakes((OSError, pa.ArrowException), f"{out} cannot be written: "):
+        filesystem, folder = FileSystem.from_uri(out if "://" in out else os.path.abspath(out))
+    generation = {"n_tokens_to_generate": n_tokens_to_generate, "sliding_window": sliding_window, **sampling}
+    generation |= {"n_samples": n_samples, "batch_size": batch_size}
+    worker = model, arrays, stop_texts
+    with alone(filesystem, folder):
+        answer_files(paths, filesystem, folder, worker, generation, num_workers, num_cpus, num_gpus)
+
+
+def answer_files(paths, filesystem, folder, worker, generation, num_workers, num_cpus, num_gpus):
+    """Starts Ray, and leaves in a folder the answers to files of prompts. worker, generation: what Worker takes."""
     silence_ray()
-    with cli.mistakes((ConnectionError, ValueError), "Ray does not start: "):
+    with cli.mistakes(Exception, "Ray does not start: "):  # it raises nothing more exact where a machine is too busy
         ray.init(log_to_driver=False)
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    model, (backend, dtype), stop_texts = worker
     num_gpus = int(backend != "numpy" and has_gpus) if num_gpus is None else num_gpus
     room = room_for_workers({"CPU": num_cpus, "GPU": num_gpus})
     if not room:
         cli.fail(f"no machine of the cluster has {num_cpus} CPUs and {num_gpus} GPUs for a worker")
 
     with cli.mistakes((OSError, ValueError), "the prompts cannot be read: "):
-        parts = Parts(paths, N_BATCHES * batch_size)
+        parts = Parts(paths, N_BATCHES * generation["batch_size"])
         if len(parts.places) < len(parts.files):
             raise ValueError("a file is given twice")
-    generation = {"n_tokens_to_generate": n_tokens_to_generate, "sliding_window": sliding_window, **sampling}
-    generation |= {"n_samples": n_samples, "batch_size": batch_size}
-    settings = {
-        "model_size": model_size,
-        "models_dir": model[1],
-        "backend": backend,
-        "dtype": dtype,
-        "stop": stop_texts,
-    }
+    settings = {"model_size": model[0], "models_dir": model[1], "backend": backend, "dtype": dtype, "stop": stop_texts}
     times = [os.path.getmtime(path) if os.path.exists(path) else None for path, _ in parts.files]  # of local files
     settings |= {**generation, "files": [[*file, time] for file, time in zip(parts.files, times, strict=True)]}
-    with cli.mistakes((OSError, pa.ArrowException), f"{out} cannot be written: "):
-        filesystem, folder = FileSystem.from_uri(out if "://" in out else os.path.abspath(out))
+    with cli.mistakes((OSError, pa.ArrowException), f"{folder} cannot be written: "):
         parts.done = done = begin_or_resume(filesystem, folder, settings)
 
     context = ray.data.DataContext.get_current()
@@ -285,7 +351,7 @@ def main(
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     answers = ray.data.read_datasource(parts, num_cpus=0, concurrency=1, label_selector=here).map(
         Worker,
-        fn_constructor_args=(model, arrays, stop_texts),
+        fn_constructor_args=worker,
         fn_constructor_kwargs=generation,
         compute=ray.data.ActorPoolStrategy(size=min(num_workers or room, room), max_tasks_in_flight_per_actor=1),
         num_cpus=num_cpus,
@@ -299,14 +365,18 @@ def main(
             for part in batch.to_pylist():
                 if part["mistake"]:
                     cli.fail(part["mistake"])
-                write(filesystem, f"{folder}/{part['name']}", part["answers"])
-                done[part["name"]] = tally(part["answers"])
-                bar.update(done[part["name"]][0])
+                name, n_before = part["name"], done.get(part["name"], (0, 0))[0]
+                if name in done:
+                    cli.note(f"{name} had {n_before} answers, which were not all, and is answered anew")
+                refuse_others(filesystem, folder, settings)  # of which some may have come, where none is kept out
+                write(filesystem, f"{folder}/{name}", part["answers"])
+                done[name] = tally(part["answers"])
+                bar.update(done[name][0] - n_before)
     n_done, n_errors = map(sum, zip((0, 0), *done.values(), strict=True))
     if not n_done:
         cli.fail("there are no prompts in these files")
     if n_errors:
-        cli.fail(f'{n_errors} of {n_done} prompts could not be continued: their lines in {out} have an "error"')
+        cli.fail(f'{n_errors} of {n_done} prompts could not be continued: their lines in {folder} have an "error"')
 
 
 def worker_environment(num_cpus, num_gpus):

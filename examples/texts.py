@@ -152,14 +152,19 @@ def csv_values(path):
 READERS = {".jsonl": jsonl_values, ".json": json_values, ".csv": csv_values}
 
 
+def ending(path):
+    """Of its name, with or without .gz, which cli.open_lines unpacks."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
 def is_structured(path):
-    return os.path.splitext(path)[1].lower() in READERS
+    return ending(path) in READERS
 
 
 def read_structured(path, kinds):
     """The documents in a file that READERS know, as they stand there. Ends with one line that names what is none."""
     documents, faults = [], {}
-    for where, value in READERS[os.path.splitext(path)[1].lower()](path):
+    for where, value in READERS[ending(path)](path):
         try:
             document = document_of(value, kinds)
         except ValueError as error:

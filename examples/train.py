@@ -14,11 +14,15 @@ import signal
 import sys
 import tempfile
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
+    from cli import need
+
+    need("numpy", "regex", "tqdm", "fire")
+
 import training
 from recipe import FLAGS, complete, with_flags
 from texts import hold_out, note_parts_of_characters

@@ -28,24 +28,15 @@ from saving import STATE, alone, beside, copy_tokenizer, leaves, load_state, plo
 from texts import END, checksum, checksums, kind_of, read_documents, text_ids
 
 from backends.arrays import on_processor
-from cli import fail, mistakes, note
+from cli import fail, mistakes, need, note, printable
 from files.checkpoint import DATA, ENCODER, VOCAB, save_checkpoint
 from gpt2 import generate, layer_norm, linear
 from languages import translated
 from utils import MODEL_SIZES, NEW_NAME
 
 HEAD = "classes.npz"
-OURS = ENCODER, VOCAB, f"{STATE}.part"  # what earlier versions left of a run that died before its first state
 
 # how a run begins
-
-
-def need(*packages):
-    """Ends with one line that names those of packages that are not installed."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        are = "are" if missing[1:] else "is"
-        fail(f"{', '.join(missing)} {are} not installed here, which training needs: pip install {' '.join(missing)}")
 
 
 def begin(options, *packages):
@@ -103,7 +94,7 @@ def new_model(name, models_dir):
 def refuse_existing(model_dir):
     if os.path.exists(os.path.join(model_dir, STATE)):
         fail(f"{model_dir} exists: go on with --resume, choose another name, or delete it")
-    if os.path.exists(model_dir) and not (os.path.isdir(model_dir) and {*os.listdir(model_dir)} <= {*OURS}):
+    if os.path.exists(model_dir) and not (os.path.isdir(model_dir) and not os.listdir(model_dir)):
         fail(f"{model_dir} exists: choose another name, or delete it")
 
 
@@ -279,8 +270,7 @@ def sample(encoder, params, n_head, prompt="", n_tokens=40):
 
 
 def indented(text):
-    text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)  # a terminal might obey the others
-    return textwrap.indent(text.strip(), "    ", lambda _: True)
+    return textwrap.indent("\n".join(map(printable, text.strip().split("\n"))), "    ", lambda _: True)
 
 
 # the run

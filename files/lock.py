@@ -9,16 +9,16 @@ from languages import translated
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder, patient=True):
     """Makes folder, and keeps other processes that ask from writing to it; if nothing has come, it is removed again.
 
-    The system takes the lock back from a process that dies. Raises OSError.
+    The system takes the lock back from a process that dies. patient: wait for a process that has it. Raises OSError.
     """
     path = os.path.join(folder, ".lock")
     while True:
         os.makedirs(folder, exist_ok=True)
         with open(plain_file(path), "a") as f:
-            wait_for_lock(f, folder)
+            wait_for_lock(f, folder, patient)
             if not (os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path))):
                 continue  # the process that had the lock has removed it
             try:
@@ -32,8 +32,10 @@ def locked(folder):
             return
 
 
-def wait_for_lock(f, folder):
+def wait_for_lock(f, folder, patient):
     if not try_lock(f):
+        if not patient:
+            raise OSError("another process writes to it: wait until it has ended")
         print(translated(f"waiting for another process that writes to {folder}"), file=sys.stderr, flush=True)
         while not try_lock(f):
             time.sleep(0.1)
@@ -44,6 +46,7 @@ def try_lock(f):
         if os.name == "nt":
             import msvcrt
 
+            os.lseek(f.fileno(), 2**31 - 2, os.SEEK_SET)  # Windows lets nobody read what is locked: behind all there is
             msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl

@@ -70,17 +70,20 @@ class Client:
         if thread.is_alive():
             self.progress.note("no answer yet")
             thread.join(max(sum(timeouts) - self.quiet, 0))
-        if not answers:
-            raise PassingError(f"no answer in {sum(timeouts):.0f} s")
+        if thread.is_alive():
+            answers.append(PassingError(f"no answer in {sum(timeouts):.0f} s"))  # unless one comes at this moment
         with network_errors("" if local else url):
             if isinstance(answers[0], Exception):
                 raise answers[0]
         return answers[0]
 
     def request(self, answers, method, url, options):
-        """Puts the response into answers, or what went wrong."""
+        """Puts the response into answers, or what went wrong. One that comes too late is closed."""
         try:
-            answers.append(self.session.request(method, url, **options))
+            response = self.session.request(method, url, **options)
+            answers.append(response)
+            if answers[0] is not response:
+                response.close()
         except Exception as error:  # raised anew by answer()
             answers.append(error)
 

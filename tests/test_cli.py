@@ -123,7 +123,7 @@ def test_a_broken_model_is_an_error(model_dir):
 
 @pytest.mark.parametrize("n", ["-1", "2.5", "forty", "True", "[4]", "1e2"])
 def test_a_number_of_tokens_that_is_no_whole_number_is_an_error(n, run):
-    assert_one_line_error(run("Hello", n=n), "n_tokens_to_generate must be a whole number")
+    assert_one_line_error(run("Hello", n=n), "--n_tokens_to_generate must be a whole number")
 
 
 def test_prompt_and_tokens_fill_the_context_exactly_and_no_further(run, models_dir):
@@ -165,7 +165,18 @@ def test_a_flag_given_twice_is_an_error(run):
 @pytest.mark.parametrize("flag", ["--top_k=5", "--top_p=0.5", "--seed=1", "--n_samples=2"])
 def test_a_flag_that_would_do_nothing_at_temperature_0_is_an_error(flag, run):
     name = flag.split("=")[0].removeprefix("--")
-    assert_one_line_error(run("Hello", flag), f"{name} does nothing at a temperature of 0")
+    assert_one_line_error(run("Hello", flag), f"gpt2.py: --{name} does nothing at a temperature of 0")
+
+
+def test_what_a_terminal_would_obey_is_not_printed_raw(run, tmp_path):
+    evil = "\x1b]0;owned\x07\x9b2J\x7f\u202e"
+    for result in (run("Hello", f"--{evil}=1"), run("--prompts_file", tmp_path / evil)):
+        assert_one_line_error(result, "?]0;owned??2J??")
+        assert result.stderr.rstrip("\n").isprintable()
+
+
+def test_a_text_is_printable_on_one_line():
+    assert cli.printable("a\x1b[2Jé\n\u3000平\udcff") == "a?[2Jé  平?"
 
 
 def test_words_without_quotes_around_them_are_an_error_that_says_so(run):

@@ -1,10 +1,15 @@
 """The flags of python gpt2.py that change how text is made, where prompts come from, and how text is shown."""
 
 import functools
+import gzip
+import io
+import itertools
 import json
 import os
 import re
 import signal
+import subprocess
+import tracemalloc
 
 import pexpect
 import pytest
@@ -42,7 +47,7 @@ def test_the_same_seed_prints_the_same_text(run):
 def test_a_value_out_of_range_is_an_error_that_names_it(flag, run):
     name, value = flag[2:].split("=")
     error = run("Hello", flag)
-    assert_one_line_error(error, f"{name} must be")
+    assert_one_line_error(error, f"gpt2.py: --{name} must be")
     assert value in error.stderr
 
 
@@ -54,7 +59,7 @@ def test_samples_stand_under_numbered_headings_and_are_drawn_with_seeds_in_a_row
 
 @pytest.mark.parametrize("n", ["0", "-1", "2.5", "x", "True", "9" * 20])
 def test_n_samples_must_be_a_positive_whole_number(n, run):
-    assert_one_line_error(run("Hello", f"--n_samples={n}"), "n_samples must be a whole number from 1 to 1000, not")
+    assert_one_line_error(run("Hello", f"--n_samples={n}"), "--n_samples must be a whole number from 1 to 1000, not")
 
 
 # Stopping
@@ -376,7 +381,10 @@ def test_errors_that_were_there_before_still_count(run, tmp_path):
     assert (tmp_path / "out").read_text().count("\n") == 1
 
 
-@pytest.mark.parametrize("there", ['{"prompt": "another", "text": ""}\n', "no json\n", "[]\n", "\xff\n", "{}\n" * 3])
+ODD = ['{"prompt": "another", "text": ""}\n', '{"prompt": "one"}\n', "no json\n", "[]\n", "5\n", "\xff\n", "{}\n" * 3]
+
+
+@pytest.mark.parametrize("there", [*ODD, "[" * 100_000 + "\n"], ids=lambda there: there[:9])
 def test_a_file_that_answers_other_prompts_is_left_alone(there, run, tmp_path):
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     (tmp_path / "out").write_text(there, "latin-1")
@@ -391,7 +399,125 @@ def test_prompts_are_not_written_into_their_own_file(run, tmp_path):
     assert (tmp_path / "p.txt").read_text() == "one\n"
 
 
-@pytest.mark.parametrize("flag", ["--out=x", "--batch_size=8"])
+def test_two_processes_with_one_file_to_append_to_do_not_mix(run, tiny, tmp_path, continuation):
+    args, out = ["--prompts_file=-", "--batch_size=2", "--out", tmp_path / "out"], tmp_path / "out"
+    with running(*args, model=tiny, n=N) as process:
+        process.stdin.write(b"one\n" * 8)
+        process.stdin.flush()
+        wait_until(lambda: out.exists() and out.read_text("utf-8").count("\n") == 8)
+        second = run(*args, input="one\n" * 9)
+        assert_one_line_error(second, f"another process is writing {out}: wait until it has ended, or choose another")
+        process.communicate(b"two\n", TIMEOUT)
+    assert run(*args, input="one\n" * 8 + "two\nthree\n").returncode == 0
+    expected = [(prompt, continuation(prompt)) for prompt in [*["one"] * 8, "two", "three"]]
+    assert [(line["prompt"], line["text"]) for line in map(json.loads, out.read_text("utf-8").splitlines())] == expected
+
+
+def test_answers_go_to_what_cannot_seek_too(run, tmp_path, continuation):
+    lines = [run("--prompts_file=-", "--out=/dev/stdout", input="one\n").stdout]
+    os.mkfifo(tmp_path / "out")
+    with subprocess.Popen(["cat", tmp_path / "out"], stdout=subprocess.PIPE) as reader:
+        assert run("--prompts_file=-", "--out", tmp_path / "out", input="one\n").stderr == ""
+        lines.append(reader.communicate(timeout=TIMEOUT)[0].decode())
+    assert [json.loads(line)["text"] for line in lines] == [continuation("one")] * 2
+
+
+# A file of prompts that is packed
+
+
+def test_prompts_that_are_packed_have_the_same_answers(run, tmp_path):
+    plain = "".join(json.dumps({"id": i, "prompt": prompt}) + "\n" for i, prompt in enumerate(PROMPTS)).encode()
+    for name, data in {
+        "p.jsonl": plain,
+        "p.JSONL.gz": gzip.compress(plain),
+        "p.txt.gz": gzip.compress(b"one\r\n"),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    results = [run("--prompts_file", tmp_path / name) for name in ("p.jsonl", "p.JSONL.gz", "p.txt.gz")]
+    assert [result.returncode for result in results] == [0, 0, 0]
+    assert results[0].stdout == results[1].stdout
+    assert json.loads(results[2].stdout)["prompt"] == "one"
+
+
+PACKED = gzip.compress(b"\xef\xbb\xbfone\ntwo\n")
+
+
+@pytest.mark.parametrize(
+    "data", [b"one\n", PACKED[:-5], PACKED[:15] + b"x" + PACKED[16:], PACKED + b"x", b"\x1f"], ids=repr
+)
+def test_a_damaged_packed_file_is_an_error(data, run, tmp_path):
+    (tmp_path / "p.txt.gz").write_bytes(data)
+    error = run("--prompts_file", tmp_path / "p.txt.gz")
+    assert_one_line_error(error, "p.txt.gz cannot be read: it is no whole file of gzip: ")
+
+
+def test_a_packed_file_is_unpacked_as_it_is_read(tmp_path):
+    with gzip.open(tmp_path / "p.txt.gz", "wb", 1) as f:
+        for _ in range(100):
+            f.write(b"one\n" * 2**16)
+    tracemalloc.start()
+    lines = cli.prompt_objects(cli.bounded(cli.open_lines(str(tmp_path / "p.txt.gz"))), False)
+    assert sum(line == {"prompt": "one"} for line in itertools.islice(lines, 10**6)) == 10**6
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**21
+
+
+def test_a_line_that_is_longer_than_any_prompt_is_an_error_of_its_own(monkeypatch):
+    monkeypatch.setattr(cli, "LONGEST", 1000)
+    lines = b"x" * 1000 + b"\n" + b"one\n" + b"y" * 5000 + b"\ntwo\n" + b"z" * 1001
+    first, one, second, two, third = cli.prompt_objects(cli.bounded(io.BufferedReader(io.BytesIO(lines))), False)
+    assert (one, two) == ({"prompt": "one"}, {"prompt": "two"})
+    for long in (first, second, third):
+        assert long["error"] == "more than 1,000 bytes are no prompt"
+        assert len(long["prompt"]) == 100
+
+
+# Log-probabilities
+
+
+def test_logprobs_tell_of_each_token_and_of_the_likeliest_in_its_place(run, encoder, models_dir):
+    _, hparams, params = utils.load_encoder_hparams_and_params("tiny", models_dir)
+    plain = run("--prompts_file=-", "--temperature=1", "--seed=3", input="one\ntwo\n").stdout.splitlines()
+    result = run(
+        "--prompts_file=-", "--temperature=1", "--seed=3", "--logprobs=2", input="one\ntwo\n"
+    ).stdout.splitlines()
+    for line, answer in zip(map(json.loads, plain), map(json.loads, result), strict=True):
+        tokens = answer.pop("logprobs")
+        assert answer == line
+        ids = encoder.encode(line["prompt"])
+        options = {"temperature": 1, "seed": 3, "logprobs": 2}
+        for token, (i, logprob, best) in zip(
+            tokens, gpt2.generate(ids, params, hparams["n_head"], N, **options), strict=True
+        ):
+            assert (token["id"], token["token"]) == (i, encoder.decode([i]))
+            assert token["logprob"] == pytest.approx(logprob, abs=1e-3)
+            assert [top["id"] for top in token["top"]] == [*best]
+            assert [top["logprob"] for top in token["top"]] == pytest.approx([*best.values()], abs=1e-3)
+
+
+def test_logprobs_of_several_samples_are_each_ones_own_and_0_tells_of_no_others(run):
+    flags = ["--n_samples=2", "--temperature=1", "--logprobs=0"]
+    (answer,) = map(json.loads, run("--prompts_file=-", *flags, input="one\n").stdout.splitlines())
+    for sample in answer["samples"]:
+        assert len(sample["logprobs"]) == sample["n_tokens"] == N
+        assert all(token["top"] == [] for token in sample["logprobs"])
+
+
+def test_logprobs_of_an_earlier_answer_do_not_stay(run, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one", "logprobs": [1]}\n')
+    (answer,) = map(json.loads, run("--prompts_file", tmp_path / "p.jsonl").stdout.splitlines())
+    assert "logprobs" not in answer
+
+
+@pytest.mark.parametrize("k", ["-1", "x", "1.5"])
+def test_logprobs_that_are_no_whole_number_are_an_error(k, run):
+    assert_one_line_error(
+        run("--prompts_file=-", f"--logprobs={k}", input="one\n"), "--logprobs must be a whole number"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--out=x", "--batch_size=8", "--batch_size=32", "--logprobs=0"])
 def test_a_flag_for_files_of_prompts_is_an_error_without_one(flag, run):
     assert_one_line_error(run("Hello", flag), f"{flag.partition('=')[0]} does nothing without --prompts_file")
 
@@ -400,7 +526,7 @@ def test_a_flag_for_files_of_prompts_is_an_error_without_one(flag, run):
 
 
 def test_without_the_sliding_window_the_error_names_it(run):
-    assert_one_line_error(run("Hello", n=150), "sliding_window")
+    assert_one_line_error(run("Hello", n=150), "(see --sliding_window)")
 
 
 def test_the_sliding_window_goes_on_past_the_context(run, continuation):

@@ -10,11 +10,13 @@ import random
 import re
 import signal
 import socket
+import threading
 import time
+import types
 
 import conftest
 import pytest
-from conftest import command, wait_until
+from conftest import TIMEOUT, command, wait_until
 from flaky_server import PROBE, serving
 
 from files import download, web
@@ -866,3 +868,15 @@ def test_as_a_command_it_says_where_to_go():
     result = command("124M", script="files/download.py")
     assert result.returncode != 0
     assert re.fullmatch("download.py: .*python utils.py 124M\n", result.stderr)
+
+
+def test_an_answer_that_comes_when_nobody_waits_any_more_is_closed():
+    given_up, closed = threading.Event(), threading.Event()
+    client = web.Client(timeout=0.05, quiet=0.01, progress=types.SimpleNamespace(note=str))
+    late = types.SimpleNamespace(close=closed.set)
+    client.session = types.SimpleNamespace(request=lambda *_, **__: given_up.wait(TIMEOUT) and late)
+    with pytest.raises(web.PassingError, match="no answer in 0 s"):
+        client.answer("GET", "http://127.0.0.1/", {})
+    assert not closed.is_set()
+    given_up.set()
+    assert closed.wait(TIMEOUT)

@@ -146,6 +146,15 @@ def test_any_token_in_bars_and_brackets_may_be_allowed_and_the_others_stay_text(
     assert not {399, 400} & {*chat.encode(text)}
 
 
+def test_a_token_that_merges_make_or_without_bars_and_brackets_is_not_special():
+    bytes_of_text = [*encoder.bytes_to_unicode().values()]
+    tokens = [*bytes_of_text, "<|", "|>", "<||>", "<|endoftext|>", "[PAD]", "</s>"]
+    made = encoder.Encoder({token: i for i, token in enumerate(tokens)}, ["< |", "| >", "<| |>"])
+    assert made.special_tokens == {"<|endoftext|>"}
+    assert made.encode("[PAD]</s>", "all") == made.encode("[PAD]</s>")
+    assert made.encode("x<||>>", "all") == made.encode("x<||>>")
+
+
 def test_of_two_special_tokens_the_longer_one_is_read(chat):
     assert chat.encode("<|user|>s|>", "all") == [401]
 

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import re
 
 import conftest
@@ -327,6 +328,14 @@ def test_a_file_without_text_is_told_in_one_line(content, said, tiny, tmp_path):
 
 
 # the heatmap
+
+
+def test_a_file_whose_name_is_no_unicode_is_measured_and_shown(tiny, tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(path, "w") as f:
+        f.write("one two")
+    figures(command(path, "--heatmap", tmp_path / "a.html", model=tiny, script=SCRIPT))
+    assert "caf?.txt, tiny" in (tmp_path / "a.html").read_text("utf-8")
 
 
 def test_the_heatmap_shows_the_text_as_it_is_with_the_nats_of_every_token(tiny, encoder, params, tmp_path):

@@ -478,3 +478,8 @@ def test_out_writes_the_page_and_says_so(tmp_path):
 def test_a_mistake_is_one_line(args, message):
     model = [] if any("model_size" in arg for arg in args) else ["--model_size=shakespeare"]
     assert_one_line_error(command(TEXT, *args, *model, "--no_browser", script="explore.py"), message)
+
+
+def test_a_page_that_could_not_be_written_is_an_error_before_anything_is_loaded(models_dir):
+    done = command("--out=/nowhere/a.html", model=models_dir / "nonsense", script="explore.py")
+    assert_one_line_error(done, "/nowhere/a.html cannot be written: no such folder")

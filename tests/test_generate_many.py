@@ -1,6 +1,8 @@
 """examples/generate_many.py: on a Ray cluster of two nodes, on this machine alone, and its parts by themselves."""
 
+import gzip
 import importlib.util
+import io
 import json
 import pathlib
 import signal
@@ -154,6 +156,49 @@ def test_what_a_worker_lacks_is_told_in_one_line(cluster, tiny, tmp_path):
     assert_one_line_error(command(*args, script=SCRIPT, model=tiny, n=N, env=cluster), "CuPy is not installed")
 
 
+def test_parts_that_lack_answers_are_made_anew_and_the_others_are_not(cluster, tiny, tmp_path, expected):
+    (tmp_path / "p.jsonl").write_text(
+        "".join(f'{{"prompt": "w{i}"}}\n\n' for i in range(40))
+    )  # blank lines ask nothing
+    out, args = tmp_path / "out", [tmp_path / "p.jsonl", tmp_path / "out", "--batch_size=2"]
+    assert command(*args, script=SCRIPT, model=tiny, n=3, env=cluster).returncode == 0
+    whole = {part: part.read_bytes() for part in parts(out)}
+    assert [data.count(b"\n") for data in whole.values()] == [8] * 5
+    first, second, third, *_ = whole
+    first.write_bytes(b"")
+    second.write_bytes(b"".join(whole[second].splitlines(keepends=True)[:3]))
+    third.write_bytes(kept := whole[third].replace(b'"w1', b'"kept": 1, "w1'))
+    done = command(*args, script=SCRIPT, model=tiny, n=3, env=cluster)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "".join(
+        f"generate_many.py: {part.name} had {n} answers, which were not all, and is answered anew\n"
+        for part, n in ((first, 0), (second, 3))
+    )
+    assert {part: part.read_bytes() for part in parts(out)} == whole | {third: kept}
+
+
+def test_a_packed_file_of_prompts_is_read_and_a_damaged_one_is_an_error(cluster, tiny, tmp_path, expected):
+    packed = gzip.compress(b'{"prompt": "one"}\n' * 3)
+    for name, data in {"good": packed, "bad": packed[:-9]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.jsonl.gz").write_bytes(data)
+    run = {"script": SCRIPT, "model": tiny, "n": N, "env": cluster}
+    assert command(tmp_path / "good", tmp_path / "out", "--logprobs=1", **run).returncode == 0
+    assert [answer["text"] for answer in answers(tmp_path / "out")] == [expected("one")] * 3
+    assert [len(answer["logprobs"]) for answer in answers(tmp_path / "out")] == [N] * 3
+    assert_one_line_error(command(tmp_path / "bad", tmp_path / "out2", **run), "p.jsonl.gz cannot be read: ")
+
+
+def test_another_run_into_the_same_folder_is_refused_at_once(cluster, tiny, tmp_path):
+    write_prompts(tmp_path / "prompts.jsonl", 3000)
+    args, out = [tmp_path / "prompts.jsonl", tmp_path / "out", "--batch_size=8"], tmp_path / "out"
+    with running(*args, script=SCRIPT, model=tiny, n=N, env=cluster) as process:
+        wait_until(lambda: len(parts(out)) >= 2)
+        second = command(*args, "--temperature=1", script=SCRIPT, model=tiny, n=N, env=cluster)
+        assert process.poll() is None
+        assert_one_line_error(second, f"{out} cannot be written: another process writes to it: wait until it has ended")
+
+
 # A part by itself
 
 
@@ -223,6 +268,45 @@ def test_the_mark_before_the_first_line_of_a_file_is_text_before_another(answer)
     ]
 
 
+def parts_of(data, path="p.jsonl", **done):
+    """The parts, of two lines each, that are to be answered of a file. done: {name: how many answers it has}."""
+    reader = many.Parts.__new__(many.Parts)  # its own __init__ would start Ray
+    reader.n_lines, reader.places, reader.done = 2, {path: 0}, {name: (n, 0) for name, n in done.items()}
+    return [part for table in reader._read_stream(io.BytesIO(data), path) for part in table.to_pylist()]
+
+
+NAMES = [f"part-00000-{first:012}.jsonl" for first in (0, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("n", "asked"), [([1, 1, 1], []), ([0, 1, 1], [0]), ([1, 2, 1], [1]), ([1, 1, 0], [2]), ([1, 1], [2])], ids=str
+)
+def test_a_part_is_done_if_it_has_an_answer_for_each_prompt_and_blank_lines_are_none(n, asked):
+    done = {f"{name}": n for name, n in zip(NAMES, n, strict=False)}
+    assert [
+        part["name"] for part in parts_of(b'\xef\xbb\xbf\n{"prompt": "a"}\n' + b'{"prompt": "a"}\n \n' * 2, **done)
+    ] == [NAMES[i] for i in asked]
+
+
+def test_every_line_of_a_text_is_a_prompt_and_a_blank_one_too():
+    assert parts_of(b"\n\n", "p.txt", **{NAMES[0]: 2}) == []
+    assert [part["name"] for part in parts_of(b"\n\n", "p.txt", **{NAMES[0]: 1})] == [NAMES[0]]
+
+
+def test_what_cannot_be_read_is_a_last_part_that_says_so():
+    class Damaged(io.BytesIO):
+        def readinto(self, buffer):
+            raise OSError("zlib inflate failed")
+
+    reader = many.Parts.__new__(many.Parts)
+    reader.n_lines, reader.places, reader.done = 2, {"p.gz": 0}, {}
+    (table,) = reader._read_stream(Damaged(), "p.gz")
+    (part,) = table.to_pylist()
+    worker = many.Worker.__new__(many.Worker)
+    worker.mistake = ""
+    assert worker(part)["mistake"] == "p.gz cannot be read: zlib inflate failed"
+
+
 def test_samples_are_drawn_with_seeds_that_follow_from_the_line_alone(answer, expected):
     prompts = ["one", "a longer one", "two", "one"]
     options = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
@@ -280,11 +364,39 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_damaged_part_is_an_error_that_names_it(tmp_path):
+def test_what_a_killed_run_left_is_no_file_of_another(tmp_path):
     begin(tmp_path, seed=1)
-    (tmp_path / "part-00000-000000000000.jsonl").write_text('{"prompt": "a", "te')
+    for name in (".lock", "part-00000-000000000000.jsonl.77.unfinished"):
+        (tmp_path / name).write_text("")
+    assert begin(tmp_path, seed=1) == {}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ['{"prompt": "a", "te', "5\n", "{}\n", '{"prompt": "a"}\n', "[]\n", "null\n", "[" * 100_000, "\xff\n"],
+    ids=repr,
+)
+def test_a_damaged_part_is_an_error_that_names_it(odd, tmp_path):
+    begin(tmp_path, seed=1)
+    (tmp_path / "part-00000-000000000000.jsonl").write_text(odd, "latin-1")
     with pytest.raises(SystemExit, match=r"part-00000-000000000000\.jsonl is damaged, delete it: "):
         begin(tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("odd", ["", "{", "[]", "5", "[" * 100_000, "\xff"], ids=repr)
+def test_damaged_settings_are_an_error_that_says_what_to_do(odd, tmp_path):
+    (tmp_path / "settings.json").write_text(odd, "latin-1")
+    (tmp_path / "part-00000-000000000000.jsonl").write_text('{"prompt": "a", "text": "b"}\n')
+    with pytest.raises(SystemExit, match=r"settings\.json is damaged, give another folder: "):
+        begin(tmp_path, seed=1)
+    assert (tmp_path / "settings.json").read_text("latin-1") == odd
+
+
+def test_a_run_ends_where_another_has_begun_with_other_settings(tmp_path):
+    begin(tmp_path, seed=1)
+    begin(tmp_path, seed=2)  # on another machine, say
+    with pytest.raises(SystemExit, match="has seed=2, not 1: give another folder"):
+        many.refuse_others(LocalFileSystem(), str(tmp_path), {"seed": 1})
 
 
 # Mistakes
@@ -294,10 +406,10 @@ def test_a_damaged_part_is_an_error_that_names_it(tmp_path):
     ("args", "said"),
     [
         (["a"], "give files or folders of prompts, and last the folder for the answers"),
-        (["a", "out", "--top_k=3"], "top_k does nothing at a temperature of 0"),
-        (["a", "out", "--batch_size=0"], "batch_size must be a whole number, 1 or more, not 0"),
-        (["a", "out", "--num_workers=x"], "num_workers must be"),
-        (["a", "out", "--num_gpus=1.5"], "num_gpus must be"),
+        (["a", "out", "--top_k=3"], "--top_k does nothing at a temperature of 0"),
+        (["a", "out", "--batch_size=0"], "--batch_size must be a whole number, 1 or more, not 0"),
+        (["a", "out", "--num_workers=x"], "--num_workers must be"),
+        (["a", "out", "--num_gpus=1.5"], "--num_gpus must be"),
         (["a", "out", "--dtype=int8"], "no backend numpy with dtype int8: choose numpy with float32; jax"),
         (["a", "out", "--stop="], "--stop needs a value"),
         (["nowhere", "out"], "nowhere cannot be read: it is not there"),

@@ -1,10 +1,11 @@
 """generate: its pipeline, seeds, batches, stopping, the sliding window, JAX; against plain loops without a cache."""
 
+import contextlib
 import itertools
 
 import numpy as np
 import pytest
-from conftest import HPARAMS, optional, prompts_of_lengths, taken_for_gpus, wild_params
+from conftest import HPARAMS, hugging_face, optional, prompts_of_lengths, taken_for_gpus, wild_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -504,6 +505,69 @@ def test_greedy_text_that_repeats_itself_does_not_where_that_is_forbidden():
 def test_penalties_out_of_range_are_errors(option, generate):
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
         generate([1, 2, 3], 5, **option)
+
+
+# Log-probabilities
+
+LOOPS = [5, 6, 7] * 6  # looked up by a model that was not asked for log-probabilities
+
+
+def told(prompts, weights, n=20, **options):
+    """[(ids, log-probabilities, [{id: log-probability}])], an entry for each prompt."""
+    outputs = gpt2.generate(prompts, weights, N_HEAD, n, logprobs=3, **options)
+    return [tuple(map(list, zip(*output, strict=True))) for output in outputs]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1, "seed": 3}, {"repetition_penalty": 1.5}], ids=str)
+@pytest.mark.parametrize("arrays", ["NumPy", "JAX", "GPU"])
+def test_logprobs_are_pytorchs_of_the_model_alone_beside_the_ids_of_a_run_without(options, arrays, params, jax_params):
+    weights, prompts = params if arrays == "NumPy" else jax_params, [LOOPS, [3], [8, 9]]
+    model = hugging_face(HPARAMS, params)
+    with taken_for_gpus() if arrays == "GPU" else contextlib.nullcontext():
+        plain, outputs = gpt2.generate(prompts, weights, N_HEAD, 20, **options), told(prompts, weights, **options)
+        (alone,) = told([LOOPS], weights, **options)
+    assert [ids for ids, _, _ in outputs] == plain
+    assert alone[0] == outputs[0][0]
+    for prompt, (ids, logprobs, best) in zip(prompts, outputs, strict=True):
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits.double(), -1).detach()  # [20, n_vocab]
+        np.testing.assert_allclose(logprobs, expected[range(20), ids], atol=1e-3)
+        values, _ = expected.topk(3)
+        np.testing.assert_allclose([[*top.values()] for top in best], values, atol=1e-3)
+        np.testing.assert_allclose(values, [expected[i][[*top]] for i, top in enumerate(best)], atol=1e-3)
+
+
+def test_logprobs_behind_a_window_that_slides_are_those_of_what_it_shows(params):
+    ((ids, logprobs, _),) = told([[5, 6, 7]], params, 100, sliding_window=True)
+    window = [5, 6, 7]
+    for i, logprob in zip(ids, logprobs, strict=True):
+        window = window[-(N_CTX // 2) :] if len(window) > N_CTX else window
+        logits = gpt2.gpt2(window, **params, n_head=N_HEAD)[-1].astype(np.float64)
+        assert logprob == pytest.approx(logits[i] - np.log(np.exp(logits).sum()), abs=1e-3)
+        window = [*window, i]
+
+
+def test_logprobs_end_where_a_text_is_stopped_and_stop_sees_ids_alone(params):
+    prompts = [[5, 6, 7], [3]]
+    plain = gpt2.generate(prompts, params, N_HEAD, 20)
+    ends = plain[0][4]
+    outputs = told(prompts, params, stop=lambda ids: ids[-1] == ends)
+    expected = gpt2.generate(prompts, params, N_HEAD, 20, stop=lambda ids: ids[-1] == ends)
+    assert [ids for ids, _, _ in outputs] == expected
+    assert [len(logprobs) for _, logprobs, _ in outputs] == [*map(len, expected)]
+
+
+def test_logprobs_of_one_prompt_come_one_by_one_and_0_are_those_of_the_ids_alone(params):
+    plain = gpt2.generate(LOOPS, params, N_HEAD, 5)
+    tokens = [*gpt2.generate_ids(LOOPS, params, N_HEAD, 5, logprobs=0)]
+    assert [i for i, _, _ in tokens] == plain
+    assert [best for _, _, best in tokens] == [{}] * 5
+
+
+@pytest.mark.parametrize("k", [-1, 1.5, True, "3"])
+def test_logprobs_must_be_a_whole_number(k, generate):
+    with pytest.raises(ValueError, match="logprobs must be a whole number, 0 or more, not"):
+        generate([1, 2, 3], 5, logprobs=k)
 
 
 # Seeds

@@ -4,10 +4,11 @@ import ast
 import graphlib
 import importlib
 import re
+import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import REPO, assert_one_line_error, command
 
 import cli
 
@@ -40,11 +41,12 @@ MAY_IMPORT = {
         "files.sums",
         "files.together",
     },
-    "encoder": set(),
+    "encoder": {"files"},
     "sampling": {"backends.arrays"},
-    "cli": {"backends.checks", "languages"},
+    "cli": {"backends.checks", "files.lock", "languages"},
     "utils": {
         "encoder",
+        "files",
         "files.checkpoint",
         "files.download",
         "files.sums",
@@ -52,7 +54,7 @@ MAY_IMPORT = {
         "files.transformers",
         "languages",
     },
-    "gpt2": {"backends", "backends.arrays", "backends.checks", "sampling"},
+    "gpt2": {"backends", "backends.arrays", "backends.checks", "files", "sampling"},
     "backward": {"backends.arrays", "gpt2"},
     "explorer": set(),
     "explorer.source": set(),
@@ -130,6 +132,46 @@ def test_no_file_imports_one_that_imports_it():
 @pytest.mark.parametrize("module", MAY_IMPORT)
 def test_no_state_hides_in_closures(module):
     assert not [node.lineno for node in ast.walk(parsed(module)) if isinstance(node, ast.Nonlocal)]
+
+
+def commands():
+    """All files that are run as python FILE, from the folder of the project."""
+    files = [path for room in ("", "examples", "benchmarks", "tests/reference") for path in (REPO / room).glob("*.py")]
+    return sorted(
+        f"{path.relative_to(REPO)}" for path in files if re.search("^ +(cli\\.)?run\\(", path.read_text("utf-8"), re.M)
+    )
+
+
+def test_the_commands_are_found():
+    assert {"gpt2.py", "encoder.py", "utils.py", "explore.py", "examples/train.py", "benchmarks/bench.py"} <= {
+        *commands()
+    }
+
+
+@pytest.mark.parametrize("script", commands())
+def test_a_command_runs_where_python_leaves_its_folder_out_of_the_path(script, tmp_path):
+    result = command("--help", script=script, env={"PYTHONSAFEPATH": "1", "PYTHONPATH": ""}, cwd=tmp_path)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
+
+
+@pytest.mark.parametrize("script", commands())
+def test_a_command_says_which_light_packages_are_missing(script, tmp_path):
+    bare = [sys.executable, "-S", REPO / script, "predict" if "classify" in script else "x"]  # without its environment
+    result = subprocess.run(bare, capture_output=True, text=True, cwd=tmp_path)
+    assert_one_line_error(
+        result, "not installed here: activate its environment, or pip install numpy regex requests tqdm fire"
+    )
+
+
+@pytest.mark.parametrize(
+    "script", [script for script in commands() if script not in ("gpt2.py", "encoder.py", "benchmarks/bench.py")]
+)
+def test_a_command_says_that_numpy_is_too_old(script, tmp_path):
+    (tmp_path / "numpy.py").write_text("__version__ = '1.26.4'")
+    result = command(
+        "predict" if "classify" in script else "x", script=script, env={"PYTHONPATH": tmp_path}, cwd=tmp_path
+    )
+    assert_one_line_error(result, "NumPy 2.0 or newer is needed, and this is 1.26.4: pip install -U numpy")
 
 
 def test_the_dependencies_of_the_project_are_those_that_the_command_names():

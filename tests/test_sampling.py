@@ -9,7 +9,7 @@ from conftest import optional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampling import draw, sample
+from sampling import draw, log_probability, sample
 
 jax, jnp, torch, transformers = map(optional, ("jax", "jax.numpy", "torch", "transformers"))
 
@@ -123,6 +123,20 @@ def test_jaxs_logits_are_drawn_from_as_numpys_are_under_jit_too(options):
     assert draw(jnp.asarray(logits), points, 0.7, **options).tolist() == expected
     jitted = jax.jit(draw, static_argnames=("top_k", "top_p"))
     assert jitted(jnp.asarray(logits), points, 0.7, **options).tolist() == expected
+
+
+def test_of_tokens_that_are_equally_likely_the_first_is_told_first():
+    logits = np.log(np.array([0.1, 0.3, 0.3, 0.3], np.float32))
+    logprob, best = log_probability(logits, 0, 2)
+    assert (logprob, best) == (
+        pytest.approx(math.log(0.1)),
+        {1: pytest.approx(math.log(0.3)), 2: pytest.approx(math.log(0.3))},
+    )
+    assert [*log_probability(logits, 0, 99)[1]] == [1, 2, 3, 0]
+
+
+def test_what_is_as_good_as_impossible_has_a_log_probability():
+    assert log_probability(np.array([0, -5000], np.float32), 1, 0) == (-5000, {})
 
 
 def test_tokens_as_likely_as_the_last_of_top_k_count_for_top_p_as_transformers_have_it():

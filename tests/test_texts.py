@@ -1,6 +1,7 @@
 """examples/texts.py: what files hold, as every use of them reads it."""
 
 import csv
+import gzip
 import json
 import pathlib
 import sys
@@ -190,3 +191,11 @@ def test_a_text_of_whose_characters_the_tokenizer_has_mere_parts_is_told_of(enco
 def test_read_text_is_the_only_reader_of_texts():
     for name in ("train", "finetune", "classify", "training", "evaluate"):
         assert ".read().decode()" not in pathlib.Path(REPO / "examples" / f"{name}.py").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+def test_a_packed_file_is_read_as_what_it_holds(name, tmp_path):
+    text = {"a.txt": "one", "a.jsonl": '{"text": "one"}', "a.json": '[{"text": "one"}]', "a.csv": "text\none\n"}[name]
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    (document,) = texts.read_documents([str(tmp_path / f"{name}.gz")], ("text",))
+    assert document["text"] == "one"

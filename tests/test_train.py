@@ -437,8 +437,9 @@ def without(folder, *packages):
 def test_packages_that_are_missing_are_named_all_at_once_with_the_least_that_helps(script, tmp_path):
     env = without(tmp_path, "jax", "optax")
     done = command("train", "--name", "new", "--backend=jax", script=f"examples/{script}", env=env)
-    assert_one_line_error(done, f"{script}: jax, optax are not installed here, which training needs: ")
-    assert done.stderr.endswith(": pip install jax optax\n")
+    assert_one_line_error(
+        done, f"{script}: jax, optax are not installed here: activate its environment, or pip install jax optax"
+    )
 
 
 def test_each_step_of_a_run_silences_other_features():
@@ -510,10 +511,9 @@ def test_held_out_data_may_not_move_to_those_learned_from(tmp_path):
 
 
 def test_a_run_that_died_at_its_first_save_leaves_no_tokenizer_to_the_next(tmp_path):
-    for name in ("small", ".small.new"):  # as earlier versions, and as this one, leave it
-        (tmp_path / name).mkdir()
-        for file, content in (("encoder.json", "{}"), ("vocab.bpe", "")):
-            (tmp_path / name / file).write_text(content)
+    (tmp_path / ".small.new").mkdir()
+    for file, content in (("encoder.json", "{}"), ("vocab.bpe", "")):
+        (tmp_path / ".small.new" / file).write_text(content)
     train.main(TEXT_FILE, name="small", models_dir=tmp_path, **SETTINGS | {"n_steps": 1})
     assert len(get_encoder("small", tmp_path).encoder) == 300
     assert load_encoder_hparams_and_params("small", tmp_path)

@@ -15,9 +15,14 @@ import sys
 import types
 import unittest.mock
 
-import numpy as np
-
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+
+if __name__ == "__main__":
+    from cli import need
+
+    need("numpy", "regex", "tqdm", "fire")
+
+import numpy as np
 
 from backends.checks import check_room
 from cli import fail, line_text, mistakes, open_lines, run
