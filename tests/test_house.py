@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "files.download": {"files.lock", "files.web"},
     "files.crc32c": set(),
     "files.bundle": {"files.crc32c"},
-    "files.sums": set(),
+    "files.sums": {"files.lock"},
     "files.together": {"files.lock"},
     "files.checkpoint": {"files.bundle", "files.sums", "files.together"},
     "encoder": set(),
@@ -112,6 +113,33 @@ def test_no_file_imports_one_that_imports_it():
 @pytest.mark.parametrize("module", MAY_IMPORT)
 def test_no_state_hides_in_closures(module):
     assert not [node.lineno for node in ast.walk(parsed(module)) if isinstance(node, ast.Nonlocal)]
+
+
+def opened(tree):
+    """(line, mode, names of keywords) of each open() of a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
+            mode = next(iter(node.args[1:]), ast.Constant("r"))
+            if ast.unparse(node.args[0]) not in ("os.devnull", "os.dup(2)"):
+                yield node.lineno, mode.value, {keyword.arg for keyword in node.keywords}
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "examples", "benchmarks"])
+def test_files_of_text_are_the_same_bytes_on_every_system(room):
+    """Windows' own encoding and line breaks are left to terminals."""
+    for path in (REPO / room).glob("*.py"):
+        for line, mode, names in opened(ast.parse(path.read_text("utf-8"))):
+            needed = set() if "b" in mode else {"encoding"} if mode == "r" else {"encoding", "newline"}
+            assert needed <= names, f"{path}:{line}"
+
+
+def test_scripts_keep_their_line_breaks_on_every_system():
+    listed = subprocess.run(
+        ["git", "ls-files", ".ci/run", "*.sh"], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    names = listed.stdout.split()
+    said = subprocess.run(["git", "check-attr", "eol", *names], cwd=REPO, capture_output=True, text=True, check=True)
+    assert said.stdout == "".join(f"{name}: eol: lf\n" for name in names)
 
 
 def test_the_dependencies_of_the_project_are_those_that_the_command_names():
