@@ -243,7 +243,7 @@ def open_prompts(prompt, interactive, prompts_file):
     if prompts_file:
         return open_lines(prompts_file)
     if prompt == "-" or (prompt is None and not interactive and not sys.stdin.isatty()):
-        with mistakes(UnicodeDecodeError, "standard input is not UTF-8 text: "):
+        with mistakes(UnicodeDecodeError, "standard input is not UTF-8 text (PYTHONIOENCODING names another): "):
             text = line_text(b"".join(open_lines("-")))
         prompt = text if text or prompt == "-" else None
     if prompt is None and not interactive:

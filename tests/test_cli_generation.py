@@ -235,9 +235,8 @@ def test_utf_16_as_powershell_writes_it_is_read(encoding, run, tmp_path, continu
 
 def test_utf_16_that_is_cut_within_a_character_is_an_error(run, tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffone\n".encode("utf-16-le")[:-1])
-    assert_one_line_error(
-        run("--prompts_file", tmp_path / "p.txt"), "p.txt cannot be read, as utf-16: not valid Unicode"
-    )
+    result = run("--prompts_file", tmp_path / "p.txt")
+    assert_one_line_error(result, "p.txt cannot be read, as utf-16: not valid Unicode")
 
 
 def test_an_empty_file_of_prompts_is_done_at_once(run):

@@ -115,6 +115,10 @@ def test_no_state_hides_in_closures(module):
     assert not [node.lineno for node in ast.walk(parsed(module)) if isinstance(node, ast.Nonlocal)]
 
 
+def git(*args):
+    return subprocess.run(["git", *args], cwd=REPO, capture_output=True, text=True, check=True).stdout
+
+
 def opened(tree):
     """(line, mode, names of keywords) of each open() of a file."""
     for node in ast.walk(tree):
@@ -134,12 +138,8 @@ def test_files_of_text_are_the_same_bytes_on_every_system(room):
 
 
 def test_scripts_keep_their_line_breaks_on_every_system():
-    listed = subprocess.run(
-        ["git", "ls-files", ".ci/run", "*.sh"], cwd=REPO, capture_output=True, text=True, check=True
-    )
-    names = listed.stdout.split()
-    said = subprocess.run(["git", "check-attr", "eol", *names], cwd=REPO, capture_output=True, text=True, check=True)
-    assert said.stdout == "".join(f"{name}: eol: lf\n" for name in names)
+    names = git("ls-files", ".ci/run", "*.sh").split()
+    assert git("check-attr", "eol", *names) == "".join(f"{name}: eol: lf\n" for name in names)
 
 
 def test_the_dependencies_of_the_project_are_those_that_the_command_names():

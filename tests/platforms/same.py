@@ -1,0 +1,54 @@
+"""Whether another platform makes of models/shakespeare what this one does: the same ids, and the same logits but for rounding.
+
+python tests/platforms/same.py write figures.npz      here
+python tests/platforms/same.py compare figures.npz    there: a line, and status 1 where they differ
+"""
+
+import pathlib
+import platform
+import sys
+
+REPO = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPO))
+from backends import threads
+
+threads.tune_openblas()
+import numpy as np
+
+import gpt2
+import utils
+
+PROMPTS = ["ROMEO:", "My lord, the king is dead; my lord, the", "café 你好 😀"]
+ROUNDING = 1e-4
+
+
+def figures():
+    """{name: array}: the ids that follow some prompts, greedy and drawn, and the logits of a text."""
+    encoder, hparams, params = utils.load_encoder_hparams_and_params("shakespeare", str(REPO / "models"))
+    text = (REPO / "tests" / "data" / "tinyshakespeare_heldout.txt").read_text("utf-8")
+    ids, n_head = encoder.encode(text[:2000])[: hparams["n_ctx"]], hparams["n_head"]
+    prompts = [encoder.encode(prompt) for prompt in PROMPTS]
+    return {
+        "text": np.array(ids),
+        "greedy": np.array(gpt2.generate(prompts, params, n_head, 40)),
+        "drawn": np.array(gpt2.generate(prompts, params, n_head, 40, temperature=0.8, top_k=40, seed=1)),
+        "logits": gpt2.gpt2(ids, **params, n_head=n_head),
+    }
+
+
+def main(what, path):
+    if what == "write":
+        return np.savez(path, **figures())
+    ours, theirs = figures(), np.load(path, allow_pickle=False)
+    other = [name for name in ("text", "greedy", "drawn") if not np.array_equal(ours[name], theirs[name])]
+    apart = np.abs(ours["logits"] - theirs["logits"]).max()
+    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}"
+    blas = f"{threads.n_available()} threads of OpenBLAS" if threads.blas() else "a BLAS as it is"
+    print(
+        f"{machine}, {blas}: {'other ids: ' + ', '.join(other) if other else 'the same ids'}; logits {apart:.1e} apart"
+    )
+    sys.exit(bool(other) or not apart < ROUNDING)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
