@@ -12,12 +12,12 @@ import sys
 
 import numpy as np
 
-REPO = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
 import gpt2
 import utils
 from backends import threads
 
+REPO = pathlib.Path(gpt2.__file__).parent
 PROMPTS = ["ROMEO:", "My lord, the king is dead; my lord, the", "café 你好 😀"]
 ROUNDING = 1e-4
 
