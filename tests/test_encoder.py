@@ -354,7 +354,10 @@ def test_without_124m_the_command_says_that_it_takes_shakespeare():
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["x", "--model_size=124M", "--models_dir=/nowhere"], f"no encoder.json and vocab.bpe in {os.path.join('/nowhere', '124M')!r}"),
+        (
+            ["x", "--model_size=124M", "--models_dir=/nowhere"],
+            f"no encoder.json and vocab.bpe in {os.path.join('/nowhere', '124M')!r}",
+        ),
         (["x", "--model_size=../models/shakespeare"], "'../models/shakespeare' is no model name"),
         ([b"caf\xe9", "--model_size=shakespeare"], "not valid Unicode text"),
         (["x", "--model_size=\x1b[31m"], repr(os.path.join("models", "\x1b[31m"))[1:]),
