@@ -104,8 +104,9 @@ runpy.run_path("gpt2.py", run_name="__main__")
 
 
 def test_files_and_pipes_are_utf8_whatever_the_systems_language(tiny, continuation):
-    result = command("平方 é", code=IN_CHINESE, cwd=REPO, model=tiny, n=N)
-    assert (result.stdout, result.stderr) == (continuation("平方 é") + "\n", "")
+    assert not continuation("é").isascii()
+    result = command("é", code=IN_CHINESE, cwd=REPO, model=tiny, n=N)
+    assert (result.stdout, result.stderr) == (continuation("é") + "\n", "")
 
 
 def test_so_is_what_is_said_of_a_mistake(models_dir):
@@ -113,11 +114,11 @@ def test_so_is_what_is_said_of_a_mistake(models_dir):
 
 
 @pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "cp936"}, {"PYTHONUTF8": "0"}], ids=str)
-@pytest.mark.parametrize("args", [["平方 é"], []], ids=["as an argument", "in a pipe"])
+@pytest.mark.parametrize("args", [["é"], []], ids=["as an argument", "in a pipe"])
 def test_unless_the_user_says_otherwise(env, args, tiny, continuation):
     with running(*args, code=IN_CHINESE, cwd=REPO, model=tiny, n=N, env=env) as process:
-        stdout, _ = process.communicate(b"" if args else "平方 é".encode("cp936"), TIMEOUT)
-    assert stdout.decode("cp936").replace(os.linesep, "\n") == known_to("cp936", continuation("平方 é")) + "\n"
+        stdout, _ = process.communicate(b"" if args else "é".encode("cp936"), TIMEOUT)
+    assert stdout.decode("cp936").replace(os.linesep, "\n") == known_to("cp936", continuation("é")) + "\n"
 
 
 def known_to(encoding, text):

@@ -352,7 +352,7 @@ def test_blank_lines_of_jsonl_are_passed_over(run, tmp_path, continuation):
 
 
 def test_a_job_with_a_file_to_append_to_goes_on_where_it_was_killed(run, tmp_path):
-    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS), "utf-8")
     args, out = ["--prompts_file", tmp_path / "p.txt", "--out", tmp_path / "out.jsonl"], tmp_path / "out.jsonl"
     assert run(*args).stdout == ""
     whole = out.read_text("utf-8")
@@ -377,10 +377,10 @@ def test_what_is_no_unicode_comes_through_and_a_line_cut_within_a_character_is_d
 
 def test_answers_may_be_prompts_again(run, tmp_path):
     (tmp_path / "p.txt").write_text("one\n")
-    (tmp_path / "once.jsonl").write_text(run("--prompts_file", tmp_path / "p.txt").stdout)
+    (tmp_path / "once.jsonl").write_text(run("--prompts_file", tmp_path / "p.txt").stdout, "utf-8")
     for _ in range(2):
         assert run("--prompts_file", tmp_path / "once.jsonl", "--out", tmp_path / "twice.jsonl").returncode == 0
-    assert (tmp_path / "once.jsonl").read_text() == (tmp_path / "twice.jsonl").read_text()
+    assert (tmp_path / "once.jsonl").read_text("utf-8") == (tmp_path / "twice.jsonl").read_text("utf-8")
 
 
 def test_errors_that_were_there_before_still_count(run, tmp_path):
