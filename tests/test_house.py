@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from conftest import REPO
+from packaging.requirements import Requirement
 
 import cli
 
@@ -153,6 +154,25 @@ def test_requirements_txt_has_the_dependencies_of_the_project_and_tensorflow():
     *requirements, tensorflow = (line.partition("#")[0].strip() for line in lines if not line.startswith("#"))
     assert requirements == PROJECT["dependencies"]
     assert tensorflow.startswith("tensorflow>=")
+
+
+PACKAGED = {  # where a requirement is left out, since nobody packages it, and pip would fail
+    ("linux", "x86_64", "3.12"): set(),
+    ("win32", "AMD64", "3.12"): set(),
+    ("darwin", "arm64", "3.12"): set(),
+    ("linux", "x86_64", "3.14"): {"tensorflow"},
+    ("win32", "ARM64", "3.12"): {"tensorflow", "torch", "jax", "optax", "peft", "ray"},
+    ("darwin", "x86_64", "3.12"): {"tensorflow", "torch", "jax", "optax", "peft", "ray"},
+}
+
+
+@pytest.mark.parametrize(("machine", "left_out"), PACKAGED.items(), ids=str)
+def test_what_is_not_packaged_for_a_platform_is_not_asked_for_there(machine, left_out):
+    environment = dict(zip(("sys_platform", "platform_machine", "python_version"), machine, strict=True))
+    lines = [line for path in REPO.glob("requirements*.txt") for line in path.read_text("utf-8").splitlines()]
+    lines = [line.partition("#")[0].strip() for line in lines]
+    found = [Requirement(line) for line in lines if line and not line.startswith("-r ")]
+    assert {each.name for each in found if each.marker and not each.marker.evaluate(environment)} == left_out
 
 
 def test_pip_installs_what_the_house_has():
