@@ -34,6 +34,9 @@ LONGEST = 2**24  # bytes of a prompt: a line of a file that was packed may have 
 OPTIONS = "n_tokens_to_generate|temperature|top_k|top_p|seed|repetition_penalty|no_repeat_ngram|logprobs|n_samples"
 OPTIONS += "|batch_size|sliding_window|backend|dtype|tensor_parallel|n_threads|num_workers|num_cpus|num_gpus"
 OPTION = re.compile(rf"(?<![-\w./])({OPTIONS})(?= must | needs | does |=| \d+ does |\)$)")
+ON_WINDOWS = os.name == "nt"
+CLOSED_PIPE = (errno.EPIPE, errno.EINVAL) if ON_WINDOWS else (errno.EPIPE,)  # what its system calls a pipe that closed
+LEAVE = "Ctrl-Z and Enter leave" if ON_WINDOWS else "Ctrl-D leaves"
 
 
 def fail(message):
@@ -144,8 +147,9 @@ def run_with_fire(function):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     try:
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
-            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
+        for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+            if hasattr(stream, "reconfigure"):  # a notebook's has none
+                stream.reconfigure(encoding=encoding_of(stream), errors=errors)  # what lacks a character gets a ?
         name, command = os.path.basename(sys.argv[0]), arguments(sys.argv[1:], function)
         if command is None:
             text = fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, name))
@@ -156,12 +160,21 @@ def run_with_fire(function):
             fire.Fire(keep_text(function), command=command, name=name)
         sys.stdout.flush()
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.errno not in (*CLOSED_PIPE, errno.ENOSPC):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would complain
         if error.errno == errno.ENOSPC:
             fail(f"no space left for {error.filename or 'the output'}")
         sys.exit(1)
+
+
+def encoding_of(stream):
+    """A terminal's own; UTF-8 for files and pipes, which would be as the language of Windows has them.
+
+    Unless PYTHONIOENCODING or PYTHONUTF8 in the environment say otherwise.
+    """
+    is_chosen = os.environ.get("PYTHONIOENCODING", "").partition(":")[0] or os.environ.get("PYTHONUTF8")
+    return stream.encoding if is_chosen or stream.isatty() else "utf-8"
 
 
 def asks_for_help(argv):
@@ -273,7 +286,7 @@ def open_prompts(prompt, interactive, prompts_file):
     if prompts_file:
         return open_lines(prompts_file)
     if prompt == "-" or (prompt is None and not interactive and not sys.stdin.isatty()):
-        with mistakes(UnicodeDecodeError, "standard input is not UTF-8 text: "):
+        with mistakes(UnicodeDecodeError, "standard input is not UTF-8 text (PYTHONIOENCODING names another): "):
             text = line_text(open_lines("-").read())
         prompt = text if text or prompt == "-" else None
     if prompt is None and not interactive:
@@ -282,7 +295,7 @@ def open_prompts(prompt, interactive, prompts_file):
 
 
 def open_lines(path):
-    """A file, or standard input for -, of lines of bytes, past the byte order mark that some editors begin it with.
+    """A file, or standard input for -, of lines of bytes, in UTF-8, past the byte order mark that some editors write.
 
     One in .gz is unpacked as it is read. Ends with one line if it cannot be read.
     """
@@ -290,6 +303,11 @@ def open_lines(path):
         lines = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
         if path.lower().endswith(".gz"):
             lines = io.BufferedReader(Unpacked(lines, path))
+        encoding = encoding_of(sys.stdin) if path == "-" else "utf-8"
+        if lines.peek(3).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            encoding = "utf-16"  # as Windows' PowerShell writes what stands before >
+        if codecs.lookup(encoding).name != "utf-8":
+            lines = io.BufferedReader(Recoded(lines, encoding, path))
         if lines.peek(3).startswith(codecs.BOM_UTF8):
             lines.read(3)
         return lines
@@ -313,6 +331,24 @@ class Unpacked(io.RawIOBase):
             return self.file.readinto(buffer)
         except (OSError, EOFError, zlib.error) as error:
             fail(f"{self.path} cannot be read: it is no whole file of gzip: {one_line(error)}")
+
+
+class Recoded(io.RawIOBase):
+    """A file of text in any encoding, read as UTF-8. Ends with one line where it is no such text."""
+
+    def __init__(self, file, encoding, path):
+        self.text, self.left = io.TextIOWrapper(file, encoding, newline=""), b""
+        self.where = f"{path} cannot be read, as {encoding}: "
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        with mistakes(UnicodeError, self.where):
+            self.left = self.left or self.text.readline(len(buffer)).encode()  # no more: a terminal gives line by line
+        n = min(len(buffer), len(self.left))
+        buffer[:n], self.left = self.left[:n], self.left[n:]
+        return n
 
 
 def line_text(line, errors="strict"):
@@ -453,13 +489,13 @@ def interrupt(writer, *_):
 
 
 def converse(writer):
-    """Continues prompt after prompt, until Ctrl-D; Ctrl-C stops a text. Nothing carries over from one to the next."""
+    """Continues prompt after prompt, to their end; Ctrl-C stops a text. Nothing carries over from one to the next."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input its line editing)
     lines = None if sys.stdin.isatty() else open_lines("-")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
-        print(translated("Each prompt is continued on its own. Ctrl-C stops a text, Ctrl-D leaves."), file=sys.stderr)
+        print(translated(f"Each prompt is continued on its own. Ctrl-C stops a text, {LEAVE}."), file=sys.stderr)
     with on_ctrl_c(signal.default_int_handler):
         while True:
             try:
@@ -477,7 +513,8 @@ def ask(lines, sign):
         line = lines.readline()
         return line_text(line, "surrogateescape") if line else None
     try:
-        return input(sign)
+        line = input(sign)
+        return None if line == "\x04" else line  # Ctrl-D, which to Windows is a character like any other
     except EOFError:
         print()
         return None

@@ -9,7 +9,6 @@ import pathlib
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from conftest import REPO, TIMEOUT, assert_one_line_error, command, running
+from conftest import REPO, TIMEOUT, assert_one_line_error, command, interrupt, running
 
 sys.path.insert(0, str(REPO / "examples"))
 import on_jax
@@ -137,7 +136,7 @@ def test_ctrl_c_saves_at_once_and_names_the_command_that_goes_on(tmp_path):
         for line in process.stderr:
             if b"minutes to go" in line:
                 break
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         last = process.stderr.read().decode().splitlines()[-1]
         assert process.wait() == 130
     step, resume = re.fullmatch(r"stopped at step (\d+) of 100000, which is saved; to go on: (.*)", last).groups()
@@ -478,7 +477,7 @@ def test_ctrl_c_during_the_imports_leaves_no_traceback(script):
     loud = {"PYTHONVERBOSE": "1"}  # says what is imported
     with running("train", TEXT_FILE, "--name", "new", script=f"examples/{script}", env=loud) as process:
         next(line for line in process.stderr if b"numpy" in line)
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         _, said = process.communicate()
     assert process.returncode == 130
     assert b"Traceback" not in said
