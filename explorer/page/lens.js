@@ -2,7 +2,7 @@
 
 import { app } from "./app.js";
 import { ask } from "./api.js";
-import { counted, el, percent, place, say, tokenText } from "./dom.js";
+import { counted, el, percent, place, say, scroller, tokenText } from "./dom.js";
 import { go } from "./source.js";
 import { t } from "./words.js";
 
@@ -39,7 +39,7 @@ function showLens() {
   const body = rows.map((row, i) => el("tr", {}, el("th", { scope: "row" }, stage(i)), ...row.map((view, column) => cell(view, i, column))));
   const some = positions.length < run.ids.length ? `, ${t("lensSome", positions.length, run.ids.length)}` : "";
   const caption = t("lensCaption") + some;
-  place("seen", el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": t("lensTitle") }, el("table", { class: "grid lens" }, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body))), ...rise());
+  place("seen", scroller(t("lensTitle"), el("table", { class: "grid lens" }, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body))), ...rise());
 }
 
 // How the token that the model chose in the end rose, at the place looked at.
