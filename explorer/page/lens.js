@@ -40,6 +40,8 @@ function showLens() {
   const some = positions.length < run.ids.length ? `, ${t("lensSome", positions.length, run.ids.length)}` : "";
   const caption = t("lensCaption") + some;
   place("seen", scroller(t("lensTitle"), el("table", { class: "grid lens" }, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body))), ...rise());
+  const [box, here] = ["#seen .scroll", "#seen .here"].map((selector) => document.querySelector(selector));
+  if (here) box.scrollLeft = here.offsetLeft + here.offsetWidth - box.clientWidth; // where not all columns are in view
 }
 
 // How the token that the model chose in the end rose, at the place looked at.

@@ -3,7 +3,7 @@
 import { app, change, inBlock } from "./app.js";
 import { isFile } from "./api.js";
 import { el, place } from "./dom.js";
-import { go, openCall } from "./source.js";
+import { go, narrow, openCall } from "./source.js";
 import { t } from "./words.js";
 
 let at = -1;
@@ -18,12 +18,12 @@ const ALL = [
   ["#ask", () => {}],
   ["#tokens", () => change({ token: app.run.ids.length - 1 })],
   [".line.here", () => openCall(["gpt2"], (value) => value.name === "x" && value.before?.length === 1)],
-  ["#block", () => {}],
+  ["#blocks", () => {}],
   [".line.here", () => open(["mha"], (value) => value.name === "x" && value.axes.length === 4)],
   [".line.here", () => open(["mha", "attention"], (value) => value.name === "weights")],
-  ["#heads", () => {}],
-  ["#next", () => {}],
-  ["#lens", () => {}],
+  ["#habits", () => {}],
+  ["#controls", () => {}],
+  ["#seen", () => {}],
   ["#experiments", () => {}],
 ];
 const STEPS = isFile ? ALL.slice(0, -1) : ALL;
@@ -40,8 +40,18 @@ export function walk(to) {
   showWalk();
   const subject = document.querySelector(part);
   subject.classList.add("walked");
-  subject.scrollIntoView({ block: "start" });
+  bring(subject, card);
   card.focus({ preventScroll: true });
+}
+
+// What is looked at, to the top; of a line, on a wide screen, the picture beside it, and the line above the card.
+function bring(subject, card) {
+  subject.scrollIntoView({ block: "start" });
+  const desk = subject.closest(".desk");
+  if (!desk || narrow.matches) return;
+  desk.scrollIntoView({ block: "start" });
+  const hidden = subject.getBoundingClientRect().bottom - card.getBoundingClientRect().top;
+  if (hidden > 0) scrollBy(0, hidden + 12);
 }
 
 export function showWalk() {
