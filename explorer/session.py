@@ -20,7 +20,7 @@ N_TOKENS = 128  # of a prompt: longer ones are cut
 N_GENERATED = 256  # tokens of a text that grows
 N_LENS = 12  # positions that the lens looks at
 N_SENT = 2**22  # numbers of an array that travel: of larger ones, the first columns
-N_SAVED = 2**19  # the same, in a file
+N_SAVED = 2**18  # the same, in a file
 
 
 class QuestionError(ValueError):

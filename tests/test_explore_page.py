@@ -317,7 +317,7 @@ def test_a_row_of_another_text_is_patched_in_the_last_into_the_last_unless_told_
     visit.page.fill("#patchFrom", "0")
     visit.page.click("#patchForm button")
     visit.page.wait_for_selector("#compared h3:has-text('·king')")
-    assert visit.texts("#compared h3")[0] == "The row of Go in place of that of ·king"
+    assert visit.texts("#compared h3")[0] == "The row of G in place of that of ·king"
 
 
 def test_what_an_experiment_changed_is_in_view(visit):

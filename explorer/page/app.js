@@ -19,6 +19,9 @@ export function change(values) {
   for (const name of Object.keys(values)) document.dispatchEvent(new Event(`app-${name}`));
 }
 
+// Whether the newest run is of these ids: of another block, what the model says is the same.
+export const isOfRun = (ids) => String(ids) === String(app.run.ids);
+
 // The call at a path of labels, or undefined.
 export function callAt(path, root = app.run.root) {
   if (path[0] !== root.label) return undefined;

@@ -1,6 +1,6 @@
 // What happens without a head or a neuron, or with a row of another text's residual stream.
 
-import { app, change } from "./app.js";
+import { app, change, isOfRun } from "./app.js";
 import { ask, numbers } from "./api.js";
 import { el, percent, place, say, scroller, tokenText } from "./dom.js";
 import { bar } from "./heat.js";
@@ -52,9 +52,14 @@ export function showOff() {
 
 const said = (part) => `${t("block")} ${part.block}, ${"head" in part ? `${t("head")} ${part.head}` : `${t("neuron")} ${part.neuron}`}`;
 
+let newest = null; // comparison: of which ids, off and patch, and its answer
+
 async function compare(patch) {
+  const { run: { ids }, off } = app;
   try {
-    const answer = await ask("compare", { ids: app.run.ids, off: app.off, patch });
+    const isKnown = newest && newest.off === off && newest.patch === patch && isOfRun(newest.ids);
+    if (!isKnown) newest = { ids, off, patch, answer: await ask("compare", { ids, off, patch }) };
+    const { answer } = newest;
     const [before, after] = (await Promise.all([numbers(answer.before), numbers(answer.after)])).map((logits) => cut(logits, PLAIN).p);
     const notes = patch ? [t("patched", tokenText(answer.other_ids.at(patch.from ?? -1)), tokenText(app.run.ids[patch.position]))] : [];
     const note = [...notes, ...(app.off.length ? [t("without", app.off.map(said).join("; "))] : [])].join(" · ");

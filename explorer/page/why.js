@@ -1,6 +1,6 @@
 // Why a token was chosen: what each head and mlp gave to its logit. See attribution.py.
 
-import { app, change } from "./app.js";
+import { app, change, isOfRun } from "./app.js";
 import { ask, isFile, numbers } from "./api.js";
 import { openHead } from "./block.js";
 import { el, number, place, signed, tokenText } from "./dom.js";
@@ -12,9 +12,13 @@ import { t } from "./words.js";
 const STRONGEST = 10; // parts, and tokens
 const CHOICES = 20; // tokens to ask about: those that are shown as what comes next
 
+let known = null; // the newest answer, to what was asked of which ids
+
 export async function showWhy() {
   const { run, why } = app;
-  const [answer, logits] = await Promise.all([ask("why", why), numbers(run.logits)]);
+  if (!known || known.why !== why || !isOfRun(known.ids)) known = { why, ids: run.ids, answer: await ask("why", why) };
+  const { answer } = known;
+  const logits = await numbers(run.logits);
   if (run !== app.run || why !== app.why) return;
   const ids = likeliest(logits, CHOICES);
   const focused = document.activeElement.id;
