@@ -39,8 +39,9 @@ UNTIL_REST = """async (act, quiet) => {
   changes.observe(document.body, { subtree: true, childList: true, attributes: true, characterData: true });
   const began = performance.now();
   act();
-  const runs = () => document.querySelector("#status[data-busy]");
-  while (waiting || runs() || performance.now() - Math.max(last, began) < quiet) await new Promise((go) => setTimeout(go, 20));
+  const isAtRest = () => !waiting && !document.querySelector("#status[data-busy]")
+    && performance.now() - Math.max(last, began) > quiet;
+  while (!isAtRest()) await new Promise((go) => setTimeout(go, 20));
   changes.disconnect();
   window.fetch = fetched;
   return [last - began, first - began];

@@ -409,7 +409,7 @@ def test_layer_norm_shows_the_axis_that_it_works_along(visit):
     visit.page.wait_for_selector("#picture .along .worked")
     texts = visit.page.locator("#picture .along text").all_text_contents()
     assert texts == ["n_embd 160", "n_seq 12"]
-    assert visit.texts("#picture .along p")[0].startswith("Along n_embd, in each row apart")
+    assert visit.texts("#picture .along p")[0].startswith("Along n_embd, each row apart")
 
 
 def test_a_text_too_long_is_cut_and_that_is_said(visit):
@@ -503,6 +503,16 @@ def test_a_saved_page_opens_from_disk_with_no_request_at_all(browser, model, tmp
     weights = run["block 3", "attention", "weights"][1]
     np.testing.assert_allclose(table_of(visit, "#head"), weights, rtol=6e-3, atol=1e-3)
     assert visit.page.locator("#experiments").is_hidden()
+    assert visit.errors == []
+    visit.context.close()
+
+
+def test_a_saved_page_says_what_it_had_no_room_for(browser, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(single_file, "N_BYTES", 40_000)
+    (tmp_path / "page.html").write_text(single_file.page(Session("shakespeare", *model, TEXT)), "utf-8")
+    visit = Visit(browser, (tmp_path / "page.html").as_uri(), offline=True)
+    visit.page.click("#tree >> text=gelu")
+    assert visit.texts("#picture .hint") == ["Only the shape is known here: values are kept for the open block."]
     assert visit.errors == []
     visit.context.close()
 

@@ -232,14 +232,14 @@ function changeOfAxes(value) {
   return [el("div", { class: "change" }, axesDrawing(before, value.axes, links), el("p", {}, sentence))];
 }
 
-// Along which axis a function works that takes each row apart, and what it does to the row of the token looked at.
+// Along which axis a function works that takes each row apart.
 const ROW_BY_ROW = ["layer_norm", "softmax"];
 
 function axisOfWork(value) {
   const name = call().function;
-  if (!ROW_BY_ROW.includes(name) || value.axes.length < 2) return [];
+  if (!ROW_BY_ROW.includes(name) || value.axes.length < 2 || value.axes.at(-1)[1] === 1) return [];
   const axes = value.axes.slice(-2);
-  return [el("div", { class: "change along" }, alongDrawing(axes), el("p", {}, t(`along_${name}`, axes[1][0], axes[0][0])))];
+  return [el("div", { class: "change along" }, alongDrawing(axes), el("p", {}, t(`along_${name}`, axes[1][0])))];
 }
 
 // A table, of which one row is worked on from end to end.
