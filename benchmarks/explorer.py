@@ -29,8 +29,11 @@ QUIET = 400  # milliseconds in which nothing changes: the page is at rest
 # [milliseconds from an act to the last change of the page that was painted, and to the first]
 UNTIL_REST = """async (act, quiet) => {
   const fetched = window.fetch;
-  let waiting = 0, first = 0, last = 0;
-  const painted = () => requestAnimationFrame(() => setTimeout(() => { last = performance.now(); first ||= last; }));
+  let waiting = 0, first = 0, last = performance.now();
+  const painted = () => {
+    waiting++;
+    requestAnimationFrame(() => setTimeout(() => { waiting--; last = performance.now(); first ||= last; }));
+  };
   window.fetch = async (...question) => {
     waiting++;
     try { return await fetched(...question); } finally { waiting--; painted(); }
@@ -39,8 +42,7 @@ UNTIL_REST = """async (act, quiet) => {
   changes.observe(document.body, { subtree: true, childList: true, attributes: true, characterData: true });
   const began = performance.now();
   act();
-  const isAtRest = () => !waiting && !document.querySelector("#status[data-busy]")
-    && performance.now() - Math.max(last, began) > quiet;
+  const isAtRest = () => !waiting && !document.querySelector("#status[data-busy]") && performance.now() - last > quiet;
   while (!isAtRest()) await new Promise((go) => setTimeout(go, 20));
   changes.disconnect();
   window.fetch = fetched;

@@ -44,7 +44,8 @@ export function number(x) {
 
 export const signed = (x) => (x < 0 ? number(x) : `+${number(x)}`);
 export const percent = (p) => `${(100 * p).toFixed(p < 0.1 ? 2 : 1)} %`;
-export const counted = (n) => n.toLocaleString("en");
+const thousands = new Intl.NumberFormat("en");
+export const counted = (n) => thousands.format(n);
 
 // The bytes that GPT-2's vocabulary writes as printable characters: those of Latin-1 as themselves, the rest from U+0100.
 const byteOf = new Map();
