@@ -64,7 +64,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not length.isascii() or not length.isdigit():
             return self.refuse(411, "a question needs a length")
         if len(length) > 9 or int(length) > N_BYTES:
-            return self.refuse(413, f"the text is too long: {N_BYTES // 1024} KiB are the most")
+            return self.refuse(413, "the text is too long: {0} KiB are the most", N_BYTES // 1024)
         try:
             question = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError):
@@ -72,7 +72,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.answer(self.path.removeprefix("/api/"), question)
         except QuestionError as error:
-            self.refuse(400, str(error))
+            self.refuse(400, error.template, *error.values)
         except MemoryError:
             self.refuse(500, "not enough memory: take a shorter text, or a smaller model")
 
@@ -84,9 +84,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.reply(200, as_json(session.answer(kind, question)).encode(), "application/json")
 
-    def refuse(self, status, why):
+    def refuse(self, status, template, *values):
+        """The answer is an error: see QuestionError."""
         self.close_connection = True  # whatever else it brings is not read
-        self.reply(status, json.dumps({"error": why}).encode(), "application/json")
+        told = {"error": template.format(*values), "template": template, "values": values}
+        self.reply(status, json.dumps(told).encode(), "application/json")
 
     def reply(self, status, body, content_type):
         self.send_response(status)

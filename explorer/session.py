@@ -13,17 +13,25 @@ import gpt2
 from backends.arrays import matmul
 from backends.cache import Cache
 from encoder import PATTERN
-from explorer import source, trace
+from explorer import attribution, source, trace
 from sampling import check_options, draw
 
 N_TOKENS = 128  # of a prompt: longer ones are cut
 N_GENERATED = 256  # tokens of a text that grows
 N_LENS = 12  # positions that the lens looks at
 N_SENT = 2**22  # numbers of an array that travel: of larger ones, the first columns
+N_SAVED = 2**18  # the same, in a file
 
 
 class QuestionError(ValueError):
-    """What was asked cannot be answered: one line that says why."""
+    """What was asked cannot be answered.
+
+    template: one line that says why, with {0} for the first of values. The page knows the templates in Chinese.
+    """
+
+    def __init__(self, template, *values):
+        super().__init__(template.format(*values))
+        self.template, self.values = template, [str(value) for value in values]
 
 
 def as_json(answer):
@@ -44,24 +52,25 @@ class Session:
         self.n_head, self.n_layer, self.n_ctx = hparams["n_head"], hparams["n_layer"], hparams["n_ctx"]
         self.n_tokens = min(N_TOKENS, self.n_ctx)
         self.lines = source.highlighted(trace.SOURCE)
-        self.kept_weights = True  # of the model, where a call has them as arguments
+        self.n_sent, self.weights_too = N_SENT, True  # of the model, where a call has them as arguments
         self.lock, self.keys = threading.Lock(), itertools.count()
         self.kept = {}  # {kind of answer: {key: array}}, of the newest answer of each kind
-        self.streams = None  # of the newest run: what comes into each block and leaves the last
+        self.newest = self.ran_with = None  # the Run of the newest run, and its weights
+        self.streams = None  # and what comes into each block and leaves the last
         self.cached, self.caches = [], None  # the ids whose keys and values are in the caches
         self.answers = {"about": self.about, "first": self.first, "run": self.run, "lens": self.lens, "step": self.step}
-        self.answers["compare"] = self.compare
+        self.answers |= {"why": self.why, "compare": self.compare}
 
     def answer(self, kind, question):
         """One at a time. Raises QuestionError."""
         if kind not in self.answers:
-            raise QuestionError(f"no such question: {kind!r:.40}")
+            raise QuestionError("no such question: {0}", f"{kind!r:.40}")
         if not isinstance(question, dict):
             raise QuestionError("a question must be a JSON object")
         try:
             inspect.signature(self.answers[kind]).bind(**question)
         except TypeError as error:
-            raise QuestionError(f"{kind}: {error}") from error
+            raise QuestionError("{0} is asked otherwise: {1}", kind, error) from error
         with self.lock:
             return self.answers[kind](**question)
 
@@ -97,18 +106,20 @@ class Session:
 
     def everything(self, n_bytes):
         """The answers that a page needs which can ask nobody, with the values of as many blocks as fit in n_bytes."""
-        self.kept_weights = False
+        self.n_sent, self.weights_too = N_SAVED, False
         run = self.run(self.text, block=self.block)
         n_each = sum(array.nbytes for array in self.kept["run"].values())
         n_blocks = max(1, min(self.n_layer, n_bytes // max(n_each, 1)))
         others = [i for i in range(self.n_layer) if i != self.block]
-        run |= self.recorded(run["ids"], [self.block, *others[: n_blocks - 1]])
+        if n_blocks > 1:
+            run |= self.recorded(run["ids"], [self.block, *others[: n_blocks - 1]])
         lens = self.lens([*range(len(run["ids"]))][-8:])
-        return {"about": self.about(), "first": self.first(), "run": run, "lens": lens}
+        return {"about": self.about(), "first": self.first(), "run": run, "lens": lens, "why": self.why()}
 
     def recorded(self, ids, blocks, off=()):
         params = self.switched_off(off)
         run = trace.record(ids, lambda path, name: is_open(path, name, blocks), **params, n_head=self.n_head)
+        self.newest, self.ran_with = run, params
         return self.told(run, ids, off)
 
     def told(self, run, ids, off=()):
@@ -130,7 +141,7 @@ class Session:
     def lens(self, positions):
         """What gpt2() would say if it stopped before a block, for each block and these positions of the last run."""
         if not isinstance(positions, list) or not 0 < len(positions) <= N_LENS:
-            raise QuestionError(f"positions must be a list of 1 to {N_LENS}")
+            raise QuestionError("positions must be a list of 1 to {0}", N_LENS)
         if self.streams is None:
             raise QuestionError("nothing has run yet")
         for position in positions:
@@ -141,6 +152,30 @@ class Session:
         return {
             "positions": positions,
             "rows": [[view(row, i) for row, i in zip(rows, final, strict=True)] for rows in logits],
+        }
+
+    def why(self, token=None, other=None):
+        """What each part gave, in the last run, to the logit of the next token, less that of another.
+
+        token: None for the likeliest. other: None for the mean of all.
+        """
+        if self.newest is None:
+            raise QuestionError("nothing has run yet")
+        for i in (token, other):
+            if i is not None:
+                check_whole("an id", i, 0, self.hparams["n_vocab"] - 1)
+        token = int(self.newest.logits[-1].argmax()) if token is None else token
+        parts = attribution.attribute(self.newest, self.ran_with, token, other)
+        return {
+            "token": token,
+            "other": other,
+            "lead": parts.total,
+            "heads": parts.heads.sum(axis=-1).tolist(),
+            "from": np.abs(parts.heads).argmax(axis=-1).tolist(),  # the token of which each head brought most
+            "mlps": parts.mlps.tolist(),
+            "embeddings": parts.embeddings.tolist(),
+            "biases": parts.biases,
+            "tokens": parts.heads.sum(axis=(0, 1)).tolist(),  # what all heads brought from each token
         }
 
     def step(self, ids, block=0, temperature=0, top_k=0, top_p=1, point=0.5):
@@ -176,7 +211,8 @@ class Session:
     def compare(self, ids, off=(), patch=None):
         """The logits of the next token as the model is, and with parts switched off or the residual stream patched.
 
-        patch: {"text", "block", "position", "from"}: what came into the block at position comes from another text.
+        patch: {"text", "block", "position", "from"}: what came into the block at position comes from another text, from
+            its token of this number, or its last if that is None.
         """
         self.check_ids(ids, self.n_tokens)
         self.kept["compare"] = {}
@@ -196,9 +232,10 @@ class Session:
         other, _ = self.ids_of(patch["text"], None)
         check_whole("block", patch["block"], 0, self.n_layer)
         check_whole("position", patch["position"], 0, len(ids) - 1)
-        check_whole("from", patch["from"], 0, len(other) - 1)
+        if patch["from"] is not None:
+            check_whole("from", patch["from"], 0, len(other) - 1)
         x, theirs = (self.stream(some, params, patch["block"]) for some in (ids, other))
-        x[patch["position"]] = theirs[patch["from"]]
+        x[patch["position"]] = theirs[-1 if patch["from"] is None else patch["from"]]
         return other, x, patch["block"]
 
     def stream(self, ids, params, block):  # -> [n_seq, n_embd]
@@ -231,7 +268,7 @@ class Session:
 
     def check_ids(self, ids, most):
         if not isinstance(ids, list) or not 0 < len(ids) <= most:
-            raise QuestionError(f"ids must be a list of 1 to {most} token ids")
+            raise QuestionError("ids must be a list of 1 to {0} token ids", most)
         for i in ids:
             check_whole("an id", i, 0, self.hparams["n_vocab"] - 1)
 
@@ -239,7 +276,7 @@ class Session:
         try:
             check_options(temperature=temperature, top_k=top_k if temperature else 0, top_p=top_p if temperature else 1)
         except ValueError as error:
-            raise QuestionError(str(error)) from error
+            raise QuestionError("the settings cannot be used: {0}", error) from error
 
     def switched_off(self, off):
         """The weights, less some parts of the model: [{"block", "head"} or {"block", "neuron"}, ...]."""
@@ -247,15 +284,15 @@ class Session:
             raise QuestionError("off must be a list of at most 64 heads and neurons")
         params = self.params
         for part in off:
-            try:
-                if not isinstance(part, dict) or part.keys() not in ({"block", "head"}, {"block", "neuron"}):
-                    raise QuestionError('a part has a "block", and a "head" or a "neuron"')
-                is_head = "head" in part
-                params = (
-                    trace.without_head(params, self.n_head, **part) if is_head else trace.without_neuron(params, **part)
-                )
-            except ValueError as error:
-                raise QuestionError(str(error)) from error
+            if not isinstance(part, dict) or part.keys() not in ({"block", "head"}, {"block", "neuron"}):
+                raise QuestionError('a part has a "block", and a "head" or a "neuron"')
+            check_whole("block", part["block"], 0, self.n_layer - 1)
+            if "head" in part:
+                check_whole("head", part["head"], 0, self.n_head - 1)
+                params = trace.without_head(params, self.n_head, **part)
+            else:
+                check_whole("neuron", part["neuron"], 0, 4 * self.hparams["n_embd"] - 1)
+                params = trace.without_neuron(params, **part)
         return params
 
     # what an answer tells
@@ -292,12 +329,12 @@ class Session:
         known = [names for names in value.statement.before if all(source.size_of(name, sizes) for name in names)]
         if known and not value.is_argument:
             told["before"] = [[name, source.size_of(name, sizes)] for name in known[0]]
-        if value.array is None or (value.is_weight and not self.kept_weights):
+        if value.array is None or (value.is_weight and not self.weights_too):
             return told
         if not value.shape:
             return told | {"number": round(float(value.array), 6)}
         n_rows = max(math.prod(value.shape[:-1]), 1)
-        shown = min(value.shape[-1], max(N_SENT // n_rows, 1))  # columns
+        shown = min(value.shape[-1], max(self.n_sent // n_rows, 1))  # columns
         array = value.array[..., :shown]
         finite = array if array.dtype.kind in "biu" or value.is_weight else array[np.isfinite(array)]
         if finite.size and not value.is_weight:
@@ -306,8 +343,9 @@ class Session:
 
 
 def is_open(path, name, blocks):
-    """Whether a value is kept: one outside of the blocks, in an open one, or the attention's weights of any."""
-    return len(path) < 2 or not path[1].startswith("block ") or int(path[1].split()[1]) in blocks or name == "weights"
+    """Whether a value is kept: one outside of the blocks, in an open one, or one that shows what heads and mlps do."""
+    of_block = len(path) > 1 and path[1].startswith("block ")
+    return not of_block or int(path[1].split()[1]) in blocks or attribution.is_needed(path, name)
 
 
 def axes_of(call, value, sizes):
@@ -374,7 +412,7 @@ def new_caches(params, n_head, n_slots):
 
 def check_whole(name, value, low, high):
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise QuestionError(f"{name} must be a whole number from {low} to {high}, not {value!r:.40}")
+        raise QuestionError("{0} must be a whole number from {1} to {2}, not {3}", name, low, high, f"{value!r:.40}")
 
 
 def is_number(value):

@@ -59,6 +59,10 @@ class Call:
         for call in self.calls:
             yield from call.walk()
 
+    def within(self, function):
+        """The calls of a function within this one."""
+        return [call for call in self.walk() if call.function.name == function]
+
 
 class Run:
     """root: the Call of gpt2(); logits: what it returned."""
@@ -101,9 +105,14 @@ def is_called(part, label):
     return part in (label, label.split(" ")[0])
 
 
+def block_call(run, block):
+    """The Call of a block, which Run.call finds, too, but among all calls."""
+    return [call for call in run.root.calls if call.function.name == "transformer_block"][block]
+
+
 def attention_weights(run, block):  # -> [n_head, n_seq, n_keys]
     """The weights of a block's heads, of which causal_attention makes those of some queries at a time."""
-    calls = run.calls(f"block {block}", "attention")
+    calls = block_call(run, block).within("attention")
     parts = [value.array for call in calls for value in call.values if value.name == "weights"]
     whole = np.zeros((*parts[0].shape[:-2], sum(part.shape[-2] for part in parts), parts[-1].shape[-1]), np.float32)
     start = 0

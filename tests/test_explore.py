@@ -1,13 +1,16 @@
 """explore.py: the command; the session's answers, each held against gpt2() and NumPy; the server, over real HTTP."""
 
+import ast
 import base64
 import concurrent.futures
 import http.client
 import itertools
 import json
+import math
 import re
 import threading
 import urllib.parse
+import zlib
 
 import numpy as np
 import pytest
@@ -126,6 +129,69 @@ def test_the_lens_is_the_model_without_its_later_blocks(session, ids, params, n_
             assert view["final_rank"] == 1 + (p[position] > p[position][final[position]]).sum()
 
 
+def lead_without(x, added, ln_f, rows):
+    """The lead of one row of wte over another, where the last x lacks what a part added, and ln_f divides as before."""
+    deviation = np.sqrt(x.var() + 1e-5)
+    z = (x - added - (x - added).mean()) / deviation * ln_f["g"] + ln_f["b"]
+    return z @ rows[0] - z @ rows[1]
+
+
+@pytest.mark.parametrize("other", [None, 5])
+def test_why_is_what_the_lead_of_a_token_loses_without_what_a_part_added(session, ids, params, n_head, other):
+    session.answer("run", {"text": TEXT})
+    told = session.answer("why", {"token": 77, "other": other})
+    run = trace.record(ids, **params, n_head=n_head)
+    x = run["block 3", "return"][-1].astype(np.float64)
+    wte = params["wte"].astype(np.float64)
+    rows = wte[77], wte.mean(axis=0) if other is None else wte[other]
+    lead = lead_without(x, 0, params["ln_f"], rows)
+    for i, block in enumerate(params["blocks"]):
+        found = run[f"block {i}", "causal_attention", "return"][:, -1]
+        for head, part in enumerate(found):
+            added = part @ block["attn"]["c_proj"]["w"][32 * head : 32 * head + 32]
+            expected = lead - lead_without(x, added, params["ln_f"], rows)
+            assert told["heads"][i][head] == pytest.approx(expected, abs=1e-4)
+        expected = lead - lead_without(x, run[f"block {i}", "ffn", "return"][-1], params["ln_f"], rows)
+        assert told["mlps"][i] == pytest.approx(expected, abs=1e-4)
+    for added, amount in zip((wte[ids[-1]], params["wpe"][len(ids) - 1]), told["embeddings"], strict=True):
+        assert amount == pytest.approx(lead - lead_without(x, added, params["ln_f"], rows), abs=1e-4)
+
+
+@pytest.mark.parametrize("text", [TEXT, "ROMEO:", "my lord " * 100])  # the longest attends in several parts
+def test_the_parts_of_why_sum_to_the_lead_of_the_logit(session, model, params, n_head, text):
+    ids = session.answer("run", {"text": text})["ids"]
+    logits = gpt2.gpt2(ids, **params, n_head=n_head)[-1]
+    best, second = np.argsort(-logits)[:2].tolist()
+    for other, rest in ((None, logits.mean()), (second, logits[second])):
+        told = session.answer("why", {"other": other})
+        parts = [*np.ravel(told["heads"]), *told["mlps"], *told["embeddings"], told["biases"]]
+        assert told["token"] == best
+        assert told["lead"] == pytest.approx(sum(parts), abs=1e-6)
+        assert told["lead"] == pytest.approx(logits[best] - rest, abs=1e-3)
+        assert sum(told["tokens"]) == pytest.approx(np.sum(told["heads"]), abs=1e-6)
+
+
+def test_why_tells_from_which_token_a_head_brought_what_it_gave(session, ids, params, n_head):
+    session.answer("run", {"text": TEXT})
+    told = session.answer("why", {"token": 77})
+    run = trace.record(ids, **params, n_head=n_head)
+    x, ahead = run["block 3", "return"][-1].astype(np.float64), params["wte"][77] - params["wte"].mean(axis=0)
+    brought = np.zeros((4, n_head, len(ids)))
+    for i, block in enumerate(params["blocks"]):
+        weights, v = run[f"block {i}", "attention", "weights"], run[f"block {i}", "mha", "v"]
+        for head in range(n_head):
+            for j in range(len(ids)):
+                added = weights[head, -1, j] * v[head, j] @ block["attn"]["c_proj"]["w"][32 * head : 32 * head + 32]
+                brought[i, head, j] = (added - added.mean()) * params["ln_f"]["g"] @ ahead / np.sqrt(x.var() + 1e-5)
+    np.testing.assert_allclose(told["tokens"], brought.sum(axis=(0, 1)), atol=1e-4)
+    assert told["from"] == np.abs(brought).argmax(axis=-1).tolist()
+
+
+def test_why_of_a_run_without_a_head_has_nothing_of_that_head(session):
+    session.answer("run", {"text": TEXT, "off": [{"block": 1, "head": 2}]})
+    assert session.answer("why", {})["heads"][1][2] == 0
+
+
 def zeroed(params, n_head, block, head=None, neuron=None):
     """The weights without a part, by a way of their own: a deep copy, and rows set to 0."""
     blocks = json.loads(json.dumps(params["blocks"], default=np.ndarray.tolist))
@@ -163,6 +229,16 @@ def test_a_patch_puts_one_row_of_another_texts_stream_into_this_one(session, mod
         x = gpt2.transformer_block(x, **block, n_head=n_head)
     expected = gpt2.layer_norm(x, **params["ln_f"]) @ params["wte"].T
     np.testing.assert_allclose(session.array(answer["after"]), expected[-1], atol=1e-4)
+
+
+def test_a_patch_comes_from_the_last_token_where_none_is_named(session, model, ids):
+    text = "Good night, my"
+    last = len(model[0].encode(text)) - 1
+    logits = []
+    for place in (None, last):
+        patch = {"text": text, "block": 2, "position": 11, "from": place}
+        logits.append(session.array(session.answer("compare", {"ids": ids, "patch": patch})["after"]))
+    np.testing.assert_array_equal(*logits)
 
 
 def test_a_patch_of_the_same_row_changes_nothing(session, ids):
@@ -238,6 +314,9 @@ BAD = [
     ("lens", {"positions": [12]}),
     ("lens", {"positions": [*range(100)]}),
     ("lens", {"positions": []}),
+    ("why", {"token": 1024}),
+    ("why", {"token": 0, "other": -1}),
+    ("why", {"token": "a"}),
     ("step", {"ids": [0] * 257}),
     ("step", {"ids": [0], "temperature": -1}),
     ("step", {"ids": [0], "temperature": 1, "top_p": 0}),
@@ -259,6 +338,20 @@ def test_a_bad_question_is_answered_with_one_line(session, kind, question):
     with pytest.raises(QuestionError) as caught:
         session.answer(kind, question)
     assert re.fullmatch(r"[^\n]{5,300}", str(caught.value))
+
+
+def test_the_page_knows_in_chinese_all_that_is_refused():
+    words = (single_file.PAGE / "words.js").read_text("utf-8")
+    known = words[words.index("const FAULTS = {") :].partition("\n};")[0]
+    known = {a or b for a, b in re.findall(r"""^  (?:"(.*)"|'(.*)'): ["'].*[\u4e00-\u9fff]""", known, re.MULTILINE)}
+    said = set()
+    for path in (REPO / "explorer").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            name = getattr(node, "func", None) and (getattr(node.func, "id", "") or getattr(node.func, "attr", ""))
+            if name in ("QuestionError", "refuse"):
+                said |= {arg.value for arg in node.args if isinstance(getattr(arg, "value", None), str)}
+    assert len(said) > 20
+    assert known == said
 
 
 # the server
@@ -397,17 +490,44 @@ def test_the_modules_of_the_page_are_all_in_the_file_and_no_two_use_a_name():
     assert not re.search(r"^(import|export)\b", single_file.joined(), re.MULTILINE)
 
 
+def inside_of(page):
+    return json.loads(re.search(r'id="inside">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def unpacked(inside, key):
+    text = inside["packed"][inside["arrays"][str(key)]]
+    return np.frombuffer(zlib.decompress(base64.b64decode(text[1:])), f"<f{text[0]}")
+
+
 def test_the_file_has_the_numbers_of_all_blocks_of_a_small_model_and_no_weights(session, ids, params, n_head):
-    page = single_file.page(session)
-    inside = json.loads(re.search(r'id="inside">(.*?)</script>', page, re.DOTALL)[1])
+    inside = inside_of(single_file.page(session))
     run = trace.record(ids, **params, n_head=n_head)
     told = values_of(inside["run"]["root"])
     for block in range(len(params["blocks"])):
         path = ("gpt2", f"block {block}", "mha", "causal_attention", "attention")
         (value,) = (v for (p, name, _), v in told.items() if p == path and name == "weights")
-        array = np.frombuffer(base64.b64decode(inside["arrays"][str(value["key"])]), "<f4")
-        np.testing.assert_array_equal(array, run[f"block {block}", "attention", "weights"].ravel())
+        weights = run[f"block {block}", "attention", "weights"].ravel()
+        np.testing.assert_allclose(unpacked(inside, value["key"]), weights, rtol=1e-3, atol=1e-7)
     assert not any("key" in value for value in told.values() if value.get("weight"))
+
+
+@pytest.mark.parametrize("numbers", [[0.1, -3e4, 1e-9, -math.inf], [7e4, 0.1], [math.nan, math.inf, 1]])
+def test_numbers_are_packed_to_three_digits_and_none_becomes_infinite(numbers):
+    array = np.array(numbers, np.float32)
+    again = unpacked({"packed": [single_file.pack(array)], "arrays": {"0": 0}}, 0)
+    np.testing.assert_allclose(again, array, rtol=1e-3, atol=1e-7)
+
+
+def test_a_file_has_room_for_the_open_block_first_and_never_names_what_it_has_not(model, monkeypatch):
+    whole = inside_of(single_file.page(Session("shakespeare", *model, TEXT, block=1)))
+    monkeypatch.setattr(single_file, "N_BYTES", 600_000)
+    inside = inside_of(single_file.page(Session("shakespeare", *model, TEXT, block=1)))
+    assert sum(map(len, inside["packed"])) <= 600_000 < sum(map(len, whole["packed"]))
+    keys = {*single_file.keys_in(inside)}
+    assert keys == {*map(int, inside["arrays"])}
+    assert {*inside["arrays"].values()} == {*range(len(inside["packed"]))}
+    blocks = inside["run"]["root"]["calls"][:4]
+    assert [any("key" in v for v in block["values"]) for block in blocks] == [True, True, False, False]
 
 
 def test_what_was_typed_cannot_end_the_files_script(model):

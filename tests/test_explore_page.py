@@ -151,7 +151,7 @@ def test_the_weights_of_a_head_are_numpys_and_a_row_sums_to_1(visit, model):
     run = trace.record(ids, **model[2], n_head=model[1]["n_head"])
     weights = run["block 2", "attention", "weights"][3]
     np.testing.assert_allclose(table_of(visit, "#head"), weights, rtol=6e-3, atol=1e-3)
-    assert "sum 1.0000" in visit.texts("#head .rowsum")[0]
+    assert "sum 1.000 " in visit.texts("#head .rowsum")[0]
 
 
 def test_a_line_selects_its_picture_and_says_what_it_does_to_the_axes(visit, model):
@@ -230,6 +230,45 @@ def test_a_token_that_is_clicked_is_taken(visit, model):
     assert visit.texts("#chips .id") == [str(i) for i in [*ids, second]]
 
 
+def test_why_shows_the_parts_that_gave_most_to_the_likeliest_token(visit, model):
+    visit.type(TEXT)
+    visit.page.wait_for_selector("#reasons .bar")
+    session = Session("shakespeare", *model)
+    session.answer("run", {"text": TEXT})
+    told = session.answer("why", {})
+    amounts = [*np.ravel(told["heads"]), *told["mlps"], *told["embeddings"]]
+    strongest = sorted(amounts, key=abs, reverse=True)[:10]
+    shown = [number(text) for text in visit.texts("#reasons .two > div:first-child .amount")]
+    np.testing.assert_allclose(shown, strongest, rtol=6e-3)
+    logits = logits_of(model, ids_of(model, TEXT))[-1]
+    lead = float(re.search(r"less the mean of all, is [+](\S+):", visit.texts("#reasons p")[1])[1])
+    assert lead == pytest.approx(logits.max() - logits.mean(), rel=6e-3)
+
+
+def test_why_compares_a_token_with_another(visit, model):
+    visit.type(TEXT)
+    logits = logits_of(model, ids_of(model, TEXT))[-1]
+    best, second = np.argsort(-logits)[:2].tolist()
+    visit.page.focus("#whyOther")
+    visit.page.select_option("#whyOther", str(second))
+    visit.page.wait_for_selector("#reasons p:has-text('times as likely')")
+    said = " ".join(visit.texts("#reasons p"))
+    assert f"The logit of {readable(model, best)}" in said
+    assert float(re.search(r"it is (\S+) times", said)[1]) == pytest.approx(
+        np.exp(logits[best] - logits[second]), rel=6e-3
+    )
+    assert visit.page.evaluate("document.activeElement.id") == "whyOther"
+
+
+def test_a_head_that_gave_much_is_opened_by_a_click(visit):
+    visit.page.wait_for_selector("#reasons .bar")
+    button = visit.page.locator("#reasons .bar button", has_text="head").first
+    block, head = re.match(r"block (\d+), head (\d+)", button.inner_text()).groups()
+    button.click()
+    visit.settle()
+    assert visit.texts("#head h3")[0] == f"Attention of block {block}, head {head}"
+
+
 def test_the_lens_shows_what_shorter_models_say(visit, model):
     visit.type(TEXT)
     ids, (_, hparams, params) = ids_of(model, TEXT), model
@@ -268,13 +307,29 @@ def test_a_head_switched_off_shows_the_probabilities_without_it(visit, model):
         assert (before, after) == (pytest.approx(on[i], abs=6e-4), pytest.approx(off[i], abs=6e-4))
 
 
-def test_a_row_of_another_text_is_patched_in(visit):
-    visit.page.fill("#otherText", "Good night, my")
-    visit.page.fill("#patchTo", "11")
-    visit.page.fill("#patchFrom", "4")
+def test_a_row_of_another_text_is_patched_in_the_last_into_the_last_unless_told_otherwise(visit):
+    visit.type(TEXT)
     visit.page.click("#patchForm button")
     visit.page.wait_for_selector("#compared table")
-    assert "The row of ·my in place of that of ·the" in visit.texts("#compared h3")[0]
+    assert visit.texts("#compared h3")[0] == "The row of ·my in place of that of ·the"
+    visit.page.fill("#otherText", "Good night, my")
+    visit.page.select_option("#patchTo", "4")
+    visit.page.fill("#patchFrom", "0")
+    visit.page.click("#patchForm button")
+    visit.page.wait_for_selector("#compared h3:has-text('·king')")
+    assert visit.texts("#compared h3")[0] == "The row of G in place of that of ·king"
+
+
+def test_what_an_experiment_changed_is_in_view(visit):
+    visit.page.click("#head .act")
+    visit.page.wait_for_selector("#compared table")
+    box = visit.page.locator("#compared table").bounding_box()
+    assert box["y"] >= 0
+    assert box["y"] + box["height"] <= 901
+    visit.page.click("#offForm button")
+    visit.page.wait_for_selector("#off li:nth-child(2)")
+    visit.page.wait_for_load_state("networkidle")
+    assert 0 <= visit.page.locator("#compared h3").bounding_box()["y"] <= 800
 
 
 def test_the_page_generates_the_ids_of_generate(visit, model):
@@ -289,13 +344,77 @@ def test_the_page_generates_the_ids_of_generate(visit, model):
 
 
 def test_what_is_wrong_is_said_on_the_page_and_the_next_text_runs(visit):
-    visit.page.fill("#patchTo", "99")
+    visit.page.fill("#otherText", "a")
+    visit.page.fill("#patchFrom", "99")
     visit.page.click("#patchForm button")
     visit.page.wait_for_selector("#status.error")
-    assert "position must be a whole number" in visit.texts("#status")[0]
+    assert "from must be a whole number from 0 to 0, not 99" in visit.texts("#status")[0]
     visit.errors.clear()  # the browser notes the status 400 itself
     visit.type("ROMEO:")
     assert not visit.page.locator("#status.error").count()
+
+
+def test_what_is_wrong_is_said_in_the_language_of_the_page(visit):
+    visit.page.click("[data-language=zh]")
+    visit.settle()
+    visit.page.fill("#otherText", "a")
+    visit.page.fill("#patchFrom", "99")
+    visit.page.click("#patchForm button")
+    visit.page.wait_for_selector("#status.error")
+    assert "那里第几个词元 必须是 0 到 0 的整数，而不是 99" in visit.texts("#status")[0]
+    visit.errors.clear()  # the browser notes the status 400 itself
+
+
+def test_of_texts_that_are_run_while_one_runs_the_last_is_shown(visit, model):
+    held = []
+    visit.page.route("**/api/run", lambda route: held.append(route))
+    for text in ("ROMEO: Good", "my lord", "Good night, my"):
+        visit.page.fill("#prompt", text)
+        visit.page.press("#prompt", "Enter")
+    visit.page.wait_for_timeout(200)
+    assert len(held) == 1
+    visit.page.unroute("**/api/run")
+    held[0].continue_()
+    visit.page.wait_for_selector("#chips .token:nth-child(5):last-child")
+    visit.settle()
+    visit.errors.clear()  # the browser notes that numbers of a run that another replaced are gone
+    assert not visit.page.locator("#status.error").count()
+    assert visit.texts("#chips .id") == [str(i) for i in ids_of(model, "Good night, my")]
+
+
+def test_of_numbers_that_were_fetched_the_page_keeps_the_newest_alone(visit):
+    asked = []
+
+    def answer(route):
+        asked.append(route.request.post_data_json["key"])
+        route.fulfill(body=bytes(2**24), content_type="application/octet-stream")
+
+    visit.page.route("**/api/array", answer)
+    for key in (1001, 1002, 1003, 1004, 1005, 1005, 1001):
+        visit.import_("api", f"m.numbers({key}).then((data) => data.length)")
+    assert asked == [1001, 1002, 1003, 1004, 1005, 1001]
+    visit.page.unroute("**/api/array")
+
+
+def test_a_setting_that_cannot_be_is_not_left_standing(visit):
+    box = "#controls .control:nth-child(1) input[type=number]"
+    visit.page.fill(box, "7")
+    visit.page.press(box, "Tab")
+    assert visit.page.input_value(box) == visit.page.input_value("#temperature") == "1"
+
+
+def test_the_cache_says_with_which_settings_it_draws(visit):
+    assert "Draws at temperature 1, top_k 0, top_p 1" in visit.texts("#going")[0]
+    visit.page.fill("#controls .control:nth-child(1) input[type=number]", "0")
+    assert "Takes the likeliest" in visit.texts("#going")[0]
+
+
+def test_layer_norm_shows_the_axis_that_it_works_along(visit):
+    visit.page.click("#tree >> text=layer_norm >> nth=0")
+    visit.page.wait_for_selector("#picture .along .worked")
+    texts = visit.page.locator("#picture .along text").all_text_contents()
+    assert texts == ["n_embd 160", "n_seq 12"]
+    assert visit.texts("#picture .along p")[0].startswith("Along n_embd, each row apart")
 
 
 def test_a_text_too_long_is_cut_and_that_is_said(visit):
@@ -311,6 +430,19 @@ def test_the_walk_has_ten_steps_and_can_be_left(visit):
         visit.page.click("#walk .act")
         visit.page.wait_for_load_state("networkidle")
     assert visit.page.locator("#walk").is_hidden()
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_walk_shows_what_each_step_is_about_above_its_card(browser, url, width):
+    visit = Visit(browser, url, width=width)
+    visit.page.click("#start")
+    for i in range(1, 11):
+        visit.page.wait_for_load_state("networkidle")
+        card, subject = (visit.page.locator(what).bounding_box() for what in ("#walk", ".walked"))
+        assert subject["y"] >= -1, i
+        assert card["y"] - subject["y"] >= min(subject["height"], 300), i
+        visit.page.click("#walk .act")
+    visit.context.close()
 
 
 def test_the_page_can_be_used_by_keyboard_alone(visit):
@@ -380,12 +512,40 @@ def test_a_saved_page_opens_from_disk_with_no_request_at_all(browser, model, tmp
     visit.context.close()
 
 
+def test_a_saved_page_says_what_it_had_no_room_for(browser, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(single_file, "N_BYTES", 40_000)
+    (tmp_path / "page.html").write_text(single_file.page(Session("shakespeare", *model, TEXT)), "utf-8")
+    visit = Visit(browser, (tmp_path / "page.html").as_uri(), offline=True)
+    visit.page.click("#tree >> text=gelu")
+    assert visit.texts("#picture .hint") == ["Only the shape is known here: values are kept for the open block."]
+    assert visit.errors == []
+    visit.context.close()
+
+
 @pytest.mark.parametrize("width", [360, 640, 1280])
 def test_the_page_is_never_wider_than_the_screen(browser, url, width):
     visit = Visit(browser, url, width=width)
     visit.page.click("#tree >> text=mha") if visit.page.locator("#tree").is_visible() else None
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
     visit.context.close()
+
+
+def test_on_a_narrow_screen_a_picture_stands_under_the_line_that_made_it(browser, url):
+    visit = Visit(browser, url, width=360)
+    assert visit.page.locator("#tree").is_hidden()
+    line = visit.page.locator(".line.ran", has_text="scores += mask")
+    line.locator(".value").click()
+    visit.page.wait_for_selector("#picture h3:has-text('scores')")
+    above, below = line.bounding_box(), visit.page.locator("#picture").bounding_box()
+    assert 0 <= below["y"] - above["y"] - above["height"] < 20
+    visit.context.close()
+
+
+def test_a_table_wider_than_the_screen_says_that_it_scrolls(browser, url):
+    for width, is_hidden in ((360, False), (1280, True)):
+        visit = Visit(browser, url, width=width)
+        assert visit.page.locator("#habits .sign").is_hidden() == is_hidden
+        visit.context.close()
 
 
 def test_no_text_is_smaller_than_16_pixels(visit):

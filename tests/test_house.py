@@ -61,7 +61,9 @@ MAY_IMPORT = {
     "explorer": set(),
     "explorer.source": set(),
     "explorer.trace": {"explorer.source", "gpt2"},
+    "explorer.attribution": {"explorer.trace"},
     "explorer.session": {
+        "explorer.attribution",
         "explorer.source",
         "explorer.trace",
         "backends.arrays",

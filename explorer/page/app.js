@@ -1,4 +1,4 @@
-// What the page shows now, and who wants to know when that changes.
+// What the page shows now.
 
 export const app = {
   about: null, // the model and its vocabulary, the source
@@ -9,18 +9,18 @@ export const app = {
   token: 0, // the place in the text that is looked at
   head: 0,
   settings: { temperature: 1, top_k: 0, top_p: 1 },
+  why: { token: null, other: null }, // whose logit is explained, null: the likeliest's; ahead of which, null: the mean
   off: [], // heads and neurons to switch off
 };
 
-// Calls render now and whenever one of these has changed.
-export function when(names, render) {
-  for (const name of names) document.addEventListener(`app-${name}`, () => render());
-}
-
+// Whoever shows one of these hears of it: see when() in main.js.
 export function change(values) {
   Object.assign(app, values);
   for (const name of Object.keys(values)) document.dispatchEvent(new Event(`app-${name}`));
 }
+
+// Whether the newest run is of these ids: of another block, what the model says is the same.
+export const isOfRun = (ids) => String(ids) === String(app.run.ids);
 
 // The call at a path of labels, or undefined.
 export function callAt(path, root = app.run.root) {

@@ -2,7 +2,7 @@
 
 import { app, change, inBlock, lastValue } from "./app.js";
 import { isFile, numbers } from "./api.js";
-import { axesText, choice, el, number, percent, place, tokenText } from "./dom.js";
+import { axesText, choice, el, number, percent, place, scroller, tokenText } from "./dom.js";
 import { heatMap, thumbnail } from "./heat.js";
 import { go } from "./source.js";
 import { t } from "./words.js";
@@ -85,6 +85,7 @@ export async function showHeads() {
   const n = app.run.ids.length;
   const { n_head } = app.about.hparams;
   const key = app.run.weights[app.block];
+  if (key === null) return showNoHeads();
   const data = await numbers(key);
   if (key !== app.run.weights[app.block]) return;
   const of = (head) => data.subarray(head * n * n, (head + 1) * n * n);
@@ -98,6 +99,12 @@ export async function showHeads() {
   const off = el("button", { type: "button", class: "act", onclick: () => switchOff(app.block, app.head) }, t("switchOff", app.block, app.head));
   const see = el("button", { type: "button", class: "plain", onclick: () => openWeights() }, t("seeLine"));
   place("head", el("h3", {}, about), el("p", { class: "hint" }, t("readHead")), heatMap(map), el("p", {}, ...(isFile ? [] : [off, " "]), see));
+}
+
+// A file has no room for the weights of all blocks of a large model.
+function showNoHeads() {
+  place("thumbs");
+  place("head", el("p", { class: "hint" }, t("notKept")));
 }
 
 function switchOff(block, head) {
@@ -130,10 +137,10 @@ function showHabits() {
   const body = rows.map((row, block) => el("tr", {}, el("th", { scope: "row" }, `${t("block")} ${block}`), ...row.map((share, i) => cell(share, block, i))));
   place("habits", el("div", { class: "chooser", role: "group", "aria-label": t("habits") }, ...chooser),
     el("p", {}, t("mostHabit", t(`habit_${habit}`), best.block, best.head, percent(best.share), percent(evenly(habit)))),
-    el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": t("habits") }, el("table", { class: "grid" }, el("caption", {}, t("habitsCaption", t(`habit_${habit}`))), el("thead", {}, head), el("tbody", {}, ...body))));
+    scroller(t("habits"), el("table", { class: "grid" }, el("caption", {}, t("habitsCaption", t(`habit_${habit}`))), el("thead", {}, head), el("tbody", {}, ...body))));
 }
 
-function openHead(block, head) {
+export function openHead(block, head) {
   change({ head });
   if (block !== app.block) go(["gpt2", `block ${block}`]);
 }

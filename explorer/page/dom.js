@@ -1,6 +1,7 @@
 // Small helpers: elements, numbers and tokens as text.
 
 import { app } from "./app.js";
+import { t } from "./words.js";
 
 // el("button", { class: "chip", onclick: f, "aria-pressed": true }, "text", child)
 export function el(name, properties = {}, ...children) {
@@ -19,6 +20,14 @@ export const choice = (text, chosen, onclick, properties = {}) =>
 
 export const place = (id, ...children) => document.getElementById(id).replaceChildren(...children);
 
+// A table that may be wider than its place: it scrolls within itself, and where it does, a line says so.
+export function scroller(label, table) {
+  const box = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, table);
+  const sign = el("p", { class: "hint sign", hidden: true }, t("scrollsSideways"));
+  new ResizeObserver(() => { sign.hidden = box.scrollWidth <= box.clientWidth; }).observe(box);
+  return el("div", {}, sign, box);
+}
+
 // One line under the prompt: what was done, or what went wrong.
 export function say(text, isError = false) {
   const status = document.getElementById("status");
@@ -33,8 +42,10 @@ export function number(x) {
   return text.replace("-", "−");
 }
 
+export const signed = (x) => (x < 0 ? number(x) : `+${number(x)}`);
 export const percent = (p) => `${(100 * p).toFixed(p < 0.1 ? 2 : 1)} %`;
-export const counted = (n) => n.toLocaleString("en");
+const thousands = new Intl.NumberFormat("en");
+export const counted = (n) => thousands.format(n);
 
 // The bytes that GPT-2's vocabulary writes as printable characters: those of Latin-1 as themselves, the rest from U+0100.
 const byteOf = new Map();

@@ -1,8 +1,8 @@
 // What happens without a head or a neuron, or with a row of another text's residual stream.
 
-import { app, change } from "./app.js";
+import { app, change, isOfRun } from "./app.js";
 import { ask, numbers } from "./api.js";
-import { el, percent, place, say, tokenText } from "./dom.js";
+import { el, percent, place, say, scroller, tokenText } from "./dom.js";
 import { bar } from "./heat.js";
 import { cut, likeliest } from "./sampling.js";
 import { t } from "./words.js";
@@ -16,28 +16,30 @@ export function makeExperiments() {
   const { n_layer, n_head, n_embd } = app.about.hparams;
   const block = select("offBlock", n_layer, (i) => `${t("block")} ${i}`);
   const kind = el("select", { id: "offKind" }, el("option", { value: "head" }, t("head")), el("option", { value: "neuron" }, t("neuron")));
-  const which = el("input", { id: "offWhich", type: "number", min: 0, max: n_head - 1, value: 0 });
+  const which = el("input", { id: "offWhich", type: "number", required: true, min: 0, max: n_head - 1, value: 0 });
   kind.addEventListener("change", () => { which.max = (kind.value === "head" ? n_head : 4 * n_embd) - 1; });
   const add = (event) => {
     event.preventDefault();
     change({ off: [...app.off, { block: Number(block.value), [kind.value]: Number(which.value) }] });
   };
   place("offForm", el("form", { class: "form", onsubmit: add }, field(t("block"), block), field(t("part"), kind), field(t("number"), which), el("button", { class: "act" }, t("switchThisOff"))));
-  makePatch();
 }
 
-function makePatch() {
+export function makePatch() {
   const { n_layer } = app.about.hparams;
-  const text = el("input", { id: "otherText", type: "text", value: t("otherText"), maxlength: 2000 });
+  const typed = document.getElementById("otherText")?.value ?? "Good night, my";
+  const text = el("input", { id: "otherText", type: "text", value: typed, maxlength: 2000 });
   const block = select("patchBlock", n_layer + 1, (i) => (i < n_layer ? t("intoBlock", i) : t("afterLast")));
-  const position = el("input", { id: "patchTo", type: "number", min: 0, value: 0 });
-  const from = el("input", { id: "patchFrom", type: "number", min: 0, value: 0 });
-  const go = (event) => {
+  const { ids } = app.run;
+  const position = select("patchTo", ids.length, (i) => `${i} ${tokenText(ids[i])}`);
+  const from = el("input", { id: "patchFrom", type: "number", min: 0, max: app.about.n_tokens - 1, placeholder: t("lastOne") });
+  const patchIn = (event) => {
     event.preventDefault();
-    compare({ text: text.value, block: Number(block.value), position: Number(position.value), from: Number(from.value) });
+    compare({ text: text.value, block: Number(block.value), position: Number(position.value), from: from.value === "" ? null : Number(from.value) });
   };
   block.value = Math.floor(n_layer / 2);
-  place("patchForm", el("form", { class: "form", onsubmit: go }, field(t("theOther"), text), field(t("whereTo"), block), field(t("patchTo"), position), field(t("patchFrom"), from), el("button", { class: "act" }, t("patch"))));
+  position.value = ids.length - 1; // whose row decides what comes next
+  place("patchForm", el("form", { class: "form", onsubmit: patchIn }, field(t("theOther"), text), field(t("whereTo"), block), field(t("patchTo"), position), field(t("patchFrom"), from), el("button", { class: "act" }, t("patch"))));
 }
 
 // Which parts are off; with any, the comparison is made at once.
@@ -50,15 +52,19 @@ export function showOff() {
 
 const said = (part) => `${t("block")} ${part.block}, ${"head" in part ? `${t("head")} ${part.head}` : `${t("neuron")} ${part.neuron}`}`;
 
+let newest = null; // comparison: of which ids, off and patch, and its answer
+
 async function compare(patch) {
+  const { run: { ids }, off } = app;
   try {
-    const answer = await ask("compare", { ids: app.run.ids, off: app.off, patch });
+    const isKnown = newest && newest.off === off && newest.patch === patch && isOfRun(newest.ids);
+    if (!isKnown) newest = { ids, off, patch, answer: await ask("compare", { ids, off, patch }) };
+    const { answer } = newest;
     const [before, after] = (await Promise.all([numbers(answer.before), numbers(answer.after)])).map((logits) => cut(logits, PLAIN).p);
-    const notes = patch ? [t("patched", tokenText(answer.other_ids[patch.from]), tokenText(app.run.ids[patch.position]))] : [];
+    const notes = patch ? [t("patched", tokenText(answer.other_ids.at(patch.from ?? -1)), tokenText(app.run.ids[patch.position]))] : [];
     const note = [...notes, ...(app.off.length ? [t("without", app.off.map(said).join("; "))] : [])].join(" · ");
     showCompared(before, after, note);
   } catch (error) {
-    if (error.message.includes("neuron") || error.message.includes("head")) app.off = app.off.slice(0, -1);
     say(error.message, true);
   }
 }
@@ -76,7 +82,8 @@ function showCompared(before, after, note) {
   const [first, second] = [likeliest(before, 1)[0], likeliest(after, 1)[0]];
   place("compared", el("h3", {}, note),
     el("p", { "aria-live": "polite" }, first === second ? t("sameBest", tokenText(first)) : t("otherBest", tokenText(first), tokenText(second)), " ", t("moved", percent(distance))),
-    el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": note }, el("table", { class: "compare" }, el("thead", {}, head), el("tbody", {}, ...rows))));
+    scroller(note, el("table", { class: "compare" }, el("thead", {}, head), el("tbody", {}, ...rows))));
+  document.getElementById("compared").scrollIntoView({ block: "nearest" });
 }
 
 function barCell(p, most) {

@@ -1,6 +1,6 @@
 // Numbers as a picture: a heat map, the bars of one of its rows, and a table with the same numbers.
 
-import { el, number, counted } from "./dom.js";
+import { counted, el, number, scroller } from "./dom.js";
 import { t } from "./words.js";
 
 const LABEL = 16; // pixels of text
@@ -56,9 +56,9 @@ export function scaleOf(data) {
     most = Math.max(most, x);
   }
   if (least >= 0) return { low: 0, high: most, ends: most };
-  const every = Math.ceil(data.length / 20000); // of many numbers, some will do
-  const some = data.filter((x, i) => i % every === 0 && Number.isFinite(x));
-  const sizes = some.map(Math.abs).sort();
+  const every = Math.ceil(data.length / 5000); // of many numbers, some will do
+  const some = Float32Array.from({ length: Math.ceil(data.length / every) }, (_, i) => Math.abs(data[i * every]));
+  const sizes = some.filter(Number.isFinite).sort();
   const ends = sizes[Math.floor(0.995 * (sizes.length - 1))] || 1; // a few outliers would leave all else pale
   return { low: least, high: most, ends, signed: true };
 }
@@ -185,7 +185,7 @@ function rowBars(map) {
   const seen = row.filter(Number.isFinite);
   const sum = seen.reduce((total, x) => total + x, 0);
   const size = Math.sqrt(seen.reduce((total, x) => total + x * x, 0));
-  const said = `${name(map.rows, map.row, t("row"))}: ${t("sumIs")} ${sum.toFixed(4).replace("-", "−")} · ${t("sizeIs")} ${number(size)}`;
+  const said = `${name(map.rows, map.row, t("row"))}: ${t("sumIs")} ${sum.toFixed(3).replace("-", "−")} · ${t("sizeIs")} ${number(size)} (${t("rootOfSquares")})`;
   const heading = el("p", { class: "rowsum" }, said);
   if (!map.columns || row.length === 1) return [heading, skyline(row)];
   const order = Array.from(seen.keys()).sort((i, j) => Math.abs(row[j]) - Math.abs(row[i])).slice(0, 6);
@@ -232,7 +232,7 @@ function table(map) {
     const turns = map.n_columns > COLUMNS ? [el("p", { class: "turns" }, turn(-COLUMNS), ` ${t("columnsOf", first, last - 1, counted(map.n_columns))} `, turn(COLUMNS))] : [];
     const caption = el("caption", {}, map.about);
     details.replaceChildren(el("summary", {}, t("asTable")), ...turns,
-      el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": map.about }, el("table", {}, caption, el("thead", {}, head), el("tbody", {}, ...rows))));
+      scroller(map.about, el("table", {}, caption, el("thead", {}, head), el("tbody", {}, ...rows))));
   };
   details.addEventListener("toggle", () => details.open && !details.querySelector("table") && fill());
   return details;

@@ -1,8 +1,8 @@
 // The logit lens: what gpt2() would say if it stopped before a block.
 
-import { app } from "./app.js";
+import { app, isOfRun } from "./app.js";
 import { ask } from "./api.js";
-import { counted, el, percent, place, say, tokenText } from "./dom.js";
+import { counted, el, percent, place, scroller, tokenText } from "./dom.js";
 import { go } from "./source.js";
 import { t } from "./words.js";
 
@@ -14,32 +14,32 @@ export async function lookThrough() {
   const n = app.run.ids.length;
   const last = Math.max(Math.min(n, N), Math.min(n, app.token + 1));
   const positions = Array.from({ length: Math.min(N, n) }, (_, i) => last - Math.min(N, n) + i);
-  if (seen?.run !== app.run || !seen.positions.includes(app.token)) {
-    const run = app.run;
-    try {
-      seen = { ...(await ask("lens", { positions })), run };
-    } catch (error) {
-      return say(error.message, true);
-    }
+  if (!seen || !isOfRun(seen.ids) || !seen.positions.includes(app.token)) {
+    const { ids } = app.run;
+    const answer = await ask("lens", { positions });
+    if (!isOfRun(ids)) return; // another text has run meanwhile
+    seen = { ...answer, ids };
   }
   showLens();
 }
 
 function showLens() {
-  const { rows, positions, run } = seen;
+  const { rows, positions, ids } = seen;
   const stage = (i) => (i === 0 ? t("embeddings") : t("afterBlock", i - 1));
   const cell = (view, i, column) => {
     const isFinal = view.final_rank === 1;
-    const label = t("lensCell", stage(i), tokenText(run.ids[positions[column]]), tokenText(view.id), percent(view.p));
+    const label = t("lensCell", stage(i), tokenText(ids[positions[column]]), tokenText(view.id), percent(view.p));
     const button = el("button", { type: "button", title: label, onclick: () => go(["gpt2", `block ${Math.max(0, i - 1)}`]) }, el("span", {}, `${isFinal ? "✓ " : ""}${tokenText(view.id)}`), " ", el("span", { class: "p" }, percent(view.p)));
     button.style.setProperty("--share", view.p);
     return el("td", { class: positions[column] === app.token ? "here" : "" }, button);
   };
-  const head = el("tr", {}, el("td", {}), ...positions.map((i) => el("th", { scope: "col", class: "mono" }, tokenText(run.ids[i]))));
+  const head = el("tr", {}, el("td", {}), ...positions.map((i) => el("th", { scope: "col", class: "mono" }, tokenText(ids[i]))));
   const body = rows.map((row, i) => el("tr", {}, el("th", { scope: "row" }, stage(i)), ...row.map((view, column) => cell(view, i, column))));
-  const some = positions.length < run.ids.length ? `, ${t("lensSome", positions.length, run.ids.length)}` : "";
+  const some = positions.length < ids.length ? `, ${t("lensSome", positions.length, ids.length)}` : "";
   const caption = t("lensCaption") + some;
-  place("seen", el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": t("lensTitle") }, el("table", { class: "grid lens" }, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body))), ...rise());
+  place("seen", scroller(t("lensTitle"), el("table", { class: "grid lens" }, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body))), ...rise());
+  const [box, here] = ["#seen .scroll", "#seen .here"].map((selector) => document.querySelector(selector));
+  if (here) box.scrollLeft = here.offsetLeft + here.offsetWidth - box.clientWidth; // where not all columns are in view
 }
 
 // How the token that the model chose in the end rose, at the place looked at.
@@ -48,5 +48,5 @@ function rise() {
   if (column < 0) return [];
   const final = seen.rows.at(-1)[column].id;
   const steps = seen.rows.map((row, i) => el("li", {}, `${i === 0 ? t("embeddings") : t("afterBlock", i - 1)}: ${t("rank")} ${counted(row[column].final_rank)}, ${percent(row[column].final_p)}`));
-  return [el("h3", {}, t("riseOf", tokenText(final), tokenText(seen.run.ids[app.token]))), el("ol", { class: "rise" }, ...steps)];
+  return [el("h3", {}, t("riseOf", tokenText(final), tokenText(seen.ids[app.token]))), el("ol", { class: "rise" }, ...steps)];
 }

@@ -1,24 +1,52 @@
 // The page begins here: it asks for the model and a first run, and wires what changes to what shows it.
 
-import { app, callAt, change, when } from "./app.js";
-import { ask, forget, isFile } from "./api.js";
+import { app, callAt, change } from "./app.js";
+import { ask, forget, isFile, Refusal } from "./api.js";
 import { forgetPictures, showBlock, showHeads, showStream } from "./block.js";
 import { showCache, startOver } from "./cache.js";
 import { say } from "./dom.js";
-import { makeExperiments, showOff } from "./experiments.js";
+import { makeExperiments, makePatch, showOff } from "./experiments.js";
 import { lookThrough } from "./lens.js";
 import { makeControls, showNext } from "./next.js";
-import { openCall, showPicture, showSource } from "./source.js";
+import { narrow, openCall, showPicture, showSource } from "./source.js";
 import { showTokens } from "./tokens.js";
 import { showWalk, walk } from "./walk.js";
+import { showWhy } from "./why.js";
 import { language, setLanguage, t, translate } from "./words.js";
 
+// Calls render whenever one of these has changed. What it asked of a run that another has replaced may be refused.
+function when(names, render) {
+  const show = async () => {
+    const { run } = app;
+    try {
+      await render();
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      if (run === app.run) say(error.message, true);
+    }
+  };
+  for (const name of names) document.addEventListener(`app-${name}`, show);
+}
+
+let isRunning = false;
+let waiting = null; // the run that was asked for while another went on: of several, the newest
+
 // Runs the model, and shows what it made: at the call that was open before, where there is one.
-async function run(question, path = app.path, pick = undefined) {
-  const button = document.getElementById("run");
-  const status = document.getElementById("status");
-  button.disabled = true;
-  status.dataset.busy = "yes";
+async function run(question, path, pick) {
+  waiting = { question, path, pick };
+  if (isRunning) return;
+  isRunning = true;
+  document.getElementById("status").dataset.busy = "yes";
+  while (waiting) {
+    const next = waiting;
+    waiting = null;
+    await runOne(next);
+  }
+  delete document.getElementById("status").dataset.busy;
+  isRunning = false;
+}
+
+async function runOne({ question, path = app.path, pick }) {
   say(t("running"));
   const began = performance.now();
   try {
@@ -27,19 +55,20 @@ async function run(question, path = app.path, pick = undefined) {
     forgetPictures();
     const isSame = app.run && String(app.run.ids) === String(answer.ids);
     Object.assign(app, { run: answer, block: answer.block, path: callAt(path, answer.root) ? path : ["gpt2"] });
-    if (!isSame) app.token = answer.ids.length - 1;
+    if (!isSame) Object.assign(app, { token: answer.ids.length - 1, why: { token: null, other: null } });
     if (question.ids) showText(answer.text);
     change({ run: answer });
     const opened = app.value && callAt(app.path).values.findLast((value) => value.name === app.value.name && value.line === app.value.line);
     openCall(app.path, pick ?? ((value) => value === opened || (!opened && value.name === "return")));
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
     say((answer.n_cut ? `${t("wasCut", app.about.n_tokens, answer.n_cut)} ` : "") + (isFile ? t("isFile", savedBlocks()) : t("ran", answer.ids.length, seconds)));
-    if (!isSame) startOver();
+    if (!isSame) {
+      makePatch();
+      startOver();
+    }
   } catch (error) {
     say(error.message, true);
   }
-  button.disabled = isFile;
-  delete status.dataset.busy;
 }
 
 const hasValues = (block) => callAt(["gpt2", `block ${block}`])?.values.some((value) => value.key !== undefined);
@@ -61,6 +90,8 @@ async function begin() {
   }
   document.getElementById("model").textContent = app.about.model;
   document.body.classList.toggle("file", isFile);
+  document.getElementById("run").disabled = isFile;
+  document.getElementById("calls").open = !narrow.matches;
   makeControls();
   makeExperiments();
   when(["path", "value"], showSource);
@@ -70,6 +101,8 @@ async function begin() {
   when(["run", "block", "head", "token"], showHeads);
   when(["run", "block"], showStream);
   when(["run", "settings"], showNext);
+  when(["run", "why"], showWhy);
+  when(["settings"], showCache);
   when(["run", "token"], lookThrough);
   when(["run", "off"], showOff);
   document.addEventListener("go", goTo);
@@ -114,6 +147,7 @@ for (const button of document.querySelectorAll("[data-language]")) {
     if (!app.run) return;
     makeControls();
     makeExperiments();
+    makePatch();
     change({ run: app.run });
     change({ value: app.value });
     showCache();

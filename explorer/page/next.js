@@ -17,12 +17,18 @@ export function makeControls() {
     input.value = output.value = app.settings[name];
     const set = (from, to) => {
       const value = Number(from.value);
-      if (from.value === "" || !(value >= Number(from.min)) || !(value <= Number(from.max))) return;
+      const isBad = from.value === "" || !(value >= Number(from.min)) || !(value <= Number(from.max));
+      output.setAttribute("aria-invalid", String(isBad));
+      if (isBad) return;
       to.value = value;
       change({ settings: { ...app.settings, [name]: value } });
     };
     input.addEventListener("input", () => set(input, output));
     output.addEventListener("input", () => set(output, input));
+    output.addEventListener("change", () => { // what cannot be is not left standing
+      output.value = app.settings[name];
+      output.setAttribute("aria-invalid", "false");
+    });
     return el("div", { class: "control" }, el("label", { for: name }, t(name)), input, output);
   };
   place("controls",

@@ -65,12 +65,24 @@ function showCode() {
   const toggle = el("input", { type: "checkbox", id: "whole", onchange: () => { wholeFile = toggle.checked; showCode(); } });
   toggle.checked = wholeFile;
   const rows = lines.map((line) => codeLine(line, line >= first && line <= last ? opened : null));
+  const picture = document.getElementById("picture"); // which may be among the lines that go
   if (lines.length < all.length) rows[docFirst - first].querySelector("code").append(unfold(docLast - docFirst));
   place("code",
     el("p", { class: "what" }, t(`about_${opened.function}`)),
     el("div", { class: "lines", role: "region", tabindex: "0", "aria-label": t("sourceOf", app.about.file, opened.function) }, ...rows),
     el("p", { class: "hint" }, el("label", {}, toggle, ` ${t("wholeFile", app.about.file)}`)));
+  putPicture(picture);
   if (wholeFile) document.querySelector("#code .lines").scrollTop = document.querySelector(`[data-line="${first}"]`).offsetTop - 40;
+}
+
+// Beside the code; on a narrow screen, under the line whose picture it is.
+export const narrow = matchMedia("(max-width: 58rem)");
+narrow.addEventListener("change", () => putPicture(document.getElementById("picture")));
+
+function putPicture(picture) {
+  const line = narrow.matches && document.querySelector("#code .line.here");
+  if (line) line.after(picture);
+  else document.querySelector(".desk").append(picture);
 }
 
 // A long docstring shows its first line until it is asked for.
@@ -143,6 +155,7 @@ export async function showPicture() {
     el("h3", {}, named, el("span", { class: "where" }, ` ${app.path.slice(1).join(" › ") || app.path[0]}, ${t("line")} ${value.line}`)),
     el("p", { class: "axes" }, ...axesLine(value.axes)),
     ...changeOfAxes(value),
+    ...axisOfWork(value),
   ];
   if (value.number !== undefined) return place("picture", ...head, el("p", { class: "big" }, number(value.number)));
   if (value.key === undefined) return place("picture", ...head, el("p", { class: "hint" }, t("notKept")));
@@ -219,6 +232,35 @@ function changeOfAxes(value) {
   return [el("div", { class: "change" }, axesDrawing(before, value.axes, links), el("p", {}, sentence))];
 }
 
+// Along which axis a function works that takes each row apart.
+const ROW_BY_ROW = ["layer_norm", "softmax"];
+
+function axisOfWork(value) {
+  const name = call().function;
+  if (!ROW_BY_ROW.includes(name) || value.axes.length < 2 || value.axes.at(-1)[1] === 1) return [];
+  const axes = value.axes.slice(-2);
+  return [el("div", { class: "change along" }, alongDrawing(axes), el("p", {}, t(`along_${name}`, axes[1][0])))];
+}
+
+// A table, of which one row is worked on from end to end.
+function alongDrawing([[rowName, n_rows], [columnName, n_columns]]) {
+  const [left, top, width, row, n] = [120, 34, 280, 18, 5];
+  const labels = [[columnName, n_columns], [rowName, n_rows]].map(([axis, size]) => (axis === String(size) ? axis : `${axis} ${size}`));
+  const y = top + 2.5 * row;
+  const rows = Array.from({ length: n }, (_, i) => svg("rect", { x: left, y: top + i * row, width, height: row, class: i === 2 ? "worked" : "" }));
+  const arrow = svg("path", { d: `M ${left + 8} ${y} H ${left + width - 8} m -8 -5 l 8 5 l -8 5 M ${left + 16} ${y - 5} l -8 5 l 8 5` });
+  return svg("svg", { viewBox: `0 0 420 ${top + n * row + 2}`, role: "img", "aria-label": t("worksAlong", columnName) }, ...rows, arrow,
+    svg("text", { x: left + width / 2, y: 22, "text-anchor": "middle" }, labels[0]),
+    svg("text", { x: left - 8, y: y + 5, "text-anchor": "end" }, labels[1]));
+}
+
+function svg(name, properties, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(properties)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
 const isSwap = (before, after) => String(before.map(String).sort()) === String(after.map(String).sort());
 const swapLinks = (before, after) => before.map((axis, i) => [[i], [after.findIndex((other) => String(other) === String(axis))]]);
 
@@ -240,12 +282,6 @@ function groupLinks(before, after) {
 
 function axesDrawing(before, after, links) {
   const [width, box, row] = [420, 30, 34];
-  const svg = (name, properties, ...children) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const [key, value] of Object.entries(properties)) element.setAttribute(key, value);
-    element.append(...children);
-    return element;
-  };
   const label = ([name, n]) => (name === String(n) ? name : `${name} ${n}`);
   const weight = (axis) => Math.max(4, label(axis).length + 1); // a box as wide as its name
   const whole = (axes) => axes.reduce((sum, axis) => sum + weight(axis), 0);

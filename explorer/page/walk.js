@@ -3,7 +3,7 @@
 import { app, change, inBlock } from "./app.js";
 import { isFile } from "./api.js";
 import { el, place } from "./dom.js";
-import { go, openCall } from "./source.js";
+import { go, narrow, openCall } from "./source.js";
 import { t } from "./words.js";
 
 let at = -1;
@@ -13,18 +13,18 @@ const open = (names, pick) => {
   if (found) go(found.path, pick);
 };
 
-// [the part of the page, what is opened there]; a page that was saved has no experiments, which are the last
+// [what is looked at, what is opened before]; a page that was saved has no experiments, which are the last
 const ALL = [
-  ["ask", () => {}],
-  ["tokens", () => change({ token: app.run.ids.length - 1 })],
-  ["source", () => openCall(["gpt2"], (value) => value.name === "x" && value.before?.length === 1)],
-  ["block", () => {}],
-  ["source", () => open(["mha"], (value) => value.name === "x" && value.axes.length === 4)],
-  ["source", () => open(["mha", "attention"], (value) => value.name === "weights")],
-  ["heads", () => {}],
-  ["next", () => {}],
-  ["lens", () => {}],
-  ["experiments", () => {}],
+  ["#ask", () => {}],
+  ["#tokens", () => change({ token: app.run.ids.length - 1 })],
+  [".line.here", () => openCall(["gpt2"], (value) => value.name === "x" && value.before?.length === 1)],
+  ["#blocks", () => {}],
+  [".line.here", () => open(["mha"], (value) => value.name === "x" && value.axes.length === 4)],
+  [".line.here", () => open(["mha", "attention"], (value) => value.name === "weights")],
+  ["#habits", () => {}],
+  ["#controls", () => {}],
+  ["#seen", () => {}],
+  ["#experiments", () => {}],
 ];
 const STEPS = isFile ? ALL.slice(0, -1) : ALL;
 
@@ -33,14 +33,25 @@ export function walk(to) {
   at = to;
   const card = document.getElementById("walk");
   card.hidden = at < 0 || at >= STEPS.length;
+  document.body.classList.toggle("walking", !card.hidden); // room for the card below the last part
   if (card.hidden) return document.getElementById("start").focus();
-  const [id, act] = STEPS[at];
+  const [part, act] = STEPS[at];
   act();
-  const part = document.getElementById(id);
-  part.classList.add("walked");
-  part.scrollIntoView({ block: "start" });
   showWalk();
+  const subject = document.querySelector(part);
+  subject.classList.add("walked");
+  bring(subject, card);
   card.focus({ preventScroll: true });
+}
+
+// What is looked at, to the top; of a line, on a wide screen, the picture beside it, and the line above the card.
+function bring(subject, card) {
+  subject.scrollIntoView({ block: "start" });
+  const desk = subject.closest(".desk");
+  if (!desk || narrow.matches) return;
+  desk.scrollIntoView({ block: "start" });
+  const hidden = subject.getBoundingClientRect().bottom - card.getBoundingClientRect().top;
+  if (hidden > 0) scrollBy(0, hidden + 12);
 }
 
 export function showWalk() {

@@ -12,7 +12,7 @@ const WORDS = {
     running: "Running …",
     ran: "{0} tokens, {1} s.",
     wasCut: "Cut to the first {0} tokens; {1} were left out.",
-    isFile: "A saved run. Values are here for block {0}; another text or an experiment needs python explore.py.",
+    isFile: "A saved run, its numbers rounded to three digits. Values are here for block {0}; others, another text or an experiment need python explore.py.",
     needsProgram: "This page is a file: to run the model, start python explore.py.",
     gone: "explore.py does not answer any more: it may have been ended.",
 
@@ -50,6 +50,8 @@ const WORDS = {
     hidden: "hidden (−∞)",
     sumIs: "sum",
     sizeIs: "length",
+    rootOfSquares: "root of the sum of squares",
+    scrollsSideways: "← → There are more columns: scroll the table sideways.",
     skyline: "{0} numbers as bars up and down from 0",
     asTable: "As a table",
     columnsOf: "columns {0} to {1} of {2}",
@@ -57,6 +59,9 @@ const WORDS = {
     axesMerge: "{0} are merged into {1}: the same numbers, with fewer axes.",
     axesSwap: "[{0}] becomes [{1}]: the same numbers, but axes change places.",
     axesFromTo: "from {0} to {1}",
+    worksAlong: "a table, of which one row is worked on along the axis {0}",
+    along_layer_norm: "Along {0}, each row apart: mean and variance are those of the row's own numbers. No token learns of another here.",
+    along_softmax: "Along {0}, each row apart: its numbers become positive, and sum to 1.",
     about_gpt2: "The whole model: a row of numbers for each token goes through all blocks, and becomes a score for every token that may come next.",
     about_transformer_block: "One block. Attention lets tokens read from tokens before them; the mlp works on each token alone. Both add to the residual stream x.",
     about_mha: "Multi-head attention. One product makes queries, keys and values for all heads; then axes are split and swapped, so that each head works on its own part.",
@@ -70,7 +75,7 @@ const WORDS = {
     about_gelu: "Lets large numbers pass, makes negative ones nearly 0: only thus can a neuron be silent.",
 
     blockTitle: "A block, opened",
-    blockIntro: "The parts in their order. Those with a bar on the left are the residual stream, to which the others add. Lengths are means over the tokens. Choose a part to see its line.",
+    blockIntro: "The parts in their order. Those with a bar on the left are the residual stream, to which the others add. Length: the root of a row's sum of squares, here its mean over the tokens. Choose a part to see its line.",
     partIn: "x comes in",
     partNorm: "layer norm",
     partQ: "queries",
@@ -106,7 +111,7 @@ const WORDS = {
     switchOff: "Switch off block {0}, head {1}",
     seeLine: "See its line",
     streamTitle: "The residual stream",
-    streamIntro: "How long each token's row x is, before the first block and after each. A click opens the block.",
+    streamIntro: "How long each token's row x is (the root of its sum of squares), before the first block and after each. A click opens the block.",
     streamAbout: "Length of the residual stream, by block and token",
     embeddings: "embeddings",
 
@@ -123,12 +128,27 @@ const WORDS = {
     drawOne: "Draw one",
     take: "take {0}",
 
+    whyTitle: "Why this token?",
+    whyIntro: "A token's logit is a sum of what the parts of the model gave to it. These gave or took most. Choose a head to see where it looks; there it can be switched off, too.",
+    whyToken: "why",
+    whyOther: "rather than",
+    meanOfAll: "the mean of all tokens",
+    leadsMean: "The logit of {0}, less the mean of all, is {1}:",
+    leadsOther: "The logit of {0}, less that of {1}, is {2}, so it is {3} times as likely:",
+    leadIsSum: "heads {0}, mlps {1}, embeddings {2}, biases {3}.",
+    whyParts: "The parts that gave or took most",
+    whyTokens: "What the heads brought, by the token that they read",
+    whyTokensNote: "A token's row may hold what earlier blocks put there from the tokens before it.",
+    whyNote: "Exact, with what the final layer norm divides by held as it is here. What a part gave by way of later parts counts with those: an experiment shows its whole effect.",
+
     cacheTitle: "The cache, while it generates",
     cacheIntro: "Keys and values of earlier tokens never change. So a step runs the newest token alone: its query meets the keys that are kept. The settings above choose the token.",
     steps: "+ {0}",
     startOver: "Start over",
     cacheStart: "Press + 1: the first step reads the whole text; each later one a single token.",
     cacheSaid: "{0} tokens were in the cache, {1} went through the model; the cache now has {2}. The query of {3} chose {4}.",
+    drawsAt: "Draws at temperature {0}, top_k {1}, top_p {2}, as set above.",
+    takesLikeliest: "Takes the likeliest: the temperature above is 0.",
     cacheOf: "{0} of block {1}, head {2}",
     cacheQ: "q: whose query it is",
     cacheK: "k: keys",
@@ -143,13 +163,13 @@ const WORDS = {
     switchThisOff: "Switch off",
     switchOn: "switch {0} on again",
     isOff: "Off (choose one to switch it on again):",
-    otherText: "Good night, my",
     theOther: "the other text",
     whereTo: "where",
     intoBlock: "into block {0}",
     afterLast: "after the last block",
     patchTo: "token here",
-    patchFrom: "token there",
+    patchFrom: "token there, by number",
+    lastOne: "the last",
     patch: "Patch",
     patched: "The row of {0} in place of that of {1}",
     without: "Without {0}",
@@ -191,7 +211,7 @@ const WORDS = {
     walk7: "A head has habits",
     walk7text: "Some heads look at the token before, some at the first, some at what followed an earlier copy. The star marks the strongest of them all. Choose a number to see that head.",
     walk8: "What comes next",
-    walk8text: "The last row of x is compared with the vector of every token in the vocabulary: these are the probabilities. Move temperature, top_k and top_p and see where they cut. Then take a token.",
+    walk8text: "The last row of x is compared with the vector of every token in the vocabulary: these are the probabilities. Move temperature, top_k and top_p and see where they cut. Then take a token. Why it is likely, stands below: which heads and mlps gave most to it.",
     walk9: "When did it know?",
     walk9text: "Stop after any block and ask: the lens shows how the answer comes up, block by block. The list below it follows one token from rank to rank.",
     walk10: "What is a part good for?",
@@ -208,7 +228,7 @@ const WORDS = {
     running: "运行中……",
     ran: "{0} 个词元，{1} 秒。",
     wasCut: "只取了前 {0} 个词元，余下 {1} 个略去。",
-    isFile: "这是保存下来的一次运行，带有第 {0} 块的数值；换一段文字或做实验，要运行 python explore.py。",
+    isFile: "这是保存下来的一次运行，数只留三位。带有第 {0} 块的数值；看别的块、换一段文字或做实验，要运行 python explore.py。",
     needsProgram: "这个页面是一个文件：要运行模型，请启动 python explore.py。",
     gone: "explore.py 没有回应：也许已经结束了。",
 
@@ -246,6 +266,8 @@ const WORDS = {
     hidden: "遮住（−∞）",
     sumIs: "和",
     sizeIs: "长度",
+    rootOfSquares: "平方和的平方根",
+    scrollsSideways: "← → 还有几列：左右滚动表格。",
     skyline: "{0} 个数，从 0 向上、向下的条形",
     asTable: "看表格",
     columnsOf: "第 {0} 到 {1} 列，共 {2} 列",
@@ -253,6 +275,9 @@ const WORDS = {
     axesMerge: "{0} 合成 {1}：数还是那些数，轴少了。",
     axesSwap: "[{0}] 变成 [{1}]：数还是那些数，只是轴换了位置。",
     axesFromTo: "从 {0} 到 {1}",
+    worksAlong: "一张表，沿 {0} 轴处理其中一行",
+    along_layer_norm: "沿 {0} 轴，每行单独算：均值和方差只取自这一行自己的数。在这里，没有词元知道别的词元。",
+    along_softmax: "沿 {0} 轴，每行单独算：数都变成正的，和为 1。",
     about_gpt2: "整个模型：每个词元是一行数，穿过所有的块，最后变成每个可能的下一个词元的得分。",
     about_transformer_block: "一个块。注意力让词元从前面的词元那里读取；mlp 只看每个词元自己。两者都加到残差流 x 上。",
     about_mha: "多头注意力。一次乘法得到所有头的查询、键和值；然后拆开轴、交换轴，让每个头只管自己那一份。",
@@ -266,7 +291,7 @@ const WORDS = {
     about_gelu: "大的数放行，负的数几乎变成 0：神经元因此可以沉默。",
 
     blockTitle: "打开一个块",
-    blockIntro: "按顺序的各个部分。左边有竖线的是残差流，其他部分往上加。长度是各词元的平均。选一个，看它那一行。",
+    blockIntro: "按顺序的各个部分。左边有竖线的是残差流，其他部分往上加。长度是一行的平方和的平方根，这里取各词元的平均。选一个，看它那一行。",
     partIn: "x 进来",
     partNorm: "层归一化",
     partQ: "查询",
@@ -302,7 +327,7 @@ const WORDS = {
     switchOff: "关掉块 {0} 的头 {1}",
     seeLine: "看它那一行代码",
     streamTitle: "残差流",
-    streamIntro: "每个词元的那一行 x 有多长：第一个块之前，和每个块之后。点一行，打开那个块。",
+    streamIntro: "每个词元的那一行 x 有多长（平方和的平方根）：第一个块之前，和每个块之后。点一行，打开那个块。",
     streamAbout: "残差流的长度，按块和词元",
     embeddings: "嵌入",
 
@@ -319,12 +344,27 @@ const WORDS = {
     drawOne: "抽一个",
     take: "选 {0}",
 
+    whyTitle: "为什么是这个词元？",
+    whyIntro: "一个词元的 logit，是模型各部分给它的数之和。这里是给得最多、减得最多的。点一个头，看它在看哪里；在那里也可以关掉它。",
+    whyToken: "为什么是",
+    whyOther: "而不是",
+    meanOfAll: "所有词元的平均",
+    leadsMean: "{0} 的 logit 减去所有词元的平均，是 {1}：",
+    leadsOther: "{0} 的 logit 减去 {1} 的，是 {2}，所以可能性是它的 {3} 倍：",
+    leadIsSum: "头 {0}，mlp {1}，嵌入 {2}，偏置 {3}。",
+    whyParts: "给得最多或减得最多的部分",
+    whyTokens: "各个头带来的，按它们读的词元",
+    whyTokensNote: "一个词元的那一行里，可能有先前的块从更早的词元放进来的东西。",
+    whyNote: "把最后的层归一化的除数固定在此处的值，这就是精确的。一个部分经由后面的部分起的作用，算在后面的部分上：做实验可以看到它的全部作用。",
+
     cacheTitle: "生成时的缓存",
     cacheIntro: "先前词元的键和值从不改变。所以每一步只要跑最新的词元：它的查询去见留下来的键。选词元用上面的设置。",
     steps: "+ {0}",
     startOver: "重来",
     cacheStart: "按 + 1：第一步读全文，以后每步只读一个词元。",
     cacheSaid: "缓存里原有 {0} 个词元，{1} 个跑过模型，现在有 {2} 个。{3} 的查询选出了 {4}。",
+    drawsAt: "按上面的设置抽：temperature {0}，top_k {1}，top_p {2}。",
+    takesLikeliest: "选最可能的：上面的 temperature 是 0。",
     cacheOf: "块 {1}、头 {2} 的 {0}",
     cacheQ: "q：这是谁的查询",
     cacheK: "k：键",
@@ -339,13 +379,13 @@ const WORDS = {
     switchThisOff: "关掉",
     switchOn: "重新打开{0}",
     isOff: "关掉的（点一下重新打开）：",
-    otherText: "Good night, my",
     theOther: "另一段文字",
     whereTo: "位置",
     intoBlock: "进入块 {0} 之前",
     afterLast: "最后一个块之后",
     patchTo: "这里第几个词元",
     patchFrom: "那里第几个词元",
+    lastOne: "最后一个",
     patch: "移植",
     patched: "用 {0} 的一行代替 {1} 的一行",
     without: "没有{0}",
@@ -387,13 +427,42 @@ const WORDS = {
     walk7: "头有习惯",
     walk7text: "有的头看前一个词元，有的看第一个，有的看先前副本之后的词元。星号是其中最强的。点一个数字，看那个头。",
     walk8: "接下来是什么",
-    walk8text: "x 的最后一行，和词汇表里每个词元的向量比一比：这就是概率。动一动 temperature、top_k、top_p，看在哪里截断。然后选一个词元。",
+    walk8text: "x 的最后一行，和词汇表里每个词元的向量比一比：这就是概率。动一动 temperature、top_k、top_p，看在哪里截断。然后选一个词元。它为什么可能，写在下面：哪些头和 mlp 给它最多。",
     walk9: "什么时候知道的？",
     walk9text: "在任何一个块之后停下来问：答案怎样一块一块地浮上来。下面的列表跟着一个词元的名次走。",
     walk10: "一个部分有什么用？",
     walk10text: "关掉一个头，比一比：什么也没动，这段文字就不需要它；换了一个词元，你就找到了一部分原因。现在换一段文字，去发现点自己的东西。",
   },
 };
+
+// What explore.py refuses, by its words: see QuestionError in session.py.
+const FAULTS = {
+  "this page is at 127.0.0.1": "这个页面在 127.0.0.1",
+  "there is no such page": "没有这个页面",
+  "only this page may ask": "只有这个页面可以提问",
+  "open the address that explore.py printed: it has the key behind the #": "请打开 explore.py 打印的地址：# 后面是钥匙",
+  "a question needs a length": "提问要带长度",
+  "the text is too long: {0} KiB are the most": "文字太长：最多 {0} KiB",
+  "a question must be JSON": "提问必须是 JSON",
+  "not enough memory: take a shorter text, or a smaller model": "内存不够：换一段更短的文字，或更小的模型",
+  "the model makes numbers that are not finite: its weights are damaged": "模型算出的数不是有限的：它的权重损坏了",
+  "no such question: {0}": "没有这样的提问：{0}",
+  "a question must be a JSON object": "提问必须是一个 JSON 对象",
+  "{0} is asked otherwise: {1}": "{0} 不是这样问的：{1}",
+  "these numbers are no longer kept: another run has taken their place": "这些数已不再保留：另一次运行代替了它们",
+  "positions must be a list of 1 to {0}": "positions 必须是 1 到 {0} 个位置的列表",
+  "nothing has run yet": "还没有运行过",
+  'a patch has "text", "block", "position" and "from"': '移植要有 "text"、"block"、"position" 和 "from"',
+  "point must be a number from 0 to 1": "point 必须是 0 到 1 的数",
+  "a text is needed, or ids": "要有文字，或 ids",
+  "the text is not valid Unicode": "文字不是有效的 Unicode",
+  "ids must be a list of 1 to {0} token ids": "ids 必须是 1 到 {0} 个词元编号的列表",
+  "the settings cannot be used: {0}": "这些设置不能用：{0}",
+  "off must be a list of at most 64 heads and neurons": "最多可以关掉 64 个头和神经元",
+  'a part has a "block", and a "head" or a "neuron"': '一个部分要有 "block"，以及 "head" 或 "neuron"',
+  "{0} must be a whole number from {1} to {2}, not {3}": "{0} 必须是 {1} 到 {2} 的整数，而不是 {3}",
+};
+const NAMES = { block: "块", head: "头", neuron: "神经元", position: "这里第几个词元", from: "那里第几个词元", "an id": "词元编号" };
 
 let words = WORDS.en;
 
@@ -423,6 +492,10 @@ export function translate() {
   document.title = t("title");
 }
 
-export function t(key, ...values) {
-  return (words[key] ?? WORDS.en[key] ?? "").replace(/\{(\d)\}/g, (_, i) => values[i]);
-}
+export const t = (key, ...values) => filled(words[key] ?? WORDS.en[key] ?? "", values);
+
+// What explore.py refused, in the language of the page.
+export const fault = (template, values) =>
+  words === WORDS.zh ? filled(FAULTS[template] ?? template, values.map((value) => NAMES[value] ?? value)) : filled(template, values);
+
+const filled = (template, values) => template.replace(/\{(\d)\}/g, (_, i) => values[i]);
