@@ -364,6 +364,18 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_folder_has_one_run_at_a_time_and_is_free_when_that_has_ended(tmp_path):
+    for _ in range(2):
+        with many.alone(LocalFileSystem(), str(tmp_path / "out")):
+            begin(tmp_path / "out", seed=1)
+            with (
+                pytest.raises(SystemExit, match="out cannot be written: another process writes to it: wait until it"),
+                many.alone(LocalFileSystem(), str(tmp_path / "out")),
+            ):
+                pytest.fail("two at once")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+
+
 def test_what_a_killed_run_left_is_no_file_of_another(tmp_path):
     begin(tmp_path, seed=1)
     for name in (".lock", "part-00000-000000000000.jsonl.77.unfinished"):
