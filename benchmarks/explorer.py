@@ -42,6 +42,7 @@ UNTIL_REST = """async (act, quiet) => {
   changes.observe(document.body, { subtree: true, childList: true, attributes: true, characterData: true });
   const began = performance.now();
   act();
+  await null; // until what it changed is told to the observer
   const isAtRest = () => !waiting && !document.querySelector("#status[data-busy]") && performance.now() - last > quiet;
   while (!isAtRest()) await new Promise((go) => setTimeout(go, 20));
   changes.disconnect();

@@ -42,11 +42,11 @@ def attribute(run, params, token, other=None):
     reads = reads - reads.mean()  # [n_embd]: the mean that x loses may as well be lost here; reads @ x is the lead
     heads, mlps, biases = [], [], ahead @ ln_f["b"]
     for i, block in enumerate(params["blocks"]):
-        c_proj, (mha,), (ffn,) = block["attn"]["c_proj"], *(block_call(run, i).within(name) for name in ("mha", "ffn"))
-        v = mha.last("v")  # [n_head, n_seq, n_embd/n_head]
+        call, c_proj = block_call(run, i), block["attn"]["c_proj"]
+        v = call.within("mha")[0].last("v")  # [n_head, n_seq, n_embd/n_head]
         of_heads = (c_proj["w"] @ reads).reshape(len(v), -1, 1)  # [n_head, n_embd/n_head, 1]
         heads.append(attention_weights(run, i)[:, -1] * (v @ of_heads)[..., 0])  # [n_head, n_seq]
-        mlps.append(ffn.last("return")[-1] @ reads)
+        mlps.append(call.within("ffn")[0].last("return")[-1] @ reads)
         biases += c_proj["b"] @ reads
     rows = wte[run.root.last("inputs")[-1]], params["wpe"][run.root.last("slots")[-1]]
     return Attribution(np.array(heads), np.array(mlps), np.array(rows) @ reads, float(biases))
