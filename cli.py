@@ -33,7 +33,7 @@ LONGEST = 2**24  # bytes of a prompt: a line of a file that was packed may have 
 # what the library's errors name without dashes, and where
 OPTIONS = "n_tokens_to_generate|temperature|top_k|top_p|seed|repetition_penalty|no_repeat_ngram|logprobs|n_samples"
 OPTIONS += "|batch_size|sliding_window|backend|dtype|tensor_parallel|n_threads|num_workers|num_cpus|num_gpus"
-OPTION = re.compile(rf"(?<![-\w./])({OPTIONS})(?= must | needs | does |=| \d+ does |\)$)")
+OPTION = re.compile(rf"(?<![-\w./])({OPTIONS})(?= must | needs | does |=| \d+ does |\)$| [一-鿿])")
 ON_WINDOWS = os.name == "nt"
 CLOSED_PIPE = (errno.EPIPE, errno.EINVAL) if ON_WINDOWS else (errno.EPIPE,)  # what its system calls a pipe that closed
 LEAVE = "Ctrl-Z and Enter leave" if ON_WINDOWS else "Ctrl-D leaves"
@@ -41,13 +41,19 @@ LEAVE = "Ctrl-Z and Enter leave" if ON_WINDOWS else "Ctrl-D leaves"
 
 def fail(message):
     """Ends with one line on stderr and status 1."""
-    sys.exit(printable(f"{os.path.basename(sys.argv[0])}: {translated(message)}"))
+    sys.exit(shown(message))
 
 
 def note(message):
     """One line on stderr, if there is something to say."""
     if message:
-        print(printable(f"{os.path.basename(sys.argv[0])}: {translated(message)}"), file=sys.stderr, flush=True)
+        print(shown(message), file=sys.stderr, flush=True)
+
+
+def shown(message):
+    """What a user reads on one line: the program, and a message in his language, with dashes before what are flags."""
+    with_dashes = OPTION.sub(r"--\1", translated(message))
+    return printable(f"{os.path.basename(sys.argv[0])}: {with_dashes}")
 
 
 def printable(text):
@@ -65,9 +71,7 @@ def mistakes(kind, where=""):
 
 
 def one_line(error):
-    """What an error says, with dashes before what are flags here."""
-    text = "not valid Unicode text" if isinstance(error, UnicodeError) else " ".join(str(error).split())
-    return OPTION.sub(r"--\1", text)
+    return "not valid Unicode text" if isinstance(error, UnicodeError) else " ".join(str(error).split())
 
 
 def is_out_of_memory(error):

@@ -176,6 +176,7 @@ def main(
 
 
 if __name__ == "__main__":
-    from cli import run
+    from cli import need, run
 
+    need("numpy", "regex", "tqdm", "fire", "playwright")
     run(main)
