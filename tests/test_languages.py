@@ -273,7 +273,7 @@ MISTAKES = {
     "--nope": "没有 --nope 这个参数",
     "--temperatur 1": "是不是想写 --temperature？",
     "hello world": "请用引号括起来",
-    "a --top_k 3": "温度为 0 时总取最可能的词元，top_k 不起作用",
+    "a --top_k 3": "温度为 0 时总取最可能的词元，--top_k 不起作用",
     "a --temperature x": "temperature 必须是 0",
     "a --n_samples 2": "请加上 --temperature=1",
     "a --model_size nowhere": "没有模型 'nowhere'：可以选",
