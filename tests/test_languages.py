@@ -37,7 +37,8 @@ COMMANDS = [
 
 
 def escaped(text):
-    return text.replace("{", "{{").replace("}", "}}")
+    """A text as str.format takes it; the {0} of a template is {}, too."""
+    return re.sub(r"\{\{\d\}\}", "{}", text.replace("{", "{{").replace("}", "}}"))
 
 
 def template(parts):
@@ -85,7 +86,8 @@ def messages(path):
     for function in [node for node in tree.body if not isinstance(node, ast.FunctionDef)] + [*functions(tree)]:
         assigned = assigned_in([*tree.body, *ast.walk(function)])
         for call in [node for node in ast.walk(function) if isinstance(node, ast.Call) and node.args and is_said(node)]:
-            found |= {*wordings(call.args[-1], assigned)}
+            shown = call.args[0 if getattr(call.func, "id", "") == "QuestionError" else -1]
+            found |= {*wordings(shown, assigned)}
     return {text + "{}" * text.endswith(": ") for text in found if re.search(WORDS, text)}
 
 
@@ -114,13 +116,16 @@ def in_chinese(monkeypatch):
 # the catalogue
 
 
-def wordings_there():
-    return {english.replace("{w}", "{}") for english in languages.catalogue()}
+def filled(wording):
+    """A wording with something in the place of every {}."""
+    wording = wording.replace("{w}", "{}")
+    return wording.format(*(f"<{i}>" for i in range(wording.count("{}"))))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(REPO).as_posix())
 def test_the_catalogue_has_all_that_a_file_says(path):
-    assert messages(path) - wordings_there() == set()
+    lacking = {text for text in messages(path) if not HAN.search(languages.look_up(filled(text)))}
+    assert lacking == set()
 
 
 def test_the_files_say_much():
@@ -137,8 +142,7 @@ def test_the_catalogue_has_every_line_of_a_commands_help(command, in_chinese):
 
 @pytest.mark.parametrize("wording", languages.catalogue())
 def test_a_translation_has_in_it_what_is_put_into_the_english(wording):
-    wording = wording.replace("{w}", "{}")
-    english = wording.format(*(f"<{i}>" for i in range(wording.count("{}"))))
+    english = filled(wording)
     chinese = languages.look_up(english)
     assert HAN.search(chinese) or wording in ("{}: {}", "{} - {}")
     assert "<0>" not in english or re.search(r"<\d>", chinese)
@@ -153,8 +157,9 @@ def test_what_the_catalogue_has_is_said_somewhere():
     text = (REPO / "languages/zh.po").read_text("utf-8")
     own = {english for english in languages.catalogue() if repr_of(english) in text.partition("# put together")[0]}
     assert len(own) > 300
-    said = set().union(*map(all_texts, FILES))
-    assert {english.replace("{w}", "{}") for english in own} - said - {text + "{}" for text in said} == set()
+    said = "\n".join({text for path in FILES for text in all_texts(path)})
+    parts = {part for english in own for part in re.split(r"\{w?\}", english) if re.search("[a-z]{3}", part)}
+    assert {part for part in parts if part not in said} == set()
 
 
 def repr_of(english):
