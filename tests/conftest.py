@@ -81,7 +81,7 @@ def fifo(path):
 
 def link(path, to):
     try:
-        os.symlink(to, path)
+        os.symlink(to, path, target_is_directory=os.path.isdir(to))
     except OSError:
         needs_posix("symbolic links for everybody")
         raise

@@ -465,6 +465,7 @@ def test_an_unknown_model_where_there_are_no_models_is_an_error(tmp_path):
 
 
 def test_a_line_break_in_the_name_of_a_folder_stays_one_line(model_dir):
+    needs_posix("line breaks in names")
     folder = model_dir.rename(model_dir.with_name("models\nof\r\x1bmine"))
     (folder / DATA).unlink()
     assert "models of ?mine is no complete checkpoint" in error_of(folder)

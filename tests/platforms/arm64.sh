@@ -54,7 +54,7 @@ cd "$folder/gpt2"
 export PATH=$root/usr/bin:$PATH
 python tests/platforms/same.py compare "$folder/figures.npz"
 
-(($#)) || set -- house lookup sampling threads
+(($#)) || set -- lookup sampling house
 files=("${@/#/tests/test_}")
 # QEMU lets a program have more memory than ulimit does
 python -m pytest -p no:cacheprovider --tb=short -rfE -k "not memory_that_runs_out_is_an_error" "${files[@]/%/.py}"

@@ -69,6 +69,12 @@ windows 'C:\python\python.exe' tests/platforms/same.py compare 'C:\gpt2\figures.
 changed=$(git status --short)
 [[ ! $changed ]] || { echo "the first run leaves other files than git has: $changed" && exit 1; }
 
-(($#)) || set -- house encoder sampling lookup gpt2 shakespeare threads bundle utils cli cli_generation
+# Wine 8 follows no links to folders; Windows starts a command in a second or two, so without TEST a few of those run
+chosen='not unknown_model_is_an_error_that_names and not any_working_directory'
+if ! (($#)); then
+    set -- house sampling lookup bundle utils threads cli cli_generation
+    chosen+=' and (not test_cli and not test_threads or whatever_the_systems or so_is_what_is_said or closed_pipe
+        or wheels_bring or needs_more_memory or ends_as_its_system or utf_16)'
+fi
 files=("${@/#/tests/test_}")
-windows 'C:\python\python.exe' -m pytest -p no:cacheprovider --tb=short -rfE "${files[@]/%/.py}"
+windows 'C:\python\python.exe' -m pytest -p no:cacheprovider --tb=short -rfE -k "${chosen//$'\n'/ }" "${files[@]/%/.py}"
