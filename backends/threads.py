@@ -6,6 +6,7 @@ which costs far more than that core. So how many there are follows from how long
 
 import contextlib
 import functools
+import glob
 import math
 import os
 import sys
@@ -22,16 +23,17 @@ CLEARLY = 0.8  # fewer threads must take less than this part of the time with al
 wanted = None  # a number of threads; None: what is best
 
 
-def tune_openblas():
+def tune_openblas(root="/"):
     """Sets what OpenBLAS reads from the environment while NumPy is imported: to be called before, unless it has been.
 
     On processors that it does not know it takes its AVX2 kernels, half the speed for prompts: where Linux says that the
     processor has AVX-512, it shall use that, as it does on those it knows. What the user has set stays.
     """
-    if "numpy" in sys.modules:
+    if "numpy" in sys.modules or not hasattr(os, "uname") or os.uname().machine != "x86_64":
         return
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
-        if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(f.read(8192).split()):  # the first core's lines
+    with contextlib.suppress(OSError):
+        flags = {*read_text(root, "proc", "cpuinfo", n_most=8192).split()}  # the first core's lines
+        if flags >= {"avx512f", "avx512dq", "avx512bw", "avx512vl"}:
             os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
 
 
@@ -47,9 +49,9 @@ def n_cores(root="/"):
     return n
 
 
-def read_text(*path):
-    with open(os.path.join(*path), encoding="utf-8") as f:
-        return f.read()
+def read_text(*path, n_most=-1):
+    with open(os.path.join(*path), encoding="utf-8", errors="replace") as f:
+        return f.read(n_most)
 
 
 @functools.cache
@@ -59,7 +61,9 @@ def blas():
 
     import numpy as np
 
-    library = ctypes.CDLL(np._core._multiarray_umath.__file__)  # finds what it is linked with, too
+    # NumPy's, which finds what it is linked with, too; but not on Windows, where that lies beside
+    libraries = glob.glob(os.path.join(glob.escape(os.path.dirname(np.__file__)) + ".libs", "*openblas*.dll"))
+    library = ctypes.CDLL(libraries[0] if libraries else np._core._multiarray_umath.__file__)
     for name in ("scipy_openblas_{}64_", "scipy_openblas_{}", "openblas_{}64_", "openblas_{}"):
         with contextlib.suppress(AttributeError):
             if getattr(library, name.format("get_parallel"))() == 1:

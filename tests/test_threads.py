@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import signal
 import time
 
 import numpy as np
@@ -13,6 +12,8 @@ from conftest import (
     TIMEOUT,
     assert_one_line_error,
     command,
+    interrupt,
+    needs_posix,
     prompts_of_lengths,
     running,
     wait_until,
@@ -51,17 +52,40 @@ def n_blas():
 TUNE = "from backends import threads; threads.tune_openblas()"
 
 
+def tuned(root="/", machine="", **env):
+    """What OpenBLAS is told, of another machine where it is given."""
+    code = f"""
+import os, sys, types
+from backends import threads
+if {machine!r}:
+    os.uname = lambda: types.SimpleNamespace(machine={machine!r})
+threads.tune_openblas({str(root)!r})
+print(os.environ.get("OPENBLAS_CORETYPE"))
+"""
+    return command(code=code, cwd=REPO, env=env).stdout.strip()
+
+
 @pytest.mark.parametrize("chosen", [None, "Haswell"])
 def test_openblas_is_told_of_avx512_where_linux_says_the_processor_has_it_unless_told_otherwise(chosen, monkeypatch):
     monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
-    code = (
-        "import os; from backends import threads; threads.tune_openblas(); print(os.environ.get('OPENBLAS_CORETYPE'))"
-    )
-    done = command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": chosen} if chosen else {})
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() and os.name == "posix" else set()
     expected = "SkylakeX" if flags >= {"avx512f", "avx512dq", "avx512bw", "avx512vl"} else None
-    assert done.stdout == f"{chosen or expected}\n"
+    assert tuned(**({"OPENBLAS_CORETYPE": chosen} if chosen else {})) == f"{chosen or expected}"
+
+
+@pytest.mark.parametrize(("machine", "expected"), [("x86_64", "SkylakeX"), ("aarch64", "None")])
+def test_what_linux_says_of_an_x86_counts_on_an_x86_alone(machine, expected, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text("flags : fpu avx512f avx512dq avx512bw avx512vl\n")  # as an emulator may
+    assert tuned(tmp_path, machine) == expected
+
+
+def test_the_openblas_that_numpys_wheels_bring_is_found():
+    if np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"] != "scipy-openblas":
+        pytest.skip("this NumPy has another BLAS")
+    assert threads.blas()
 
 
 def test_the_command_does_so_before_numpy_is_imported(run):
@@ -349,7 +373,7 @@ print("read")
 def test_ctrl_c_in_a_notebook_ends_all_threads_as_soon_as_they_have_read_their_parts(long):
     with running(long.parent, code=LONG_PROMPT) as process:
         assert process.stdout.readline() == b"reading\n"
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     assert set(stdout.split()) <= {b"reading"}
     assert stderr.splitlines()[-1] == b"KeyboardInterrupt"
@@ -357,11 +381,12 @@ def test_ctrl_c_in_a_notebook_ends_all_threads_as_soon_as_they_have_read_their_p
 
 @two_cores
 def test_ctrl_c_ends_the_command_while_threads_read_a_prompt(long):
+    needs_posix("/proc")
     with running("-", "--n_threads=2", model=long, n=10, env={"OPENBLAS_NUM_THREADS": "1"}) as process:
         process.stdin.write(b"Hi " * 60_000)
         process.stdin.close()
         wait_until(lambda: len(os.listdir(f"/proc/{process.pid}/task")) > 2)  # OPENBLAS_NUM_THREADS=1: no others
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         assert process.stdout.read() + process.stderr.read() == b""
         assert process.wait(TIMEOUT) == 130
 
