@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from cli import fail, mistakes, note, one_line
 from files.checkpoint import ENCODER, VOCAB
-from files.lock import try_lock
+from files.lock import insist, try_lock
 
 STATE = "state.npz"
 MAY_CHANGE = ("n_steps", "evaluate_every", "accumulate", "recompute")  # when a run is resumed
@@ -39,7 +39,7 @@ def alone(model_dir):
     """
     path = beside(model_dir, "lock")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "a") as f:
+    with open(path, "ab") as f:
         if not try_lock(f) or not is_at(f, path):
             fail(f"another process is writing {model_dir}: wait until it has ended, or choose another name")
         try:
@@ -59,10 +59,10 @@ def settle(model_dir):
     """Ends what a process has begun that died while it saved a model: what was whole stays, the rest goes."""
     model_dir, new, old = os.path.realpath(model_dir), beside(model_dir, "new"), beside(model_dir, "old")
     if os.path.isdir(old) and not os.path.exists(model_dir):  # the new one is whole, or the old one were still in place
-        os.rename(new if os.path.isdir(new) else old, model_dir)
+        insist(os.rename, new if os.path.isdir(new) else old, model_dir)
     if os.path.isdir(old):
         for name in {*os.listdir(old)} - {*os.listdir(model_dir)}:  # a state, and what others have put there
-            os.rename(os.path.join(old, name), os.path.join(model_dir, name))
+            insist(os.rename, os.path.join(old, name), os.path.join(model_dir, name))
     for folder in (new, old):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -72,7 +72,7 @@ def is_left_half(model_dir):
     if not os.path.exists(beside(model_dir, "new")):
         return False
     try:
-        with open(beside(model_dir, "lock")) as f:
+        with open(beside(model_dir, "lock"), "rb") as f:
             return try_lock(f)
     except OSError:
         return True
@@ -92,8 +92,8 @@ def replaced(model_dir):
             with open(os.path.join(new, name), "r+b") as f:
                 os.fsync(f.fileno())  # so that not even a power cut can leave less under the final name
         if os.path.exists(model_dir):
-            os.rename(model_dir, old)
-        os.rename(new, model_dir)
+            insist(os.rename, model_dir, old)
+        insist(os.rename, new, model_dir)
     finally:
         settle(model_dir)
 
@@ -132,7 +132,7 @@ def save_state(path, settings, step, history, losses, arrays):
     try:
         with open(part, "wb") as f:
             np.savez(f, progress=json.dumps([settings, step, history, losses]), **named)
-        os.replace(part, path)
+        insist(os.replace, part, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(part)
@@ -225,4 +225,4 @@ def plot(path, history, unit):
     figure.savefig(png, dpi=100, bbox_inches="tight")
     with open(f"{path}.part", "wb") as f:
         f.write(png.getvalue())
-    os.replace(f"{path}.part", path)
+    insist(os.replace, f"{path}.part", path)

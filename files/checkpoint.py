@@ -256,7 +256,7 @@ def save_checkpoint(model_dir, hparams, params):
         tensors.append((f"model/{name}", np.asarray(array, np.float32).reshape((1,) * name.endswith("/w") + shape)))
 
     with replacing(model_dir) as new:
-        with open(os.path.join(new, HPARAMS), "w", encoding="utf-8") as f:
+        with open(os.path.join(new, HPARAMS), "w", encoding="utf-8", newline="\n") as f:
             json.dump(hparams, f)
         write_bundle(os.path.join(new, "model.ckpt"), tensors)
         with open(os.path.join(new, "checkpoint"), "w", encoding="utf-8", newline="\n") as f:

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # where files/ is no package
     arguments = " ".join(arg if arg.isprintable() else "?" for arg in sys.argv[1:])
     sys.exit(f"download.py: fetches nothing by itself: use python utils.py {arguments or 'MODEL_SIZE'}")
 
-from files.lock import locked, plain_file
+from files.lock import insist, locked, plain_file
 from files.web import Client, DownloadError, PassingError, blocks, check_proxy, one_line, read
 
 PIECE = 2**18  # bytes of a connection that are on disk together with their SHA-256, if not earlier
@@ -232,7 +232,7 @@ class Download:
         path = plain_file(self.path(name) + ".part")
         with (
             open(path, "r+b" if os.path.exists(path) else "w+b") as data,
-            open(plain_file(path + ".ranges"), "a") as record,
+            open(plain_file(path + ".ranges"), "a", encoding="ascii", newline="\n") as record,
         ):
             data.truncate(remote.size)
             part = Part(data, record, remote, self.progress)
@@ -440,15 +440,6 @@ def pause_before(n_failures, pause, retry_after=""):
     """Seconds to wait: twice as long after each failure, but as the server asks, and random, so that clients part."""
     asked = int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 0
     return min(max(pause * 2 ** (n_failures - 1), asked) * random.uniform(1, 1.5), LONGEST_PAUSE)  # noqa: S311
-
-
-def insist(action, *paths):
-    """os.remove or os.replace, tried for a second: a virus scanner may hold a file that has just been written."""
-    for _ in range(20):
-        with contextlib.suppress(PermissionError):
-            return action(*paths)
-        time.sleep(0.05)
-    return action(*paths)
 
 
 def md5(path):

@@ -1,4 +1,4 @@
-"""One process at a time writes to a folder."""
+"""One process at a time writes to a folder; what Windows refuses while another program has a file is tried again."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ def locked(folder):
     path = os.path.join(folder, ".lock")
     while True:
         os.makedirs(folder, exist_ok=True)
-        with open(plain_file(path), "a") as f:
+        with open(plain_file(path), "ab") as f:
             wait_for_lock(f, folder)
             if not (os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path))):
                 continue  # the process that had the lock has removed it
@@ -50,6 +50,15 @@ def try_lock(f):
     except (BlockingIOError, PermissionError):  # as POSIX and Windows say that another process has it
         return False
     return True
+
+
+def insist(action, *paths):
+    """os.remove, os.rename or os.replace, tried for a second: a virus scanner may hold what has just been written."""
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
+            return action(*paths)
+        time.sleep(0.05)
+    return action(*paths)
 
 
 def plain_file(path):

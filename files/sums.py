@@ -5,6 +5,8 @@ import hashlib
 import os
 import re
 
+from files.lock import insist
+
 SUMS = "SHA256SUMS"
 LINE = r"([0-9a-f]{64})  (hparams\.json|encoder\.json|vocab\.bpe|\w[\w.-]*\.(?:index|data-\d{5}-of-\d{5}))"
 
@@ -36,7 +38,7 @@ def write_sums(model_dir, sums, changed):
         with open(part, "w", encoding="ascii", newline="\n") as f:
             f.writelines(f"{digest}  {name}\n" for name, digest in sums.items())
         os.utime(part, ns=(changed, changed))
-        os.replace(part, path)
+        insist(os.replace, part, path)
     except OSError:
         with contextlib.suppress(OSError):
             os.remove(part)

@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 
-from files.lock import locked
+from files.lock import insist, locked
 
 SAVING, SAVED = ".saving", ".saved"
 
@@ -31,7 +31,7 @@ def replacing(folder):
             for name in os.listdir(saving):
                 with open(os.path.join(saving, name), "r+b") as f:
                     os.fsync(f.fileno())
-            os.rename(saving, os.path.join(folder, SAVED))
+            insist(os.rename, saving, os.path.join(folder, SAVED))
         except BaseException as error:
             shutil.rmtree(saving, ignore_errors=True)
             if isinstance(error, OSError):
@@ -51,5 +51,5 @@ def move(folder):
     saved = os.path.join(folder, SAVED)
     if os.path.isdir(saved) and not os.path.islink(saved):  # a link would bring in what lies elsewhere
         for name in os.listdir(saved):
-            os.replace(os.path.join(saved, name), os.path.join(folder, name))
-        os.rmdir(saved)
+            insist(os.replace, os.path.join(saved, name), os.path.join(folder, name))
+        insist(os.rmdir, saved)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import subprocess
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from conftest import (
     assert_one_line_error,
     command,
     leaves,
+    link,
+    needs_posix,
     optional,
     wild_params,
     write_model,
@@ -116,9 +119,21 @@ def test_weights_are_mapped_and_changes_to_them_stay_in_memory(model_dir, params
 # SHA256SUMS
 
 
+def check_with_sha256sum(model_dir):
+    needs_posix("sha256sum")
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=model_dir, check=True, capture_output=True)
+
+
+def test_sums_are_the_same_bytes_on_every_system(model_dir):
+    load(model_dir)
+    names = ["hparams.json", "encoder.json", "vocab.bpe", INDEX, DATA]
+    digests = {name: hashlib.sha256((model_dir / name).read_bytes()).hexdigest() for name in names}
+    assert (model_dir / "SHA256SUMS").read_bytes() == "".join(f"{digests[name]}  {name}\n" for name in names).encode()
+
+
 def test_sums_are_what_sha256sum_checks(model_dir):
     load(model_dir)
-    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=model_dir, check=True, capture_output=True)
+    check_with_sha256sum(model_dir)
 
 
 def verifies(model_dir):
@@ -262,7 +277,7 @@ def test_a_checkpoint_of_several_data_files_is_mapped(model_dir, params):
     assert verifies(model_dir)
     assert not verifies(model_dir)
     assert_same(load(model_dir)[2], params)
-    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=model_dir, check=True, capture_output=True)
+    check_with_sha256sum(model_dir)
 
 
 def test_a_changed_file_of_several_is_noticed_whatever_its_time(model_dir):
@@ -439,7 +454,7 @@ def test_hparams_that_are_no_object_are_an_error(text, model_dir):
 
 def test_an_unknown_model_is_an_error_that_names_the_choices(tmp_path, models_dir):
     for folder in ("mine", "shakespeare"):
-        (tmp_path / folder).symlink_to(models_dir / "tiny")
+        link(tmp_path / folder, models_dir / "tiny")
     (tmp_path / "124M").mkdir()  # of which nothing could be fetched
     choices = f"choose 124M, 355M, 774M, 1558M or a folder in {tmp_path} (mine, shakespeare)"
     assert f"no model 'nonsense': {choices}" in error_of(tmp_path / "nonsense")
@@ -450,6 +465,7 @@ def test_an_unknown_model_where_there_are_no_models_is_an_error(tmp_path):
 
 
 def test_a_line_break_in_the_name_of_a_folder_stays_one_line(model_dir):
+    needs_posix("line breaks in names")
     folder = model_dir.rename(model_dir.with_name("models\nof\r\x1bmine"))
     (folder / DATA).unlink()
     assert "models of ?mine is no complete checkpoint" in error_of(folder)
@@ -532,6 +548,7 @@ STEPS = """if True:  # saves one model over another, and is killed at each step 
 
 
 def test_a_process_that_is_killed_at_any_step_of_saving_leaves_the_old_model_or_the_new(model_dir):
+    needs_posix("fork")
     code = STEPS.format(repo=str(REPO), tests=str(REPO / "tests"))
     *found, last, status = command(model_dir, code=code).stdout.splitlines()
     assert status == "7"  # it was not killed, having no more steps
@@ -555,6 +572,7 @@ def test_a_full_disk_leaves_the_old_model(model_dir, params, monkeypatch):
 
 
 def test_a_file_that_may_not_grow_leaves_the_old_model(model_dir, params):
+    needs_posix("limits")
     code = """if True:
         import resource, sys
         sys.path[:0] = sys.argv[2:]
@@ -567,10 +585,34 @@ def test_a_file_that_may_not_grow_leaves_the_old_model(model_dir, params):
     assert_same(load(model_dir)[2], params)
 
 
+@pytest.mark.parametrize("name", ["rename", "replace", "rmdir"])
+def test_what_another_program_has_for_a_moment_is_replaced_when_it_lets_go(name, model_dir, monkeypatch):
+    action, held = getattr(os, name), [PermissionError(13, "held")] * 3  # as a virus scanner does on Windows
+
+    def held_at_first(*paths):
+        if held:
+            raise held.pop()
+        return action(*paths)
+
+    monkeypatch.setattr(os, name, held_at_first)
+    checkpoint.save_checkpoint(model_dir, HPARAMS, wild_params(HPARAMS, seed=1))
+    assert_same(load(model_dir)[2], wild_params(HPARAMS, seed=1))
+    assert not held
+
+
+@pytest.mark.parametrize("name", [DATA, "SHA256SUMS"])
+def test_so_is_what_another_reads(name, model_dir):
+    load(model_dir)
+    held = (model_dir / name).open("rb")  # on Windows, nobody may replace it
+    threading.Timer(0.3, held.close).start()
+    checkpoint.save_checkpoint(model_dir, HPARAMS, wild_params(HPARAMS, seed=1))
+    assert_same(load(model_dir)[2], wild_params(HPARAMS, seed=1))
+
+
 def test_a_link_in_place_of_a_saved_checkpoint_brings_nothing_in(model_dir, tmp_path, params):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "hparams.json").write_text("{}")
-    (model_dir / ".saved").symlink_to(tmp_path / "elsewhere")
+    link(model_dir / ".saved", tmp_path / "elsewhere")
     assert_same(load(model_dir)[2], params)
     assert (tmp_path / "elsewhere" / "hparams.json").exists()
 
