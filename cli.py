@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import inspect
+import io
 import itertools
 import json
 import os
@@ -22,6 +23,10 @@ from backends.checks import check_room
 ANSWERED = ("text", "n_tokens", "finish_reason", "samples", "error")  # what an answer to a line of prompts adds
 BASIC = ("numpy", "regex", "requests", "tqdm", "fire")  # the packages that gpt2.py needs
 CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a character in UTF-8
+ON_WINDOWS = os.name == "nt"
+CLOSED_PIPE = (errno.EPIPE, errno.EINVAL) if ON_WINDOWS else (errno.EPIPE,)  # what its system calls a pipe that closed
+LEAVE = "Ctrl-Z and Enter leave" if ON_WINDOWS else "Ctrl-D leaves"
+UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE  # how Windows' PowerShell begins what > writes
 
 
 def fail(message):
@@ -109,8 +114,9 @@ def run_with_fire(function):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     try:
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
-            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
+        for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+            if hasattr(stream, "reconfigure"):  # a notebook's has none
+                stream.reconfigure(encoding=encoding_of(stream), errors=errors)  # what lacks a character gets a ?
         name, command = os.path.basename(sys.argv[0]), arguments(sys.argv[1:], function)
         if command is None:
             print(fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, name)))
@@ -120,12 +126,21 @@ def run_with_fire(function):
             fire.Fire(keep_text(function), command=command, name=name)
         sys.stdout.flush()
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.errno not in (*CLOSED_PIPE, errno.ENOSPC):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would complain
         if error.errno == errno.ENOSPC:
             fail(f"no space left for {error.filename or 'the output'}")
         sys.exit(1)
+
+
+def encoding_of(stream):
+    """A terminal's own; UTF-8 for files and pipes, which would be as the language of Windows has them.
+
+    Unless PYTHONIOENCODING or PYTHONUTF8 in the environment say otherwise.
+    """
+    is_chosen = os.environ.get("PYTHONIOENCODING", "").partition(":")[0] or os.environ.get("PYTHONUTF8")
+    return stream.encoding if is_chosen or stream.isatty() else "utf-8"
 
 
 def asks_for_help(argv):
@@ -228,8 +243,8 @@ def open_prompts(prompt, interactive, prompts_file):
     if prompts_file:
         return open_lines(prompts_file)
     if prompt == "-" or (prompt is None and not interactive and not sys.stdin.isatty()):
-        with mistakes(UnicodeDecodeError, "standard input is not UTF-8 text: "):
-            text = line_text(open_lines("-").read())
+        with mistakes(UnicodeDecodeError, "standard input is not UTF-8 text (PYTHONIOENCODING names another): "):
+            text = line_text(b"".join(open_lines("-")))
         prompt = text if text or prompt == "-" else None
     if prompt is None and not interactive:
         fail("no prompt: give one in quotes, pipe one in, or see --help")
@@ -237,17 +252,29 @@ def open_prompts(prompt, interactive, prompts_file):
 
 
 def open_lines(path):
-    """A file, or standard input for -, of lines of bytes, past the byte order mark that some editors begin it with.
+    """The lines of a file, or of standard input for -, in bytes of UTF-8, past a byte order mark, as an iterator.
 
     Ends with one line if it cannot be read.
     """
     try:
         lines = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
-        if lines.peek(3).startswith(codecs.BOM_UTF8):
+        begin, encoding = lines.peek(3), encoding_of(sys.stdin) if path == "-" else "utf-8"
+        if begin.startswith(UTF_16):
+            return recoded(lines, "utf-16", path)
+        if codecs.lookup(encoding).name != "utf-8":
+            return recoded(lines, encoding, path)
+        if begin.startswith(codecs.BOM_UTF8):
             lines.read(3)
         return lines
     except OSError as error:
         fail(f"{path} cannot be read: {error.strerror}")
+
+
+def recoded(lines, encoding, path):
+    """Yields lines of bytes in an encoding as such in UTF-8. Ends with one line where they are no text."""
+    with mistakes(UnicodeError, f"{path} cannot be read, as {encoding}: "):
+        for line in io.TextIOWrapper(lines, encoding, newline="\n"):
+            yield line.encode()
 
 
 def line_text(line, errors="strict"):
@@ -378,13 +405,13 @@ def interrupt(writer, *_):
 
 
 def converse(writer):
-    """Continues prompt after prompt, until Ctrl-D; Ctrl-C stops a text. Nothing carries over from one to the next."""
+    """Continues prompt after prompt, to their end; Ctrl-C stops a text. Nothing carries over from one to the next."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input its line editing)
     lines = None if sys.stdin.isatty() else open_lines("-")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
-        print("Each prompt is continued on its own. Ctrl-C stops a text, Ctrl-D leaves.", file=sys.stderr)
+        print(f"Each prompt is continued on its own. Ctrl-C stops a text, {LEAVE}.", file=sys.stderr)
     with on_ctrl_c(signal.default_int_handler):
         while True:
             try:
@@ -399,10 +426,11 @@ def converse(writer):
 def ask(lines, sign):
     """The next prompt, from lines of bytes or, where they are None, as it is typed behind a sign; None at the end."""
     if lines is not None:
-        line = lines.readline()
+        line = next(lines, None)
         return line_text(line, "surrogateescape") if line else None
     try:
-        return input(sign)
+        line = input(sign)
+        return None if line == "\x04" else line  # Ctrl-D, which to Windows is a character like any other
     except EOFError:
         print()
         return None

@@ -271,10 +271,10 @@ def main(
         repetition_penalty: above 1, tokens that stand in the text already are less likely to come again
         no_repeat_ngram: no so many tokens in a row come twice
         n_samples: with a temperature, how many continuations to draw at once
-        stop: end before this text appears; \\n is a line break; several are given as a list, '["User:", "Bot:"]'
+        stop: end before this text appears; \\n is a line break; several are given as a list, "['User:', 'Bot:']"
         special: <|endoftext|> in a prompt is that token, and not a text like any other; --stop knows it in any case
         stream: print the text as it is made
-        interactive: ask for prompt after prompt, each continued on its own; Ctrl-C stops a text, Ctrl-D leaves
+        interactive: ask for prompt after prompt, each continued alone; Ctrl-C stops it, Ctrl-D (Windows: Ctrl-Z) leaves
         prompts_file: continue every line (-: of standard input), in .jsonl every "prompt"; prints a JSON object a line
         batch_size: with prompts_file, how many texts are made at once
         out: with prompts_file, append to this file; prompts that it answers already are passed over, whatever the flags

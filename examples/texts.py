@@ -52,13 +52,13 @@ def checksum(paths):
 
 
 def read_text(path):
-    """The text of a file, or of standard input for -: UTF-8, past a byte order mark, its lines ended by \\n alone.
+    """The text of a file, or of standard input for -, past a byte order mark, its lines ended by \\n alone.
 
     All that reads a text of the user's, to learn it or to measure it, reads it here. Ends with one line for a file that
-    cannot be read, is not UTF-8, or has nothing in it.
+    cannot be read, is neither UTF-8 nor UTF-16 that says so, or has nothing in it.
     """
     with mistakes((OSError, UnicodeDecodeError), f"{path} cannot be read: "):
-        text = plain(open_lines(path).read().decode())
+        text = plain(b"".join(open_lines(path)).decode())
     if not text:
         fail(f"{path} is empty")
     return text

@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,9 @@ from conftest import (
     assert_one_line_error,
     command,
     copy_code,
+    interrupt,
+    link,
+    needs_posix,
     on_a_terminal,
     running,
     wait_until,
@@ -92,12 +94,43 @@ def test_what_the_terminal_cannot_show_is_a_question_mark_and_no_error(run, cont
     assert (result.stderr, result.returncode) == ("", 0)
 
 
+IN_CHINESE = """
+import runpy, sys
+for stream in (sys.stdin, sys.stdout, sys.stderr):
+    stream.reconfigure(encoding="cp936", errors="strict")  # as files and pipes are on a Chinese Windows
+sys.argv[0] = "gpt2.py"
+runpy.run_path("gpt2.py", run_name="__main__")
+"""
+
+
+def test_files_and_pipes_are_utf8_whatever_the_systems_language(tiny, continuation):
+    assert not continuation("é").isascii()
+    result = command("é", code=IN_CHINESE, cwd=REPO, model=tiny, n=N)
+    assert (result.stdout, result.stderr) == (continuation("é") + "\n", "")
+
+
+def test_so_is_what_is_said_of_a_mistake(models_dir):
+    assert_one_line_error(command("Hello", code=IN_CHINESE, cwd=REPO, model=models_dir / "模型"), "no model '模型'")
+
+
+@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "cp936"}, {"PYTHONUTF8": "0"}], ids=str)
+@pytest.mark.parametrize("args", [["é"], []], ids=["as an argument", "in a pipe"])
+def test_unless_the_user_says_otherwise(env, args, tiny, continuation):
+    with running(*args, code=IN_CHINESE, cwd=REPO, model=tiny, n=N, env=env) as process:
+        stdout, _ = process.communicate(b"" if args else "é".encode("cp936"), TIMEOUT)
+    assert stdout.decode("cp936").replace(os.linesep, "\n") == known_to("cp936", continuation("é")) + "\n"
+
+
+def known_to(encoding, text):
+    return text.encode(encoding, "replace").decode(encoding)
+
+
 # Models
 
 
 def test_models_are_found_beside_gpt2_py_from_any_working_directory(models_dir, tmp_path, continuation):
     copy_code(tmp_path)
-    (tmp_path / "models").symlink_to(models_dir)
+    link(tmp_path / "models", models_dir)
     result = command("Hello", "--model_size", "tiny", script=tmp_path / "gpt2.py", n=N, cwd="/")
     assert result.stdout == continuation("Hello") + "\n"
 
@@ -200,6 +233,7 @@ def test_a_stream_that_the_shell_closed_is_no_error(closed, run):
 
 
 def test_a_full_disk_is_an_error(run):
+    needs_posix("/dev/full")
     with open("/dev/full", "w") as full:
         result = run("Hello", stdout=full)
     assert (result.stderr, result.returncode) == ("gpt2.py: no space left for the output\n", 1)
@@ -301,22 +335,27 @@ def test_ctrl_c_while_generating_shows_what_there_is_and_ends_with_130(long):
     assert process.returncode == 130
 
 
+def wait_for_numpy(process):
+    """Until it is imported, as Linux tells."""
+    needs_posix("/proc")
+    maps = pathlib.Path(f"/proc/{process.pid}/maps")
+    wait_until(lambda: "_multiarray_umath" in maps.read_text())
+
+
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.2, 0.6])
 def test_ctrl_c_from_the_first_import_that_takes_time_on_leaves_no_traceback(seconds, long):
     with running("Hello", model=long, n=190_000) as process:
-        maps = pathlib.Path(f"/proc/{process.pid}/maps")
-        wait_until(lambda: "_multiarray_umath" in maps.read_text())  # NumPy's, which is imported by then
+        wait_for_numpy(process)
         time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         assert process.communicate(timeout=TIMEOUT)[1] == b""
     assert process.returncode == 130
 
 
 def test_ctrl_c_stays_ignored_where_it_was(long):
     with running("Hello", model=long, n=190_000, through=["sh", "-c", 'trap "" INT; exec "$@"', "-"]) as process:
-        maps = pathlib.Path(f"/proc/{process.pid}/maps")
-        wait_until(lambda: "_multiarray_umath" in maps.read_text())
-        process.send_signal(signal.SIGINT)
+        wait_for_numpy(process)
+        interrupt(process)
         time.sleep(0.5)
         assert process.poll() is None
 

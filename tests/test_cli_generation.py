@@ -4,11 +4,12 @@ import functools
 import json
 import os
 import re
-import signal
+import sys
+import types
 
 import pexpect
 import pytest
-from conftest import TIMEOUT, N, assert_one_line_error, on_a_terminal, running, wait_until
+from conftest import TIMEOUT, N, assert_one_line_error, interrupt, on_a_terminal, running, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,7 +174,7 @@ def test_stream_prints_the_same_text(run, continuation):
 def test_stream_prints_text_as_it_is_made(long):
     with running("Hello", "--stream", model=long, n=190_000) as process:
         assert len(process.stdout.read(5)) == 5  # while 190,000 tokens are far from done
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
 
@@ -220,6 +221,21 @@ def test_a_line_ends_at_a_line_break_and_nowhere_else(run):
 def test_only_the_end_of_a_line_and_the_mark_before_the_first_are_left_out(run):
     lines = run("--prompts_file=-", input="\ufeffone\n\ufefftwo\nthree\r").stdout.splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["one", "\ufefftwo", "three\r"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_as_powershell_writes_it_is_read(encoding, run, tmp_path, continuation):
+    (tmp_path / "p.txt").write_bytes("\ufeffone\r\n平方 é 😀\u2028\r\n".encode(encoding))
+    lines = run("--prompts_file", tmp_path / "p.txt").stdout.rstrip("\n").split("\n")
+    answers = [(answer["prompt"], answer["text"]) for answer in map(json.loads, lines)]
+    assert answers == [(prompt, continuation(prompt)) for prompt in ("one", "平方 é 😀\u2028")]
+    assert run("-", input=(tmp_path / "p.txt").read_bytes()).stdout == continuation("one\r\n平方 é 😀\u2028") + "\n"
+
+
+def test_utf_16_that_is_cut_within_a_character_is_an_error(run, tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffone\n".encode("utf-16-le")[:-1])
+    result = run("--prompts_file", tmp_path / "p.txt")
+    assert_one_line_error(result, "p.txt cannot be read, as utf-16: not valid Unicode")
 
 
 def test_an_empty_file_of_prompts_is_done_at_once(run):
@@ -336,7 +352,7 @@ def test_blank_lines_of_jsonl_are_passed_over(run, tmp_path, continuation):
 
 
 def test_a_job_with_a_file_to_append_to_goes_on_where_it_was_killed(run, tmp_path):
-    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS), "utf-8")
     args, out = ["--prompts_file", tmp_path / "p.txt", "--out", tmp_path / "out.jsonl"], tmp_path / "out.jsonl"
     assert run(*args).stdout == ""
     whole = out.read_text("utf-8")
@@ -361,10 +377,10 @@ def test_what_is_no_unicode_comes_through_and_a_line_cut_within_a_character_is_d
 
 def test_answers_may_be_prompts_again(run, tmp_path):
     (tmp_path / "p.txt").write_text("one\n")
-    (tmp_path / "once.jsonl").write_text(run("--prompts_file", tmp_path / "p.txt").stdout)
+    (tmp_path / "once.jsonl").write_text(run("--prompts_file", tmp_path / "p.txt").stdout, "utf-8")
     for _ in range(2):
         assert run("--prompts_file", tmp_path / "once.jsonl", "--out", tmp_path / "twice.jsonl").returncode == 0
-    assert (tmp_path / "once.jsonl").read_text() == (tmp_path / "twice.jsonl").read_text()
+    assert (tmp_path / "once.jsonl").read_text("utf-8") == (tmp_path / "twice.jsonl").read_text("utf-8")
 
 
 def test_errors_that_were_there_before_still_count(run, tmp_path):
@@ -439,7 +455,7 @@ def test_a_switch_takes_no_word_behind_it(run, continuation):
 # Interactive
 
 
-PROMPT, CTRL_A, CTRL_C, CTRL_D = "Model prompt >>> ", "\x01", "\x03", "\x04"
+PROMPT, CTRL_A, CTRL_C, CTRL_D, CTRL_V = "Model prompt >>> ", "\x01", "\x03", "\x04", "\x16"
 
 
 @pytest.fixture
@@ -469,6 +485,22 @@ def test_interactive_says_first_that_nothing_carries_over_and_how_to_leave(conve
     with conversation() as (_, terminal):
         terminal.expect_exact(PROMPT)
         assert re.search(r"\A[^\n]*on its own[^\n]*Ctrl-D leaves[^\n]*\r\n\Z", terminal.before)
+
+
+def test_it_ends_as_its_system_ends_what_is_typed(tiny, monkeypatch, capsys):
+    """The words, without a terminal, of which Windows has no pseudo ones."""
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True, readline=lambda: ""))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    cli.converse(None)
+    assert ("Ctrl-Z and Enter leave." if os.name == "nt" else "Ctrl-D leaves.") in capsys.readouterr().err
+
+
+def test_ctrl_d_as_a_character_which_it_is_on_windows_leaves_too(conversation):
+    with conversation() as (process, terminal):
+        terminal.expect_exact(PROMPT)
+        terminal.send(CTRL_V + CTRL_D + "\n")
+        terminal.expect(pexpect.EOF)
+        assert process.wait(TIMEOUT) == 0
 
 
 def test_interactive_edits_the_line(conversation, continuation):

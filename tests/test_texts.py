@@ -55,6 +55,12 @@ def test_line_ends_and_byte_order_marks_do_not_reach_the_model(ends, mark, tmp_p
     assert read(tmp_path / "a.csv", f'{mark}id,text{ends}1,"{text}"{ends}', TEXT) == expected
 
 
+def test_utf_16_as_powershell_writes_it_is_read_like_utf_8(tmp_path):
+    assert read(tmp_path / "a.txt", "one 平方\r\ntwo\r\n".encode("utf-16"), TEXT) == [{"text": "one 平方\ntwo\n"}]
+    assert read(tmp_path / "a.jsonl", '{"text": "one"}\r\n'.encode("utf-16"), TEXT) == [{"text": "one"}]
+    assert "a.txt cannot be read, as utf-16" in message(tmp_path / "a.txt", "one".encode("utf-16")[:-1], TEXT)
+
+
 def test_endoftext_means_the_same_ids_in_every_file_in_training_and_in_evaluation(encoder, tmp_path, monkeypatch):
     text, end = "one two<|endoftext|>three", encoder.encoder["<|endoftext|>"]
     expected = [end, *encoder.encode("one two"), end, *encoder.encode("three")]
