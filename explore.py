@@ -72,7 +72,7 @@ def main(
             session.answer("run", {"text": prompt, "block": block})
     if out is not None:
         try:
-            with open(out, "w", encoding="utf-8") as file:
+            with open(out, "w", encoding="utf-8", newline="\n") as file:
                 file.write(page)
         except OSError as error:
             cli.fail(f"{out} cannot be written: {error.strerror}")

@@ -358,7 +358,7 @@ def sample(name, task, folder, paths):
     if task == "command" and name == "fastGPT":
         with tempfile.TemporaryDirectory() as cwd:
             os.symlink(os.path.join(paths[name], "model.gguf"), os.path.join(cwd, "model.gguf"))
-            with open(os.path.join(cwd, "input"), "w", encoding="utf-8") as f:
+            with open(os.path.join(cwd, "input"), "w", encoding="utf-8", newline="\n") as f:
                 f.write(f"&input_fastGPT\nn_tokens_to_generate = 40\n/\n{PROMPT}\n")
             seconds, peak, _ = run([os.path.join(paths[name], "gpt2")], cwd)
     elif task == "command" and name in ("gpt2.py", "picoGPT"):
@@ -626,9 +626,9 @@ def main(
 
     result = {"model_size": model_size, "runs": runs, "machine": machine, "notes": notes, "samples": samples}
     result["cores"] = by_cores
-    with open(os.path.join(out, "results.json"), "w", encoding="utf-8") as f:
+    with open(os.path.join(out, "results.json"), "w", encoding="utf-8", newline="\n") as f:
         json.dump(result, f, indent=1)
-    with open(os.path.join(out, "results.md"), "w", encoding="utf-8") as f:
+    with open(os.path.join(out, "results.md"), "w", encoding="utf-8", newline="\n") as f:
         f.write(markdown(result))
     print(markdown(result), end="")
     plot(result, out)

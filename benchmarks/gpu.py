@@ -216,9 +216,9 @@ def main(
             else:
                 speeds[name][n_rows] = n_rows * n_tokens / statistics.median(all_)
         # after every task, so that what ends the program leaves the others
-        with open(os.path.join(out, "gpu.json"), "w", encoding="utf-8") as f:
+        with open(os.path.join(out, "gpu.json"), "w", encoding="utf-8", newline="\n") as f:
             json.dump({"where": where, "notes": notes, "seconds": seconds}, f, indent=1)
-        with open(os.path.join(out, "gpu.md"), "w", encoding="utf-8") as f:
+        with open(os.path.join(out, "gpu.md"), "w", encoding="utf-8", newline="\n") as f:
             f.write(markdown(title, notes, rows, speeds | limits, first, n_long))
     print(markdown(title, notes, rows, speeds | limits, first, n_long), end="")
     plot(os.path.join(out, "gpu.png"), title, rows, speeds | limits)

@@ -55,9 +55,9 @@ def write_tokenizer(folder, tokens, merges):
     """Writes encoder.json and vocab.bpe, in the very form in which OpenAI did."""
     with contextlib.suppress(TypeError):  # get_encoder() says what is wrong with ids that cannot be sorted
         tokens = dict(sorted(tokens.items(), key=lambda item: item[1]))
-    with open(os.path.join(folder, ENCODER), "w", encoding="utf-8") as f:
+    with open(os.path.join(folder, ENCODER), "w", encoding="utf-8", newline="\n") as f:
         json.dump(tokens, f)
-    with open(os.path.join(folder, VOCAB), "w", encoding="utf-8", newline="") as f:
+    with open(os.path.join(folder, VOCAB), "w", encoding="utf-8", newline="\n") as f:
         f.write("\n".join(["#version: 0.2", *merges, ""]))
 
 
@@ -89,7 +89,7 @@ def convert(path, name, models_dir):
 
 
 def make_file(path):
-    open(path, "x").close()
+    open(path, "xb").close()
 
 
 @contextlib.contextmanager
@@ -168,7 +168,7 @@ def save_as_transformers(out, encoder, hparams, params):
         "vocab.json": {special.get(i, token): i for token, i in encoder.encoder.items()},
         "merges.txt": merges,
     }.items():
-        with open(os.path.join(out, name), "w", encoding="utf-8", newline="") as f:
+        with open(os.path.join(out, name), "w", encoding="utf-8", newline="\n") as f:
             f.write(content if isinstance(content, str) else json.dumps(content))
     arrays = {f"transformer.{transformers_name(name)}": array for name, array in flat(params, hparams).items()}
     weights = os.path.join(out, "model.safetensors")

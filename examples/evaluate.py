@@ -380,7 +380,7 @@ def main(
     if heatmap:
         with (
             cli.mistakes(OSError, f"{heatmap} cannot be written: "),
-            open(heatmap, "w", encoding="utf-8", newline="") as f,
+            open(heatmap, "w", encoding="utf-8", newline="\n") as f,
         ):
             f.write(as_html(f"{file}, {model_size}", encoder, ids, nats))
 

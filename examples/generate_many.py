@@ -170,7 +170,8 @@ def silence_ray():
     """Has all that Ray prints, from Python and C++, go nowhere: its own log files have it. sys.stderr stays ours."""
     logging.disable()
     warnings.simplefilter("ignore")
-    sys.stderr = open(os.dup(2), "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    options = {"encoding": sys.stderr.encoding, "errors": "backslashreplace"}
+    sys.stderr = open(os.dup(2), "w", buffering=1, **options)  # noqa: SIM115
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
@@ -210,7 +211,7 @@ def main(
         seed: with a temperature, makes the draws repeatable: sample j of line i of a file, both counted from 0, is what
             gpt2.py draws with seed + i * n_samples + j
         n_samples: with a temperature, how many continuations to draw for each prompt, as its "samples"
-        stop: end before this text appears; \\n is a line break; several are given as a list, '["User:", "Bot:"]'
+        stop: end before this text appears; \\n is a line break; several are given as a list, "['User:', 'Bot:']"
         sliding_window: past the end of the model's context, go on with the newest half of it as the prompt
         batch_size: how many texts a worker makes at once
         backend: numpy, jax or cupy

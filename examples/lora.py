@@ -167,7 +167,7 @@ def save_adapters(folder, adapters, alpha, names, model_size):
     config |= {"fan_in_fan_out": True, "inference_mode": True}  # GPT-2's w are [in, out] in transformers, too
     with open(os.path.join(folder, ADAPTER), "wb") as f:
         f.write(save(tensors))
-    with open(os.path.join(folder, ADAPTER_CONFIG), "w", encoding="utf-8") as f:
+    with open(os.path.join(folder, ADAPTER_CONFIG), "w", encoding="utf-8", newline="\n") as f:
         json.dump(config, f, indent=2)
 
 

@@ -42,9 +42,9 @@ def train_tokenizer(texts, n_vocab, model_dir):
     merges = [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     # ids in the order learned, as OpenAI's; two merges may give the same token
     tokens = dict.fromkeys([*alphabet, *(merge.replace(" ", "") for merge in merges), "<|endoftext|>"])
-    with open(os.path.join(model_dir, "encoder.json"), "w", encoding="utf-8") as f:
+    with open(os.path.join(model_dir, "encoder.json"), "w", encoding="utf-8", newline="\n") as f:
         json.dump({token: i for i, token in enumerate(tokens)}, f)
-    with open(os.path.join(model_dir, "vocab.bpe"), "w", encoding="utf-8") as f:
+    with open(os.path.join(model_dir, "vocab.bpe"), "w", encoding="utf-8", newline="\n") as f:
         f.write("\n".join(["#version: 0.2", *merges, ""]))
 
 

@@ -4,10 +4,13 @@ import ast
 import graphlib
 import importlib
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
 from conftest import REPO
+from packaging.requirements import Requirement
 
 import cli
 
@@ -27,7 +30,7 @@ MAY_IMPORT = {
     "files.download": {"files.lock", "files.web"},
     "files.crc32c": set(),
     "files.bundle": {"files.crc32c"},
-    "files.sums": set(),
+    "files.sums": {"files.lock"},
     "files.together": {"files.lock"},
     "files.checkpoint": {"files.bundle", "files.sums", "files.together"},
     "encoder": set(),
@@ -114,6 +117,34 @@ def test_no_state_hides_in_closures(module):
     assert not [node.lineno for node in ast.walk(parsed(module)) if isinstance(node, ast.Nonlocal)]
 
 
+def git(*args):
+    return subprocess.run(["git", *args], cwd=REPO, capture_output=True, text=True, check=True).stdout
+
+
+def opened(tree):
+    """(line, mode, names of keywords) of each open() of a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
+            mode = next(iter(node.args[1:]), ast.Constant("r"))
+            if ast.unparse(node.args[0]) not in ("os.devnull", "os.dup(2)"):
+                yield node.lineno, ast.unparse(mode), {keyword.arg for keyword in node.keywords}
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "examples", "benchmarks"])
+def test_files_of_text_are_the_same_bytes_on_every_system(room):
+    """Windows' own encoding and line breaks are left to terminals."""
+    for path in (REPO / room).glob("*.py"):
+        for line, mode, names in opened(ast.parse(path.read_text("utf-8"))):
+            needed = set() if "b" in mode else {"encoding"} if mode == "'r'" else {"encoding", "newline"}
+            assert needed <= names, f"{path}:{line}"
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="there is no git here")
+def test_scripts_keep_their_line_breaks_on_every_system():
+    names = git("ls-files", ".ci/run", "*.sh").split()
+    assert git("check-attr", "eol", *names) == "".join(f"{name}: eol: lf\n" for name in names)
+
+
 def test_the_dependencies_of_the_project_are_those_that_the_command_names():
     assert [re.match(r"[\w-]+", dependency)[0] for dependency in PROJECT["dependencies"]] == [*cli.BASIC]
 
@@ -123,6 +154,25 @@ def test_requirements_txt_has_the_dependencies_of_the_project_and_tensorflow():
     *requirements, tensorflow = (line.partition("#")[0].strip() for line in lines if not line.startswith("#"))
     assert requirements == PROJECT["dependencies"]
     assert tensorflow.startswith("tensorflow>=")
+
+
+PACKAGED = {  # where a requirement is left out, since nobody packages it, and pip would fail
+    ("linux", "x86_64", "3.12"): set(),
+    ("win32", "AMD64", "3.12"): set(),
+    ("darwin", "arm64", "3.12"): set(),
+    ("linux", "x86_64", "3.14"): {"tensorflow"},
+    ("win32", "ARM64", "3.12"): {"tensorflow", "torch", "jax", "optax", "peft", "ray"},
+    ("darwin", "x86_64", "3.12"): {"tensorflow", "torch", "jax", "optax", "peft", "ray"},
+}
+
+
+@pytest.mark.parametrize(("machine", "left_out"), PACKAGED.items(), ids=str)
+def test_what_is_not_packaged_for_a_platform_is_not_asked_for_there(machine, left_out):
+    environment = dict(zip(("sys_platform", "platform_machine", "python_version"), machine, strict=True))
+    lines = [line for path in REPO.glob("requirements*.txt") for line in path.read_text("utf-8").splitlines()]
+    lines = [line.partition("#")[0].strip() for line in lines]
+    found = [Requirement(line) for line in lines if line and not line.startswith("-r ")]
+    assert {each.name for each in found if each.marker and not each.marker.evaluate(environment)} == left_out
 
 
 def test_pip_installs_what_the_house_has():
