@@ -4,20 +4,17 @@ The models have the head of GPT-2's genuine vocabulary.
 """
 
 import contextlib
-import fcntl
 import functools
 import importlib.util
 import json
 import math
 import os
 import pathlib
-import pty
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-import termios
 import time
 
 import hypothesis
@@ -63,6 +60,25 @@ def optional(name, needs=None):
     """An oracle, or what needs one, which the tests on other Pythons go without: see .ci/run."""
     package = needs or name.partition(".")[0]
     return importlib.import_module(name) if importlib.util.find_spec(package) else Absent(package)
+
+
+def needs_posix(what):
+    """Skips a test of what Windows has not."""
+    if os.name == "nt":
+        pytest.skip(f"Windows has no {what}")
+
+
+def fifo(path):
+    needs_posix("FIFOs in folders")
+    os.mkfifo(path)
+
+
+def link(path, to):
+    try:
+        os.symlink(to, path, target_is_directory=os.path.isdir(to))
+    except OSError:
+        needs_posix("symbolic links for everybody")
+        raise
 
 
 def wild_params(hparams, seed=0):
@@ -125,6 +141,8 @@ def start(*args, script="gpt2.py", code=None, model=None, n=None, env=(), throug
     model: its folder, and n: how many tokens to generate; where given, they become flags. env: variables to add.
     through: a command that runs it, such as a shell. Streams are pipes of bytes unless kwargs say otherwise.
     """
+    if through or any(isinstance(arg, bytes) for arg in args):
+        needs_posix("POSIX shell" if through else "arguments of any bytes")
     flags = ["--model_size", model.name, "--models_dir", model.parent] if model else []
     flags += [f"--n_tokens_to_generate={n}"] if n is not None else []
     program = [*through, sys.executable, *(["-c", code] if code else [REPO / script])]
@@ -144,11 +162,17 @@ def running(*args, **kwargs):
 
 
 def command(*args, input="", **kwargs):
-    """start(), to its end: a result whose stdout and stderr are text, every byte of it as it was printed."""
+    """start(), to its end: a result whose stdout and stderr are text, as it was printed; line breaks are \\n."""
     with running(*args, **kwargs) as process:
         outputs = process.communicate(input.encode() if isinstance(input, str) else input, TIMEOUT)
-    stdout, stderr = ((output or b"").decode() for output in outputs)
+    stdout, stderr = ((output or b"").decode().replace(os.linesep, "\n") for output in outputs)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def interrupt(process):
+    """Ctrl-C, for this process alone."""
+    needs_posix("signals")
+    process.send_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -157,6 +181,11 @@ def on_a_terminal(*args, stdout=None, columns=100, **kwargs):
 
     The hold is pexpect's: send("\\x03") types Ctrl-C. Nothing forks: JAX, in this process, would not bear it.
     """
+    needs_posix("pseudo-terminals")
+    import fcntl
+    import pty
+    import termios
+
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     streams = {"stdin": theirs, "stdout": stdout or theirs, "stderr": theirs}

@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 import shutil
-import signal
 import sys
 import zipfile
 
@@ -16,7 +15,7 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
-from conftest import GENUINE, HPARAMS, REPO, assert_one_line_error, command, running, wait_until
+from conftest import GENUINE, HPARAMS, REPO, assert_one_line_error, command, interrupt, running, wait_until
 
 sys.path.insert(0, str(REPO / "examples"))
 import convert
@@ -691,7 +690,7 @@ def test_without_the_package_it_needs_one_line_says_what_to_install(tiny, tmp_pa
 def test_ctrl_c_leaves_nothing_behind(theirs, models):
     with running(theirs, "--name=mine", "--models_dir", models, script=SCRIPT) as process:
         wait_until(lambda: any(models.iterdir()))
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         _, stderr = process.communicate(timeout=conftest.TIMEOUT)
     assert (process.returncode, stderr) == (130, b"")
     assert not any(models.iterdir())

@@ -1,23 +1,22 @@
 """Downloads: from a server that misbehaves, with every kind of interruption, and by several processes at once."""
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 import random
 import re
-import signal
 import socket
+import subprocess
 import time
 
 import conftest
 import pytest
-from conftest import command, wait_until
+from conftest import command, fifo, interrupt, wait_until
 from flaky_server import PROBE, serving
 
-from files import download, web
+from files import download, lock, web
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 N_BYTES = 137_344  # of the large file
@@ -495,7 +494,7 @@ def test_a_part_that_is_damaged_is_fetched_again_where_it_is(server, folder, dam
     assert contents(folder) == FILES
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [subprocess.Popen.kill, interrupt])
 @pytest.mark.parametrize(("n_bytes", "at_risk", "save_after"), [(60_000, 0, 0), (3_000_000, 2**18 + 2**16, 1000)])
 def test_what_came_before_an_interruption_counts(server, folder, how, n_bytes, at_risk, save_after):
     """Not whole ranges alone: all that a connection brought in time, and at any rate all but a quarter of a MiB."""
@@ -506,7 +505,7 @@ def test_what_came_before_an_interruption_counts(server, folder, how, n_bytes, a
     process = start(server, folder, tuning={**tuning, "files": {"large": 30 * N_BYTES}})
     wait_until(lambda: n_held(folder) > n_bytes - at_risk - 20_000)
     time.sleep(0.2)
-    process.send_signal(how)
+    how(process)
     process.communicate()
     n_kept = n_bytes - at_risk
     server.always, server.log = {}, []
@@ -540,7 +539,7 @@ def test_ctrl_c_ends_at_once_even_if_the_server_stalls(server, folder):
     server.faults = {"large": [{}] * 12 + [{"stall": 2000}] * 99}
     process = start(server, folder, tuning={"timeout": 600})
     wait_until(lambda: n_held(folder) >= 12 * RANGE)
-    process.send_signal(signal.SIGINT)
+    interrupt(process)
     process.communicate(timeout=60)  # the server would take 30 s, the timeout is 600
     assert process.returncode == 130
     server.faults = {}
@@ -587,7 +586,7 @@ def test_one_that_waits_goes_on_when_the_other_is_killed(server, folder):
 def test_a_lock_that_is_free_is_taken_at_once(folder, capsys):
     os.makedirs(folder)
     with open(os.path.join(folder, ".lock"), "w") as f:  # which a process that was killed has left
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert lock.try_lock(f)
     with download.locked(folder):
         open(os.path.join(folder, "first"), "w").close()
     assert os.listdir(folder) == ["first"]
@@ -599,7 +598,7 @@ def test_a_lock_that_is_free_is_taken_at_once(folder, capsys):
 @pytest.mark.parametrize("name", [".lock", "first.part", "first.part.ranges"])
 def test_a_fifo_in_the_way_is_one_line_and_does_not_hang(server, folder, name):
     os.makedirs(folder)
-    os.mkfifo(os.path.join(folder, name))
+    fifo(os.path.join(folder, name))
     assert f"tiny cannot be stored in {folder}: {folder}/{name} is no file" in failure(server, folder)
 
 

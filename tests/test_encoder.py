@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import pydoc_data.topics
 import random
@@ -14,7 +15,7 @@ import unicodedata
 
 import pytest
 import tiktoken
-from conftest import GENUINE, REPO, assert_one_line_error, command, write_tokenizer
+from conftest import GENUINE, REPO, assert_one_line_error, command, needs_posix, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -182,6 +183,8 @@ def test_an_encoder_that_was_pickled_or_copied_is_as_before(genuine, copied):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_pool_of_processes_encodes_as_this_one(genuine, method):
+    if method == "fork":
+        needs_posix("fork")
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map(genuine.encode, NASTY) == [*map(genuine.encode, NASTY)]
 
@@ -233,6 +236,7 @@ def test_a_word_ten_times_as_long_takes_at_most_twenty_times_as_long(alphabet, g
 
 @pytest.mark.parametrize("alphabet", ["a", string.ascii_lowercase])
 def test_a_word_takes_at_most_twenty_times_its_size_in_memory(alphabet):
+    needs_posix("getrusage")
     code = f"""
 import random, resource
 from encoder import get_encoder
@@ -350,10 +354,13 @@ def test_without_124m_the_command_says_that_it_takes_shakespeare():
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["x", "--model_size=124M", "--models_dir=/nowhere"], "no encoder.json and vocab.bpe in '/nowhere/124M'"),
+        (
+            ["x", "--model_size=124M", "--models_dir=/nowhere"],
+            f"no encoder.json and vocab.bpe in {os.path.join('/nowhere', '124M')!r}",
+        ),
         (["x", "--model_size=../models/shakespeare"], "'../models/shakespeare' is no model name"),
         ([b"caf\xe9", "--model_size=shakespeare"], "not valid Unicode text"),
-        (["x", "--model_size=\x1b[31m"], "models/\\x1b[31m'"),
+        (["x", "--model_size=\x1b[31m"], repr(os.path.join("models", "\x1b[31m"))[1:]),
     ],
 )
 def test_mistakes_are_told_in_one_line(args, said):

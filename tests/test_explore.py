@@ -6,13 +6,12 @@ import http.client
 import itertools
 import json
 import re
-import signal
 import threading
 import urllib.parse
 
 import numpy as np
 import pytest
-from conftest import REPO, assert_one_line_error, command, running
+from conftest import REPO, assert_one_line_error, command, interrupt, running
 
 import explore
 import gpt2
@@ -451,7 +450,7 @@ def test_the_command_serves_the_page_at_the_address_it_prints_until_ctrl_c():
         connection = http.client.HTTPConnection(url.netloc, timeout=60)
         connection.request("GET", "/")
         assert connection.getresponse().status == 200
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in stderr

@@ -7,7 +7,7 @@ import signal
 
 import psutil
 import pytest
-from conftest import REPO, TIMEOUT, N, assert_one_line_error, command, running, wait_until
+from conftest import REPO, TIMEOUT, N, assert_one_line_error, command, interrupt, running, wait_until
 from pyarrow.fs import LocalFileSystem
 from ray.cluster_utils import Cluster
 
@@ -118,7 +118,7 @@ def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_command_and_does_
         wait_until(lambda: len(parts(out)) >= 3)
         working = workers(process.pid)
         assert working
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, stdout) == (130, b"")
     assert stderr == b"\ngenerate_many.py: stopped; the same command goes on from here\n"

@@ -96,7 +96,7 @@ def test_a_second_process_is_refused_in_one_line_and_a_dead_one_locks_nothing(tm
         first.stdout.readline()
         assert not saving.is_left_half(tmp_path / "mine")
         assert_one_line_error(command(code=code), "another process is writing")
-        first.send_signal(signal.SIGKILL)
+        first.kill()
         first.wait()
     assert saving.is_left_half(tmp_path / "mine")
     with saving.alone(tmp_path / "mine"):

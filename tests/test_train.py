@@ -9,7 +9,6 @@ import pathlib
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from conftest import REPO, TIMEOUT, assert_one_line_error, command, running
+from conftest import REPO, TIMEOUT, assert_one_line_error, command, interrupt, running
 
 sys.path.insert(0, str(REPO / "examples"))
 import on_jax
@@ -138,7 +137,7 @@ def test_ctrl_c_saves_at_once_and_names_the_command_that_goes_on(tmp_path):
         for line in process.stderr:
             if b"minutes to go" in line:
                 break
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         last = process.stderr.read().decode().splitlines()[-1]
         assert process.wait() == 130
     step, resume = re.fullmatch(r"stopped at step (\d+) of 100000, which is saved; to go on: (.*)", last).groups()
@@ -477,7 +476,7 @@ def test_help_needs_no_package_of_trainings(script, tmp_path):
 def test_ctrl_c_during_the_imports_leaves_no_traceback(script):
     with running("train", TEXT_FILE, "--name", "new", script=f"examples/{script}") as process:
         time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         _, said = process.communicate()
     assert process.returncode == 130
     assert b"Traceback" not in said

@@ -10,7 +10,7 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, command
+from conftest import assert_one_line_error, command, fifo, link
 
 import utils
 from encoder import bytes_to_unicode, get_encoder
@@ -353,16 +353,16 @@ def test_what_is_no_file_is_a_clear_error(folder, name, kind):
     (folder / name).unlink()
     {
         "folder": os.mkdir,
-        "pipe": os.mkfifo,
-        "endless": lambda path: os.symlink("/dev/zero", path),
-        "dangling": lambda path: os.symlink("nowhere", path),
-        "circle": lambda path: os.symlink(name, path),
+        "pipe": fifo,
+        "endless": lambda path: link(path, "/dev/zero"),
+        "dangling": lambda path: link(path, "nowhere"),
+        "circle": lambda path: link(path, name),
     }[kind](folder / name)
     with pytest.raises(utils.ModelError, match=f"lacks {name}"):
         load(folder)
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize("make", [os.mkdir, fifo, lambda path: link(path, "/dev/zero")])
 def test_a_sha256sums_that_is_no_file_is_a_clear_error(folder, make):
     (folder / "SHA256SUMS").unlink()
     make(folder / "SHA256SUMS")
@@ -546,7 +546,7 @@ def test_a_name_that_is_no_model_is_an_error(folder, name):
 
 def test_a_link_to_a_folder_elsewhere_is_a_model(folder, weights, tmp_path):
     (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "mine").symlink_to(folder)
+    link(tmp_path / "linked" / "mine", folder)
     assert check(tmp_path / "linked" / "mine", weights)
 
 
