@@ -197,10 +197,17 @@ def test_weights_of_another_shape_are_refused(hub, folder, monkeypatch):
         load(folder)
 
 
-def test_where_no_md5_is_known_shapes_are_checked(hub, folder, tiny, monkeypatch):
+def test_where_no_md5_is_known_weights_of_the_right_shapes_are_taken(hub, folder, tiny, monkeypatch):
     monkeypatch.setattr(utils, "MD5", {})
     load(folder)
     assert_is_openais(folder, tiny)
+
+
+def test_where_no_md5_is_known_weights_of_another_shape_are_refused(hub, folder, monkeypatch):
+    monkeypatch.setattr(utils, "MD5", {})
+    monkeypatch.setitem(utils.MODEL_SIZES, "124M", {**HPARAMS, "n_ctx": 32})
+    with pytest.raises(utils.ModelError, match=r"wpe.weight is float32 of shape \[64, 80\], not float32 of shape \[32"):
+        load(folder)
 
 
 def test_two_processes_at_once_fetch_it_once(hub, folder, tiny):
