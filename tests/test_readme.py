@@ -9,7 +9,7 @@ import textwrap
 import pytest
 from conftest import REPO
 
-FOLDERS = [".", "models", "models/shakespeare", "examples", "benchmarks", "tests/reference"]
+FOLDERS = [".", "models", "models/shakespeare", "models/tangshi", "examples", "benchmarks", "tests/reference"]
 FENCED, INDENTED = r"^```\w*\n(?:(?!```)[^\n]*\n)*```$", r"(?:^    [^\n]*\n|^\n(?=    ))+"
 
 
