@@ -53,6 +53,19 @@ def names(text):
     return {" ".join(name.replace(".zh-CN", "").split()) for name in re.findall(r"`([^`]+)`", prose(text))}
 
 
+COUNTERPARTS = {  # commands of README.zh-CN.md, whose first model writes Chinese: those of README.md in their place
+    'python gpt2.py "春眠不觉晓，" --model_size tangshi': 'python gpt2.py "ROMEO:" --model_size shakespeare',
+    'python gpt2.py "ROMEO:" --model_size shakespeare': 'python gpt2.py "春眠不觉晓，" --model_size tangshi',
+    'python explore.py "春眠不觉晓，处处闻啼鸟。" --model_size tangshi': (
+        'python explore.py "My lord, the king is dead; my lord, the" --model_size shakespeare'
+    ),
+    "python examples/finetune.py dufu.txt --model_size tangshi --name dufu": (
+        "python examples/finetune.py my_text.txt --model_size shakespeare --name mine"
+    ),
+    r'python gpt2.py "国破山河在，" --model_size dufu --temperature 0.8 --stop "\n\n"': (
+        'python gpt2.py "Once upon a time" --model_size mine'
+    ),
+}
 ENGLISH, CHINESE = read(".")
 PAIRS = {
     f"{folder}-{i}": pair
@@ -80,7 +93,10 @@ def test_both_have_headings_of_the_same_levels_in_the_same_order(folder):
 @pytest.mark.parametrize(("pair", "what"), COMPARED)
 def test_a_section_has_the_same_in_both(pair, what):
     (_, english), (_, chinese) = PAIRS[pair]
-    assert what(english) == what(chinese)
+    theirs = what(chinese)
+    if what is code and pair.startswith(".-"):
+        theirs = [line.replace(line.strip(), COUNTERPARTS.get(line.strip(), line.strip())) for line in theirs]
+    assert what(english) == theirs
 
 
 def test_the_parts_that_are_compared_are_there():
