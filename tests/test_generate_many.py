@@ -1,5 +1,6 @@
 """examples/generate_many.py: on a Ray cluster of two nodes, on this machine alone, and its parts by themselves."""
 
+import contextlib
 import gzip
 import importlib.util
 import inspect
@@ -31,9 +32,16 @@ def cluster():
     """Two nodes of one CPU each, as environment variables that lead to them."""
     cluster = Cluster()
     for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
+        add_node(cluster)
     yield {"RAY_ADDRESS": cluster.address}
     cluster.shutdown()
+
+
+def add_node(cluster, n_tries=3):
+    """Ray gives a node 30 seconds to start, in which a busy machine may not have come to it."""
+    for i in range(n_tries):
+        with contextlib.suppress(Exception if i < n_tries - 1 else ()):
+            return cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
 
 
 def workers(pid=None):
