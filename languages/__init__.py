@@ -1,24 +1,27 @@
 """What the program says, in the language of whoever reads it: English, or Chinese where the locale is Chinese.
 
 The sources say everything in English, whole sentences with their numbers and paths in them. Where one is shown, it is
-looked up here by its wording: the catalogue, zh.po, has {} for what changes from one time to the next, and what stood
-there may be a sentence, too, which is then looked up in its turn. So what raises an error need not know of languages.
+looked up here by its wording: the catalogue, zh.po, has {} for what changes from one time to the next, and {s} where
+that may be a sentence, too, which is then looked up in its turn. What stands in quotes is left as it is, whatever it
+says. So what raises an error need not know of languages.
 """
 
 import functools
 import json
 import os
 import re
-import string
 import sys
 
 CATALOGUE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "zh.po")  # as gettext's tools read it, too
+LONGEST = 2000  # characters: what is longer is not the program's
+QUOTED = re.compile(r"""(?<!\w)(["'])(?:\\.?|(?!\1)[^\\])*(\1|$)""", re.DOTALL)  # as repr has it
+NO_SPACE = "\uffff"  # for a space in quotes, where no wording shall be found; no text has this character
 VARIABLES = ("LC_ALL", "LC_MESSAGES", "LANG")
 
 
 def translated(text, stream=None):
-    """A text for stream, stderr if none is given, in the user's language; as it is if stream has no such characters."""
-    if not is_chinese():
+    """A text for stream, or stderr, in the user's language; as it is if long or not in the stream's encoding."""
+    if not is_chinese() or len(text) > LONGEST:
         return text
     chinese = look_up(text)
     try:
@@ -56,29 +59,46 @@ def system_locale():
 
 
 def look_up(text):
-    """A text in Chinese as far as the catalogue has it, the most special wording first; else as it is."""
-    for pattern, chinese in patterns():
-        if match := pattern.fullmatch(text):
-            return chinese.format(*(look_up(part) if is_sentence(part) else part for part in match.groups()))
+    """A text in Chinese as far as the catalogue has it, else as it is; in time linear in its length, whatever it says."""
+    return in_chinese(QUOTED.sub(as_one_word, text), depth=8).replace(NO_SPACE, " ")
+
+
+def as_one_word(quoted):
+    return quoted[0].replace(" ", NO_SPACE) if quoted[2] else quoted[0]  # as it is if the quotes do not close
+
+
+def in_chinese(text, depth):
+    """By the most special wording that makes up the text. depth: how many sentences there may be, each in another."""
+    for literals, kinds, chinese in wordings() if depth else ():
+        parts = between(literals, text)
+        if parts is not None and not any(kind == "w" and " " in part for kind, part in zip(kinds, parts, strict=True)):
+            pairs = zip(kinds, parts, strict=True)
+            return chinese.format(*(in_chinese(part, depth - 1) if kind == "s" else part for kind, part in pairs))
     return text
 
 
-def is_sentence(part):
-    """Whether what stands in a text may be one of ours: not a name, nor what somebody typed, which is in quotes."""
-    return " " in part and not (part[0] == part[-1] and part[0] in "'\"")
+def between(literals, text):
+    """What stands between literals that make up a text, each taken where it first comes; None if they do not."""
+    if not literals[1:]:
+        return [] if text == literals[0] else None
+    if not (text.startswith(literals[0]) and text.endswith(literals[-1])):
+        return None
+    parts, start, end = [], len(literals[0]), len(text) - len(literals[-1])
+    for literal in literals[1:-1]:
+        at = text.find(literal, start, end)
+        if at < 0:
+            return None
+        parts.append(text[start:at])
+        start = at + len(literal)
+    return [*parts, text[start:end]] if start <= end else None
 
 
 @functools.cache
-def patterns():
-    """[(what matches an English text, its translation)], those with the longest wording of their own first."""
-    entries = sorted(catalogue().items(), key=lambda entry: -len(re.sub("{w?}", "", entry[0])))
-    return [(re.compile(pattern(english), re.DOTALL), chinese) for english, chinese in entries]
-
-
-def pattern(english):
-    """The regular expression of a wording: {} is anything, {w} one word."""
-    groups = {None: "", "": "(.*?)", "w": r"(\S*?)"}
-    return "".join(re.escape(literal) + groups[field] for literal, field, *_ in string.Formatter().parse(english))
+def wordings():
+    """[(literals, the kind of what is between each two, translation)], those with the longest literals first."""
+    split = [(re.split(r"{([sw]?)}", QUOTED.sub(as_one_word, english)), text) for english, text in catalogue().items()]
+    found = [([literal.format() for literal in parts[::2]], parts[1::2], chinese) for parts, chinese in split]
+    return sorted(found, key=lambda wording: -len("".join(wording[0])))
 
 
 def catalogue():

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import time
 import types
 
 import fire
@@ -91,6 +92,22 @@ def messages(path):
     return {text + "{}" * text.endswith(": ") for text in found if re.search(WORDS, text)}
 
 
+def sentences_in_sentences(path):
+    """All that a file says, each with "it is empty" where a sentence may stand, or what an error says."""
+    tree, said = ast.parse(path.read_text("utf-8")), messages(path)
+    errors = {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
+    for function in functions(tree):
+        assigned = assigned_in([*tree.body, *ast.walk(function)])
+        for node in [node for node in ast.walk(function) if isinstance(node, ast.JoinedStr)]:
+            before = {name: [v for v in values if node not in ast.walk(v)] for name, values in assigned.items()}
+            puts = [part for part in node.values if isinstance(part, ast.FormattedValue)]
+            for i, put in enumerate(puts if template(node.values) in said else ()):
+                is_error = any(getattr(name, "id", None) in errors for name in ast.walk(put))
+                is_error &= "__name__" not in ast.dump(put)
+                if is_error or any(re.search(WORDS, text) for text in wordings(put.value, before)):
+                    yield template(node.values).format(*("it is empty" if j == i else "" for j in range(len(puts))))
+
+
 def functions(tree):
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
@@ -118,7 +135,7 @@ def in_chinese(monkeypatch):
 
 def filled(wording):
     """A wording with something in the place of every {}."""
-    wording = wording.replace("{w}", "{}")
+    wording = re.sub(r"\{[sw]\}", "{}", wording)
     return wording.format(*(f"<{i}>" for i in range(wording.count("{}"))))
 
 
@@ -130,6 +147,12 @@ def test_the_catalogue_has_all_that_a_file_says(path):
 
 def test_the_files_say_much():
     assert len(set().union(*map(messages, FILES))) > 300
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(REPO).as_posix())
+def test_the_catalogue_says_where_a_sentence_may_stand_in_another(path):
+    lacking = {text for text in sentences_in_sentences(path) if "它是空的" not in languages.look_up(text)}
+    assert lacking == set()
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=".".join)
@@ -144,7 +167,7 @@ def test_the_catalogue_has_every_line_of_a_commands_help(command, in_chinese):
 def test_a_translation_has_in_it_what_is_put_into_the_english(wording):
     english = filled(wording)
     chinese = languages.look_up(english)
-    assert HAN.search(chinese) or wording in ("{}: {}", "{} - {}")
+    assert HAN.search(chinese) or wording in ("{}: {s}", "{} - {s}")
     assert "<0>" not in english or re.search(r"<\d>", chinese)
 
 
@@ -158,7 +181,7 @@ def test_what_the_catalogue_has_is_said_somewhere():
     own = {english for english in languages.catalogue() if repr_of(english) in text.partition("# put together")[0]}
     assert len(own) > 300
     said = "\n".join({text for path in FILES for text in all_texts(path)})
-    parts = {part for english in own for part in re.split(r"\{w?\}", english) if re.search("[a-z]{3}", part)}
+    parts = {part for english in own for part in re.split(r"\{[sw]?\}", english) if re.search("[a-z]{3}", part)}
     assert {part for part in parts if part not in said} == set()
 
 
@@ -221,7 +244,7 @@ def test_windows_has_numbers_for_languages(number, locale, monkeypatch):
 
 def test_nothing_is_read_for_those_who_read_english(monkeypatch):
     monkeypatch.setattr(languages, "CATALOGUE", "is not there")
-    languages.patterns.cache_clear()
+    languages.wordings.cache_clear()
     assert languages.translated("no token ids") == "no token ids"
 
 
@@ -267,6 +290,64 @@ def test_neither_importing_nor_a_message_changes_the_programs_locale():
 )
 def test_a_text_is_translated_and_what_stands_in_it_too_but_for_names_and_what_was_typed(english, chinese, in_chinese):
     assert languages.translated(english) == chinese
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        (
+            "more than one prompt, 'a and b' and 'c, d and e': put quotes around one of several words",
+            "prompt 只能有一个，却给了 'a and b' 和 'c, d and e'：文本里若有空格，请用引号括起来",
+        ),
+        (
+            "more than one prompt, \"it's a and b\" and 'a\\'s \" and c': put quotes around one of several words",
+            "prompt 只能有一个，却给了 \"it's a and b\" 和 'a\\'s \" and c'：文本里若有空格，请用引号括起来",
+        ),
+        ("'a has b' cannot be read: 'it is empty'", "无法读取 'a has b'：'it is empty'"),
+        ("'a' cannot be read: its header is no object", "无法读取 'a'：它的文件头不是对象"),
+        ('5" cannot be read: it is empty', '无法读取 5"：它是空的'),
+        ("'s cannot be read: it is empty", "无法读取 's：它是空的"),
+    ],
+)
+def test_what_is_in_quotes_is_one_thing_and_is_never_translated(english, chinese, in_chinese):
+    assert languages.translated(english) == chinese
+
+
+def test_a_name_that_reads_like_a_sentence_stays(in_chinese):
+    said = "no encoder.json and vocab.bpe in the output; shakespeare has its own"
+    assert languages.translated(said) == "the output 里没有 encoder.json 和 vocab.bpe；shakespeare 有自己的"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "a is b: c has d ",
+        "a cannot be read: ",
+        "' ",
+        "\" ' ",
+        "\\' ",
+        "a: ",
+        " and ",
+        "{} ",
+        "a from b/c/",
+        "; nor could not ",
+    ],
+)
+@pytest.mark.parametrize("last", ["", "\\", ": trying another source"])
+def test_a_long_text_of_whatever_kind_takes_no_time(part, last):
+    languages.look_up("the catalogue is read")
+    text = part * (100_000 // len(part)) + last
+    start = time.process_time()
+    languages.look_up(text)
+    assert time.process_time() - start < 0.5
+
+
+def test_a_text_of_more_than_2000_characters_is_as_it_was(in_chinese):
+    def said(length):
+        return "x cannot be read: it is empty".replace("x", "x" * (length - 28))
+
+    assert HAN.search(languages.translated(said(2000)))
+    assert languages.translated(said(2001)) == said(2001)
 
 
 MISTAKES = {
