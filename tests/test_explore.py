@@ -518,6 +518,16 @@ def test_numbers_are_packed_to_three_digits_and_none_becomes_infinite(numbers):
     np.testing.assert_allclose(again, array, rtol=1e-3, atol=1e-7)
 
 
+def test_the_file_has_logits_far_from_0_whole_so_that_their_probabilities_are_right(model):
+    encoder, hparams, params = model
+    shift = np.linalg.lstsq(params["wte"], np.full(len(params["wte"]), -100, np.float32), rcond=None)[0]
+    params = {**params, "ln_f": {**params["ln_f"], "b": params["ln_f"]["b"] + shift}}
+    inside = inside_of(single_file.page(Session("shakespeare", encoder, hparams, params, TEXT)))
+    logits = gpt2.gpt2(encoder.encode(TEXT), **params, n_head=hparams["n_head"])[-1]
+    assert np.median(logits) < -64  # where the step of half precision is 0.0625
+    np.testing.assert_allclose(unpacked(inside, inside["run"]["logits"]), logits, rtol=1e-6)
+
+
 def test_a_file_has_room_for_the_open_block_first_and_never_names_what_it_has_not(model, monkeypatch):
     whole = inside_of(single_file.page(Session("shakespeare", *model, TEXT, block=1)))
     monkeypatch.setattr(single_file, "N_BYTES", 600_000)
