@@ -332,6 +332,19 @@ def test_what_an_experiment_changed_is_in_view(visit):
     assert 0 <= visit.page.locator("#compared h3").bounding_box()["y"] <= 800
 
 
+def test_a_new_text_or_language_leaves_the_page_where_it_is(visit):
+    visit.page.click("#head .act")
+    visit.page.wait_for_selector("#compared table")
+    visit.page.evaluate("scrollTo(0, 0)")
+    visit.type("Good night, my")
+    visit.page.wait_for_selector("#compared th:text-is('·lord')")
+    assert visit.page.evaluate("scrollY") == 0
+    visit.page.click("[data-language=zh]")
+    visit.page.wait_for_selector("#compared h3:has-text('块')")
+    visit.settle()
+    assert visit.page.evaluate("scrollY") == 0
+
+
 def test_the_page_generates_the_ids_of_generate(visit, model):
     visit.type(TEXT)
     visit.page.fill("#controls .control:nth-child(1) input[type=number]", "0")

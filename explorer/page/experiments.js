@@ -35,18 +35,18 @@ export function makePatch() {
   const from = el("input", { id: "patchFrom", type: "number", min: 0, max: app.about.n_tokens - 1, placeholder: t("lastOne") });
   const patchIn = (event) => {
     event.preventDefault();
-    compare({ text: text.value, block: Number(block.value), position: Number(position.value), from: from.value === "" ? null : Number(from.value) });
+    compare({ text: text.value, block: Number(block.value), position: Number(position.value), from: from.value === "" ? null : Number(from.value) }, true);
   };
   block.value = Math.floor(n_layer / 2);
   position.value = ids.length - 1; // whose row decides what comes next
   place("patchForm", el("form", { class: "form", onsubmit: patchIn }, field(t("theOther"), text), field(t("whereTo"), block), field(t("patchTo"), position), field(t("patchFrom"), from), el("button", { class: "act" }, t("patch"))));
 }
 
-// Which parts are off; with any, the comparison is made at once.
-export function showOff() {
+// Which parts are off; with any, the comparison is made at once. isAsked: and brought into view.
+export async function showOff(isAsked = false) {
   const parts = app.off.map((part, i) => el("li", {}, el("button", { type: "button", class: "choice", title: t("switchOn", said(part)), onclick: () => change({ off: app.off.filter((_, j) => j !== i) }) }, `${said(part)} ✕`)));
   place("off", ...(parts.length ? [el("p", { class: "hint" }, t("isOff")), el("ul", { class: "crumbs" }, ...parts)] : []));
-  if (app.off.length) compare(null);
+  if (app.off.length) await compare(null, isAsked);
   else place("compared");
 }
 
@@ -54,7 +54,7 @@ const said = (part) => `${t("block")} ${part.block}, ${"head" in part ? `${t("he
 
 let newest = null; // comparison: of which ids, off and patch, and its answer
 
-async function compare(patch) {
+async function compare(patch, isAsked) {
   const { run: { ids }, off } = app;
   try {
     const isKnown = newest && newest.off === off && newest.patch === patch && isOfRun(newest.ids);
@@ -64,6 +64,7 @@ async function compare(patch) {
     const notes = patch ? [t("patched", tokenText(answer.other_ids.at(patch.from ?? -1)), tokenText(app.run.ids[patch.position]))] : [];
     const note = [...notes, ...(app.off.length ? [t("without", app.off.map(said).join("; "))] : [])].join(" · ");
     showCompared(before, after, note);
+    if (isAsked) document.getElementById("compared").scrollIntoView({ block: "nearest" });
   } catch (error) {
     say(error.message, true);
   }
@@ -83,7 +84,6 @@ function showCompared(before, after, note) {
   place("compared", el("h3", {}, note),
     el("p", { "aria-live": "polite" }, first === second ? t("sameBest", tokenText(first)) : t("otherBest", tokenText(first), tokenText(second)), " ", t("moved", percent(distance))),
     scroller(note, el("table", { class: "compare" }, el("thead", {}, head), el("tbody", {}, ...rows))));
-  document.getElementById("compared").scrollIntoView({ block: "nearest" });
 }
 
 function barCell(p, most) {
