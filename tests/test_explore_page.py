@@ -345,6 +345,19 @@ def test_a_new_text_or_language_leaves_the_page_where_it_is(visit):
     assert visit.page.evaluate("scrollY") == 0
 
 
+def test_a_comparison_that_comes_after_a_newer_text_is_not_shown(visit):
+    visit.page.wait_for_selector("#patchForm button")
+    held = []
+    visit.page.route("**/api/compare", lambda route: held.append(route))
+    with visit.page.expect_request("**/api/compare"):
+        visit.page.click("#patchForm button")
+    visit.type(f"{TEXT} king")
+    with visit.page.expect_response("**/api/compare"):
+        held[0].continue_()
+    visit.page.evaluate("new Promise((done) => setTimeout(done, 500))")
+    assert not visit.page.locator("#compared h3").count()
+
+
 def test_the_page_generates_the_ids_of_generate(visit, model):
     visit.type(TEXT)
     visit.page.fill("#controls .control:nth-child(1) input[type=number]", "0")

@@ -1,7 +1,7 @@
 // What happens without a head or a neuron, or with a row of another text's residual stream.
 
 import { app, change, isOfRun } from "./app.js";
-import { ask, numbers } from "./api.js";
+import { ask, numbers, Refusal } from "./api.js";
 import { el, percent, place, say, scroller, tokenText } from "./dom.js";
 import { bar } from "./heat.js";
 import { cut, likeliest } from "./sampling.js";
@@ -52,20 +52,26 @@ export async function showOff(isAsked = false) {
 
 const said = (part) => `${t("block")} ${part.block}, ${"head" in part ? `${t("head")} ${part.head}` : `${t("neuron")} ${part.neuron}`}`;
 
-let newest = null; // comparison: of which ids, off and patch, and its answer
+let newest = null; // comparison: of which ids, off and patch, and the promise of its answer
 
 async function compare(patch, isAsked) {
   const { run: { ids }, off } = app;
+  const isKnown = newest && newest.off === off && newest.patch === patch && isOfRun(newest.ids);
+  if (!isKnown) newest = { ids, off, patch, answer: ask("compare", { ids, off, patch }) };
+  const mine = newest;
+  const isCurrent = () => mine === newest && off === app.off && isOfRun(ids);
   try {
-    const isKnown = newest && newest.off === off && newest.patch === patch && isOfRun(newest.ids);
-    if (!isKnown) newest = { ids, off, patch, answer: await ask("compare", { ids, off, patch }) };
-    const { answer } = newest;
+    const answer = await mine.answer;
     const [before, after] = (await Promise.all([numbers(answer.before), numbers(answer.after)])).map((logits) => cut(logits, PLAIN).p);
-    const notes = patch ? [t("patched", tokenText(answer.other_ids.at(patch.from ?? -1)), tokenText(app.run.ids[patch.position]))] : [];
-    const note = [...notes, ...(app.off.length ? [t("without", app.off.map(said).join("; "))] : [])].join(" · ");
+    if (!isCurrent()) return;
+    const notes = patch ? [t("patched", tokenText(answer.other_ids.at(patch.from ?? -1)), tokenText(ids[patch.position]))] : [];
+    const note = [...notes, ...(off.length ? [t("without", off.map(said).join("; "))] : [])].join(" · ");
     showCompared(before, after, note);
     if (isAsked) document.getElementById("compared").scrollIntoView({ block: "nearest" });
   } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    if (!isCurrent()) return;
+    newest = null; // it may be asked again
     say(error.message, true);
   }
 }
