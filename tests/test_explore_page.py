@@ -235,7 +235,7 @@ def test_why_shows_the_parts_that_gave_most_to_the_likeliest_token(visit, model)
     visit.page.wait_for_selector("#reasons .bar")
     session = Session("shakespeare", *model)
     session.answer("run", {"text": TEXT})
-    told = session.answer("why", {})
+    told = session.answer("why", {"ids": ids_of(model, TEXT)})
     amounts = [*np.ravel(told["heads"]), *told["mlps"], *told["embeddings"]]
     strongest = sorted(amounts, key=abs, reverse=True)[:10]
     shown = [number(text) for text in visit.texts("#reasons .two > div:first-child .amount")]
