@@ -71,10 +71,9 @@ class Visit:
         self.settle()
 
     def settle(self):
-        """Until the last section shows something for the run that is shown."""
-        self.page.wait_for_selector("#status:not([data-busy])", state="attached")
+        """Until every section shows what it has for the run that is shown."""
         self.page.wait_for_selector("#seen table")
-        self.page.wait_for_load_state("networkidle")
+        self.page.wait_for_selector("#status:not([data-busy])", state="attached")
 
     def type(self, text):
         self.page.fill("#prompt", text)
@@ -327,8 +326,7 @@ def test_what_an_experiment_changed_is_in_view(visit):
     assert box["y"] >= 0
     assert box["y"] + box["height"] <= 901
     visit.page.click("#offForm button")
-    visit.page.wait_for_selector("#off li:nth-child(2)")
-    visit.page.wait_for_load_state("networkidle")
+    visit.page.wait_for_selector("#compared h3:has-text(';')")
     assert 0 <= visit.page.locator("#compared h3").bounding_box()["y"] <= 800
 
 
@@ -394,16 +392,18 @@ def test_what_is_wrong_is_said_in_the_language_of_the_page(visit):
 def test_of_texts_that_are_run_while_one_runs_the_last_is_shown(visit, model):
     held, is_held = [], True
     visit.page.route("**/api/run", lambda route: held.append(route) if is_held else route.continue_())
-    for text in ("ROMEO: Good", "my lord", "Good night, my"):
+    with visit.page.expect_request("**/api/run"):
+        visit.page.fill("#prompt", "ROMEO: Good")
+        visit.page.press("#prompt", "Enter")
+    for text in ("my lord", "Good night, my"):
         visit.page.fill("#prompt", text)
         visit.page.press("#prompt", "Enter")
-    visit.page.wait_for_timeout(200)
-    assert len(held) == 1
     is_held = False
     held[0].continue_()
     visit.page.wait_for_selector("#chips .token:nth-child(5):last-child")
     visit.settle()
     visit.errors.clear()  # the browser notes that numbers of a run that another replaced are gone
+    assert sum(request.endswith("/api/run") for request in visit.requests) == 3  # at first, held, last
     assert not visit.page.locator("#status.error").count()
     assert visit.texts("#chips .id") == [str(i) for i in ids_of(model, "Good night, my")]
 
@@ -454,7 +454,7 @@ def test_the_walk_has_ten_steps_and_can_be_left(visit):
     for i in range(1, 11):
         assert visit.texts("#walk .hint") == [f"Step {i} of 10"]
         visit.page.click("#walk .act")
-        visit.page.wait_for_load_state("networkidle")
+        visit.settle()
     assert visit.page.locator("#walk").is_hidden()
 
 
@@ -463,7 +463,7 @@ def test_the_walk_shows_what_each_step_is_about_above_its_card(browser, url, wid
     visit = Visit(browser, url, width=width)
     visit.page.click("#start")
     for i in range(1, 11):
-        visit.page.wait_for_load_state("networkidle")
+        visit.settle()
         card, subject = (visit.page.locator(what).bounding_box() for what in ("#walk", ".walked"))
         assert subject["y"] >= -1, i
         assert card["y"] - subject["y"] >= min(subject["height"], 300), i
