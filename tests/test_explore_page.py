@@ -422,6 +422,39 @@ def test_of_numbers_that_were_fetched_the_page_keeps_the_newest_alone(visit):
     visit.page.unroute("**/api/array")
 
 
+def test_numbers_that_come_after_they_were_forgotten_take_no_room(visit):
+    asked, held = [], []
+
+    def answer(route):
+        asked.append(route.request.post_data_json["key"])
+        if asked == [1000]:
+            held.append(route)
+        else:
+            route.fulfill(body=bytes(2**24), content_type="application/octet-stream")
+
+    visit.page.route("**/api/array", answer)
+    with visit.page.expect_request("**/api/array"):
+        visit.import_("api", "void (globalThis.late = m.numbers(1000))")
+    visit.import_("api", "m.forget()")
+    visit.import_("api", "m.numbers(1001).then((data) => data.length)")
+    held[0].fulfill(body=bytes(2**24), content_type="application/octet-stream")
+    assert visit.page.evaluate("late.then((data) => data.length)") == 2**22
+    for key in (1002, 1003, 1004, 1001):
+        visit.import_("api", f"m.numbers({key}).then((data) => data.length)")
+    assert asked == [1000, 1001, 1002, 1003, 1004]
+    visit.page.unroute("**/api/array")
+
+
+def test_a_first_text_that_is_refused_is_said(browser, url):
+    context = browser.new_context()
+    page = context.new_page()
+    page.route("**/api/first", lambda route: route.fulfill(status=400, json={"template": "nothing has run yet"}))
+    page.goto(url)
+    page.wait_for_selector("#status.error", timeout=20_000)
+    assert page.locator("#status").inner_text() == "nothing has run yet"
+    context.close()
+
+
 def test_a_setting_that_cannot_be_is_not_left_standing(visit):
     box = "#controls .control:nth-child(1) input[type=number]"
     visit.page.fill(box, "7")

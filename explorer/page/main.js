@@ -93,8 +93,10 @@ async function goTo({ detail: { block, path, pick } }) {
 
 async function begin() {
   setLanguage(language());
+  let first;
   try {
     app.about = await ask("about");
+    first = await ask("first");
   } catch (error) {
     return say(error.message, true);
   }
@@ -118,7 +120,6 @@ async function begin() {
   when(["off"], () => showOff(true));
   document.addEventListener("go", goTo);
   document.addEventListener("take", ({ detail }) => run({ ids: [...app.run.ids, detail].slice(-app.about.n_tokens), block: app.block }));
-  const first = await ask("first");
   showText(first.text);
   const attention = ["gpt2", `block ${first.block}`, "mha", "causal_attention", "attention"];
   await run({ text: first.text, block: first.block }, attention, (value) => value.name === "weights");
