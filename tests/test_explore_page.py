@@ -71,10 +71,9 @@ class Visit:
         self.settle()
 
     def settle(self):
-        """Until the last section shows something for the run that is shown."""
-        self.page.wait_for_selector("#status:not([data-busy])", state="attached")
+        """Until every section shows what it has for the run that is shown."""
         self.page.wait_for_selector("#seen table")
-        self.page.wait_for_load_state("networkidle")
+        self.page.wait_for_selector("#status:not([data-busy])", state="attached")
 
     def type(self, text):
         self.page.fill("#prompt", text)
@@ -327,8 +326,7 @@ def test_what_an_experiment_changed_is_in_view(visit):
     assert box["y"] >= 0
     assert box["y"] + box["height"] <= 901
     visit.page.click("#offForm button")
-    visit.page.wait_for_selector("#off li:nth-child(2)")
-    visit.page.wait_for_load_state("networkidle")
+    visit.page.wait_for_selector("#compared h3:has-text(';')")
     assert 0 <= visit.page.locator("#compared h3").bounding_box()["y"] <= 800
 
 
@@ -394,16 +392,18 @@ def test_what_is_wrong_is_said_in_the_language_of_the_page(visit):
 def test_of_texts_that_are_run_while_one_runs_the_last_is_shown(visit, model):
     held, is_held = [], True
     visit.page.route("**/api/run", lambda route: held.append(route) if is_held else route.continue_())
-    for text in ("ROMEO: Good", "my lord", "Good night, my"):
+    with visit.page.expect_request("**/api/run"):
+        visit.page.fill("#prompt", "ROMEO: Good")
+        visit.page.press("#prompt", "Enter")
+    for text in ("my lord", "Good night, my"):
         visit.page.fill("#prompt", text)
         visit.page.press("#prompt", "Enter")
-    visit.page.wait_for_timeout(200)
-    assert len(held) == 1
     is_held = False
     held[0].continue_()
     visit.page.wait_for_selector("#chips .token:nth-child(5):last-child")
     visit.settle()
     visit.errors.clear()  # the browser notes that numbers of a run that another replaced are gone
+    assert sum(request.endswith("/api/run") for request in visit.requests) == 3  # at first, held, last
     assert not visit.page.locator("#status.error").count()
     assert visit.texts("#chips .id") == [str(i) for i in ids_of(model, "Good night, my")]
 
@@ -420,6 +420,39 @@ def test_of_numbers_that_were_fetched_the_page_keeps_the_newest_alone(visit):
         visit.import_("api", f"m.numbers({key}).then((data) => data.length)")
     assert asked == [1001, 1002, 1003, 1004, 1005, 1001]
     visit.page.unroute("**/api/array")
+
+
+def test_numbers_that_come_after_they_were_forgotten_take_no_room(visit):
+    asked, held = [], []
+
+    def answer(route):
+        asked.append(route.request.post_data_json["key"])
+        if asked == [1000]:
+            held.append(route)
+        else:
+            route.fulfill(body=bytes(2**24), content_type="application/octet-stream")
+
+    visit.page.route("**/api/array", answer)
+    with visit.page.expect_request("**/api/array"):
+        visit.import_("api", "void (globalThis.late = m.numbers(1000))")
+    visit.import_("api", "m.forget()")
+    visit.import_("api", "m.numbers(1001).then((data) => data.length)")
+    held[0].fulfill(body=bytes(2**24), content_type="application/octet-stream")
+    assert visit.page.evaluate("late.then((data) => data.length)") == 2**22
+    for key in (1002, 1003, 1004, 1001):
+        visit.import_("api", f"m.numbers({key}).then((data) => data.length)")
+    assert asked == [1000, 1001, 1002, 1003, 1004]
+    visit.page.unroute("**/api/array")
+
+
+def test_a_first_text_that_is_refused_is_said(browser, url):
+    context = browser.new_context()
+    page = context.new_page()
+    page.route("**/api/first", lambda route: route.fulfill(status=400, json={"template": "nothing has run yet"}))
+    page.goto(url)
+    page.wait_for_selector("#status.error", timeout=20_000)
+    assert page.locator("#status").inner_text() == "nothing has run yet"
+    context.close()
 
 
 def test_a_setting_that_cannot_be_is_not_left_standing(visit):
@@ -454,7 +487,7 @@ def test_the_walk_has_ten_steps_and_can_be_left(visit):
     for i in range(1, 11):
         assert visit.texts("#walk .hint") == [f"Step {i} of 10"]
         visit.page.click("#walk .act")
-        visit.page.wait_for_load_state("networkidle")
+        visit.settle()
     assert visit.page.locator("#walk").is_hidden()
 
 
@@ -463,7 +496,7 @@ def test_the_walk_shows_what_each_step_is_about_above_its_card(browser, url, wid
     visit = Visit(browser, url, width=width)
     visit.page.click("#start")
     for i in range(1, 11):
-        visit.page.wait_for_load_state("networkidle")
+        visit.settle()
         card, subject = (visit.page.locator(what).bounding_box() for what in ("#walk", ".walked"))
         assert subject["y"] >= -1, i
         assert card["y"] - subject["y"] >= min(subject["height"], 300), i

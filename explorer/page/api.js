@@ -36,6 +36,7 @@ export function forget() {
 async function load(key) {
   try {
     const data = saved ? await unpacked(saved.packed[saved.arrays[key]]) : floats(await (await post("array", { key })).arrayBuffer());
+    if (!fetched.has(key)) return data; // it was forgotten meanwhile
     sizes.set(key, data.length);
     forgetOldest();
     return data;

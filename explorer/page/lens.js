@@ -17,7 +17,7 @@ export async function lookThrough() {
   if (!seen || !isOfRun(seen.ids) || !seen.positions.includes(app.token)) {
     const { ids } = app.run;
     const answer = await ask("lens", { ids, positions });
-    if (!isOfRun(ids)) return; // another text has run meanwhile
+    if (!isOfRun(ids) || !positions.includes(app.token)) return; // another text has run, or place was chosen, meanwhile
     seen = { ...answer, ids };
   }
   showLens();

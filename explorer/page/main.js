@@ -14,15 +14,25 @@ import { showWalk, walk } from "./walk.js";
 import { showWhy } from "./why.js";
 import { language, setLanguage, t, translate } from "./words.js";
 
+let n_busy = 0; // runs and renderers that are not done
+
+function busy(n) {
+  n_busy += n;
+  document.getElementById("status").toggleAttribute("data-busy", n_busy > 0);
+}
+
 // Calls render whenever one of these has changed. What it asked of a run that another has replaced may be refused.
 function when(names, render) {
   const show = async () => {
     const { run } = app;
+    busy(1);
     try {
       await render();
     } catch (error) {
       if (!(error instanceof Refusal)) throw error;
       if (run === app.run) say(error.message, true);
+    } finally {
+      busy(-1);
     }
   };
   for (const name of names) document.addEventListener(`app-${name}`, show);
@@ -36,13 +46,13 @@ async function run(question, path, pick) {
   waiting = { question, path, pick };
   if (isRunning) return;
   isRunning = true;
-  document.getElementById("status").dataset.busy = "yes";
+  busy(1);
   while (waiting) {
     const next = waiting;
     waiting = null;
     await runOne(next);
   }
-  delete document.getElementById("status").dataset.busy;
+  busy(-1);
   isRunning = false;
 }
 
@@ -83,8 +93,10 @@ async function goTo({ detail: { block, path, pick } }) {
 
 async function begin() {
   setLanguage(language());
+  let first;
   try {
     app.about = await ask("about");
+    first = await ask("first");
   } catch (error) {
     return say(error.message, true);
   }
@@ -108,7 +120,6 @@ async function begin() {
   when(["off"], () => showOff(true));
   document.addEventListener("go", goTo);
   document.addEventListener("take", ({ detail }) => run({ ids: [...app.run.ids, detail].slice(-app.about.n_tokens), block: app.block }));
-  const first = await ask("first");
   showText(first.text);
   const attention = ["gpt2", `block ${first.block}`, "mha", "causal_attention", "attention"];
   await run({ text: first.text, block: first.block }, attention, (value) => value.name === "weights");
