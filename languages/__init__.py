@@ -59,7 +59,7 @@ def system_locale():
 
 
 def look_up(text):
-    """A text in Chinese as far as the catalogue has it, else as it is; in time linear in its length, whatever it says."""
+    """A text in Chinese as far as the catalogue has it, else as it is; in time linear in its length."""
     return in_chinese(QUOTED.sub(as_one_word, text), depth=8).replace(NO_SPACE, " ")
 
 
