@@ -30,10 +30,12 @@ ANSWERED = (*ANSWERS, "n_tokens", "finish_reason", "logprobs")  # all that an an
 BASIC = ("numpy", "regex", "requests", "tqdm", "fire")  # the packages that gpt2.py needs
 CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a character in UTF-8
 LONGEST = 2**24  # bytes of a prompt: a line of a file that was packed may have any number
-# what the library's errors name without dashes, and where
+# what the library's errors name without dashes, and where: not in what a user wrote
 OPTIONS = "n_tokens_to_generate|temperature|top_k|top_p|seed|repetition_penalty|no_repeat_ngram|logprobs|n_samples"
 OPTIONS += "|batch_size|sliding_window|backend|dtype|tensor_parallel|n_threads|num_workers|num_cpus|num_gpus"
-OPTION = re.compile(rf"(?<![-\w./])({OPTIONS})(?= must | needs | does |=| \d+ does |\)$| [一-鿿])")
+OPTION = re.compile(rf"^(?:{OPTIONS})(?= must | needs | does | \d+ does | [一-鿿])")
+WITHIN = r"(?<=see )sliding_window(?=\)$)|(?<=add )temperature(?==1$)|(?<=加上 )temperature(?==1$)"
+WITHIN = re.compile(rf"{WITHIN}|(?<=，)(?:{OPTIONS})(?= [一-鿿])")
 ON_WINDOWS = os.name == "nt"
 CLOSED_PIPE = (errno.EPIPE, errno.EINVAL) if ON_WINDOWS else (errno.EPIPE,)  # what its system calls a pipe that closed
 LEAVE = "Ctrl-Z and Enter leave" if ON_WINDOWS else "Ctrl-D leaves"
@@ -52,7 +54,7 @@ def note(message):
 
 def shown(message):
     """What a user reads on one line: the program, and a message in his language, with dashes before what are flags."""
-    with_dashes = OPTION.sub(r"--\1", translated(message))
+    with_dashes = WITHIN.sub(r"--\g<0>", OPTION.sub(r"--\g<0>", translated(message)))
     return printable(f"{os.path.basename(sys.argv[0])}: {with_dashes}")
 
 
@@ -275,6 +277,8 @@ def check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size
     for name, given in {"batch_size": batch_size, "out": out, "logprobs": logprobs}.items():
         if given is not None and not prompts_file:
             fail(f"--{name} does nothing without --prompts_file")
+    if (out or "").lower().endswith(".gz"):
+        fail(f"--out {out} would be text, and no file of gzip: choose another name")
     if isinstance(seed, list):
         fail(f"--seed must be a whole number, 0 or more, not {seed!r}")
     if len(modes) > 1 and modes not in (["interactive", "stream"], ["prompts_file", "n_samples"]):
@@ -342,7 +346,7 @@ class Recoded(io.RawIOBase):
 
     def __init__(self, file, encoding, path):
         self.text, self.left = io.TextIOWrapper(file, encoding, newline=""), b""
-        self.where = f"{path} cannot be read, as {encoding}: "
+        self.where = f"{'standard input' if path == '-' else path} cannot be read, as {encoding}: "
 
     def readable(self):
         return True
@@ -564,11 +568,13 @@ def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
 
 
 def bounded(lines):
-    """Yields lines, and of one that is longer than any prompt the beginning, LONGEST + 1 bytes."""
+    """Yields lines, and of one that is longer than any prompt the beginning, LONGEST + 1 bytes, as a line."""
     while line := lines.readline(LONGEST + 1):
-        yield line
-        while len(line) > LONGEST and not line.endswith(b"\n"):
+        is_cut = len(line) > LONGEST and not line.endswith(b"\n")
+        yield line + b"\n" * is_cut
+        while is_cut:
             line = lines.readline(LONGEST + 1)
+            is_cut = bool(line) and not line.endswith(b"\n")
 
 
 def prompt_objects(lines, is_json):

@@ -219,10 +219,13 @@ def main(model_size: str, models_dir: str = MODELS_DIR, source: str = None):
     if source and model_size not in MODEL_SIZES:
         cli.fail(f"--source is for {', '.join(MODEL_SIZES)}, and not for {model_size!r}")
     with cli.mistakes((ModelError, CheckpointError)):
-        if source and not is_model(os.path.join(models_dir, model_size)):
-            fetch_model(model_size, os.path.join(models_dir, model_size), source)
-        load_encoder_hparams_and_params(model_size, models_dir)
         model_dir = os.path.abspath(os.path.join(models_dir, model_size))
+        finish(model_dir)
+        if source and is_model(model_dir):
+            cli.note(f"{model_size} is here already: --source does nothing")
+        elif source:
+            fetch_model(model_size, model_dir, source)
+        load_encoder_hparams_and_params(model_size, models_dir)
         index, data = weight_files(model_dir)
         # every byte: loading trusts weights whose file has the time that SHA256SUMS has
         recorded, sums = read_sums(model_dir), sums_of(model_dir, [*TEXTS, index, *data])

@@ -136,7 +136,7 @@ def main(
     models_dir: str = os.path.join(HERE, "models"),
     n_tokens: int = 100,
     turns: int = 5,
-    chromium: str | None = None,
+    chromium: str = None,
 ):
     """Measures the explorer's page, and prints a table.
 
@@ -149,16 +149,21 @@ def main(
     """
     from bench import make_checkpoint
 
-    from cli import fail
+    from cli import fail, mistakes
     from explorer.server import Server
     from explorer.session import Session
-    from utils import load_encoder_hparams_and_params
+    from sampling import is_whole
+    from utils import ModelError, load_encoder_hparams_and_params
 
+    for name, value in (("n_tokens", n_tokens), ("turns", turns)):
+        if not is_whole(value) or value < 1:
+            fail(f"--{name} must be a whole number, 1 or more, not {value!r}")
     chromium = chromium or shutil.which("chromium")
     if chromium is None:
         fail("there is no chromium in PATH: name one with --chromium")
     make_checkpoint(os.path.join(os.path.abspath(models_dir), model_size))
-    model = load_encoder_hparams_and_params(model_size, models_dir)
+    with mistakes(ModelError):
+        model = load_encoder_hparams_and_params(model_size, models_dir)
     texts = [text_of(model[0], n_tokens, first) for first in (0, 1)]
     session = Session(model_size, *model, texts[0])
     pass_of(session, texts[0])  # which reads the weights from disk

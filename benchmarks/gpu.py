@@ -28,7 +28,6 @@ if __name__ == "__main__":
 import numpy as np
 from bench import SHAPES, greedy, processor
 from convert import flat
-from plots import draw_lines
 
 import cli
 from backends import devices
@@ -114,6 +113,8 @@ def markdown(title, notes, rows, speeds, first, n_long):
 
 
 def plot(path, title, rows, speeds):
+    from plots import draw_lines  # and matplotlib, which --help can do without
+
     options = {"xlabel": "texts at once", "ylabel": "tokens per second", "xscale": "log", "yscale": "log"}
     draw_lines(path, speeds, title=title, **options, xticks=rows, xticklabels=rows)  # a scale takes ticks of its own
 

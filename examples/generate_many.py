@@ -130,9 +130,10 @@ class Worker:
     def answers(self, name, first, data, is_json):
         """An object for each prompt of a part, in their order: see cli.Writer."""
         objects = prompts_of(data, first, is_json)
+        numbers = [i for i, line in enumerate(io.BytesIO(data), first) if line.strip() or not is_json]  # of their lines
         for batch in cli.batches_by_length(objects, self.writer.encode, max(1, self.batch_size // self.n_samples)):
             prompts = [ids for _, ids in batch for _ in range(self.n_samples)]
-            seeds = [self.row_seed(first + i, sample) for i, _ in batch for sample in range(self.n_samples)]
+            seeds = [self.row_seed(numbers[i], sample) for i, _ in batch for sample in range(self.n_samples)]
             cli.add_answers(objects, batch, self.writer.answers(prompts, seeds))
         return objects
 
@@ -143,7 +144,8 @@ class Worker:
 
 def write(filesystem, path, data):
     """A file that is there whole or not at all, whenever this ends."""
-    unfinished = f"{path}.{os.getpid()}.unfinished"
+    folder, _, name = path.rpartition("/")
+    unfinished = f"{folder}/unfinished-{os.getpid()}-{name}"  # so that no part-* is half a part
     with filesystem.open_output_stream(unfinished) as f:
         f.write(data)
     if isinstance(filesystem, LocalFileSystem):
@@ -190,7 +192,7 @@ def begin_or_resume(filesystem, folder, settings):
     """What is done: {name of a part: its tally}. Ends with one line if it was done with other settings."""
     filesystem.create_dir(folder)
     files = {info.base_name: info.path for info in filesystem.get_file_info(FileSelector(folder))}
-    files = {name: path for name, path in files.items() if not name.endswith(".unfinished") and name != ".lock"}
+    files = {name: path for name, path in files.items() if not name.startswith("unfinished-") and name != ".lock"}
     if files and SETTINGS not in files:
         cli.fail(f"{folder} has files already, and no {SETTINGS} of a run to go on with: give another folder")
     done = {}
@@ -218,7 +220,8 @@ def refuse_others(filesystem, folder, settings):
 
 def is_within(out, path):
     out, path = (place.rstrip("/") if "://" in place else os.path.realpath(place) for place in (out, path))
-    return f"{out}/".startswith(f"{path}/")
+    sep = "/" if "://" in path else os.sep
+    return f"{out}{sep}".startswith(f"{path}{sep}")
 
 
 def room_for_workers(need):
@@ -246,8 +249,11 @@ def main(
     top_k: int = 0,
     top_p: float = 1,
     seed: int = None,
+    repetition_penalty: float = 1,
+    no_repeat_ngram: int = 0,
     n_samples: int = 1,
     stop: str = None,
+    special: bool = False,
     sliding_window: bool = False,
     batch_size: int = 32,
     logprobs: int = None,
@@ -272,8 +278,11 @@ def main(
         top_p: with a temperature, draw from the smallest set of likeliest tokens whose probabilities reach p
         seed: with a temperature, makes the draws repeatable: sample j of line i of a file, both counted from 0, is what
             gpt2.py draws with seed + i * n_samples + j
+        repetition_penalty: above 1, tokens that stand in the text already are less likely to come again
+        no_repeat_ngram: no so many tokens in a row come twice
         n_samples: with a temperature, how many continuations to draw for each prompt, as its "samples"
         stop: end before this text appears; \\n is a line break; several are given as a list, "['User:', 'Bot:']"
+        special: <|endoftext|> in a prompt is that token, and not a text like any other; --stop knows it in any case
         sliding_window: past the end of the model's context, go on with the newest half of it as the prompt
         batch_size: how many texts a worker makes at once
         logprobs: tell the log-probability of each token, and of the so many likeliest in its place
@@ -293,6 +302,7 @@ def main(
         if is_within(out, path):
             cli.fail(f"{out} is within {path}: its answers would be read as prompts: give a folder elsewhere")
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "logprobs": logprobs}
+    sampling |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}
     with cli.mistakes(ValueError):
         check_options(n_tokens_to_generate, n_samples, batch_size, **sampling)
         for name, value in {"num_workers": num_workers, "num_cpus": num_cpus}.items():
@@ -317,7 +327,7 @@ def main(
     with cli.mistakes((OSError, pa.ArrowException), f"{out} cannot be written: "):
         filesystem, folder = FileSystem.from_uri(out if "://" in out else os.path.abspath(out))
     generation = {"n_tokens_to_generate": n_tokens_to_generate, "sliding_window": sliding_window, **sampling}
-    generation |= {"n_samples": n_samples, "batch_size": batch_size}
+    generation |= {"n_samples": n_samples, "batch_size": batch_size, "special": special}
     worker = model, arrays, stop_texts
     with alone(filesystem, folder):
         answer_files(paths, filesystem, folder, worker, generation, num_workers, num_cpus, num_gpus)
@@ -350,7 +360,8 @@ def answer_files(paths, filesystem, folder, worker, generation, num_workers, num
     context.target_max_block_size = 1  # or Ray would put small parts together, for one worker
     # reading takes next to nothing: it waits for no CPU, and is done where the files are
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    answers = ray.data.read_datasource(parts, num_cpus=0, concurrency=1, label_selector=here).map(
+    ours = {"runtime_env": {"env_vars": worker_environment(1, 0)}}
+    answers = ray.data.read_datasource(parts, num_cpus=0, concurrency=1, label_selector=here, ray_remote_args=ours).map(
         Worker,
         fn_constructor_args=worker,
         fn_constructor_kwargs=generation,

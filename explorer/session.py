@@ -55,7 +55,7 @@ class Session:
         self.n_sent, self.weights_too = N_SENT, True  # of the model, where a call has them as arguments
         self.lock, self.keys = threading.Lock(), itertools.count()
         self.kept = {}  # {kind of answer: {key: array}}, of the newest answer of each kind
-        self.newest = self.ran_with = None  # the Run of the newest run, and its weights
+        self.newest = self.newest_ids = self.ran_with = None  # the Run of the newest run, its ids, its weights
         self.streams = None  # and what comes into each block and leaves the last
         self.cached, self.caches = [], None  # the ids whose keys and values are in the caches
         self.answers = {"about": self.about, "first": self.first, "run": self.run, "lens": self.lens, "step": self.step}
@@ -113,13 +113,13 @@ class Session:
         others = [i for i in range(self.n_layer) if i != self.block]
         if n_blocks > 1:
             run |= self.recorded(run["ids"], [self.block, *others[: n_blocks - 1]])
-        lens = self.lens([*range(len(run["ids"]))][-8:])
-        return {"about": self.about(), "first": self.first(), "run": run, "lens": lens, "why": self.why()}
+        lens = self.lens(run["ids"], [*range(len(run["ids"]))][-8:])
+        return {"about": self.about(), "first": self.first(), "run": run, "lens": lens, "why": self.why(run["ids"])}
 
     def recorded(self, ids, blocks, off=()):
         params = self.switched_off(off)
         run = trace.record(ids, lambda path, name: is_open(path, name, blocks), **params, n_head=self.n_head)
-        self.newest, self.ran_with = run, params
+        self.newest, self.newest_ids, self.ran_with = run, ids, params
         return self.told(run, ids, off)
 
     def told(self, run, ids, off=()):
@@ -138,12 +138,14 @@ class Session:
             "off": list(off),
         }
 
-    def lens(self, positions):
-        """What gpt2() would say if it stopped before a block, for each block and these positions of the last run."""
+    def lens(self, ids, positions):
+        """What gpt2() would say if it stopped before a block, for each block and these positions of the last run.
+
+        ids: of that run.
+        """
         if not isinstance(positions, list) or not 0 < len(positions) <= N_LENS:
             raise QuestionError("positions must be a list of 1 to {0}", N_LENS)
-        if self.streams is None:
-            raise QuestionError("nothing has run yet")
+        self.check_newest(ids)
         for position in positions:
             check_whole("position", position, 0, len(self.streams[0]) - 1)
         x = np.stack([stream[positions] for stream in self.streams])  # [n_layer + 1, n_positions, n_embd]
@@ -154,13 +156,12 @@ class Session:
             "rows": [[view(row, i) for row, i in zip(rows, final, strict=True)] for rows in logits],
         }
 
-    def why(self, token=None, other=None):
+    def why(self, ids, token=None, other=None):
         """What each part gave, in the last run, to the logit of the next token, less that of another.
 
-        token: None for the likeliest. other: None for the mean of all.
+        ids: of that run. token: None for the likeliest. other: None for the mean of all.
         """
-        if self.newest is None:
-            raise QuestionError("nothing has run yet")
+        self.check_newest(ids)
         for i in (token, other):
             if i is not None:
                 check_whole("an id", i, 0, self.hparams["n_vocab"] - 1)
@@ -265,6 +266,12 @@ class Session:
             return ids[: self.n_tokens], max(0, len(ids) - self.n_tokens)
         self.check_ids(ids, self.n_tokens)
         return ids, 0
+
+    def check_newest(self, ids):
+        if self.newest is None:
+            raise QuestionError("nothing has run yet")
+        if ids != self.newest_ids:  # those of another tab
+            raise QuestionError("another text has run since, perhaps in another tab: run this one again")
 
     def check_ids(self, ids, most):
         if not isinstance(ids, list) or not 0 < len(ids) <= most:

@@ -22,7 +22,7 @@ def page(session):
     """The HTML. Raises QuestionError."""
     script, style = joined(), (PAGE / "page.css").read_text("utf-8")
     inside = session.everything(N_MADE)
-    arrays, packed = fitting(session, groups(inside["run"]))
+    arrays, packed = fitting(session, groups(inside["run"]), inside["run"]["logits"])
     data = as_json({**without(inside, arrays), "arrays": arrays, "packed": packed})
     data = data.replace("<", r"\u003c")  # no tag ends it early
     policy = f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; img-src data:"
@@ -44,14 +44,17 @@ def groups(run):
     yield from ([*keys_in(block)] for block in blocks if any("key" in value for value in block["values"]))
 
 
-def fitting(session, groups):
-    """({key: place}, what is there) of the arrays that N_BYTES has room for. Equal ones have the same place."""
+def fitting(session, groups, logits):
+    """({key: place}, what is there) of the arrays that N_BYTES has room for. Equal ones have the same place.
+
+    logits: the key of those that become probabilities, which half precision would change by percents.
+    """
     arrays, packed, places, room = {}, [], {}, N_BYTES
     for group in groups:
         new = {}  # {array, packed: its keys}
         for key in group:
             if key not in arrays:
-                new.setdefault(pack(session.array(key)), []).append(key)
+                new.setdefault(pack(session.array(key), key != logits), []).append(key)
         size = sum(len(text) for text in new if text not in places)
         if size > room:
             continue
@@ -64,14 +67,14 @@ def fitting(session, groups):
     return arrays, packed
 
 
-def pack(array):
-    """Numbers in half precision, some three digits, or in float32 where they are too large for it; then zlib, base64.
+def pack(array, may_be_half=True):
+    """Numbers in half precision, some three digits, or in float32 where not, or too large for it; then zlib, base64.
 
     The first character is the number of bytes of one.
     """
     with np.errstate(over="ignore"):
         half = array.astype("<f2")
-    array = half if np.array_equal(np.isfinite(half), np.isfinite(array)) else array
+    array = half if may_be_half and np.array_equal(np.isfinite(half), np.isfinite(array)) else array
     return f"{array.itemsize}{base64.b64encode(zlib.compress(array.tobytes())).decode()}"
 
 

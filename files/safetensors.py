@@ -54,7 +54,13 @@ def entry_of(name, value):
         numbers = [*shape, first, last]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{name!r:.80} has no dtype, shape and data_offsets") from error
-    if not isinstance(dtype, str) or len(shape) > MOST_AXES or {*map(type, numbers)} != {int} or min(numbers) < 0:
+    if (
+        not isinstance(dtype, str)
+        or not isinstance(shape, list)
+        or len(shape) > MOST_AXES
+        or {*map(type, numbers)} != {int}
+        or min(numbers) < 0
+    ):
         raise ValueError(f"{name!r:.80} has a dtype, shape or data_offsets that cannot be")
     if dtype in DTYPES and last - first != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
         raise ValueError(f"{name!r:.80} is of another size than its shape")

@@ -14,7 +14,7 @@ import numpy as np
 
 from files.checkpoint import DATA, ENCODER, HPARAMS, VOCAB, n_params, nest, save_checkpoint, variables, weight_files
 from files.download import fetch, say
-from files.lock import locked
+from files.lock import insist, locked
 from files.safetensors import read_safetensors
 from files.sums import hexdigest
 from files.together import replacing
@@ -50,7 +50,7 @@ def fetch_from_hub(repository, model_dir, hparams, digests, n_bytes, title):
         )
         take(model_dir, model_dir, hparams, digests)
         for name in wanted:
-            os.remove(os.path.join(model_dir, FILES[name]))
+            insist(os.remove, os.path.join(model_dir, FILES[name]))
 
 
 def take(folder, model_dir, hparams, digests):
@@ -127,6 +127,6 @@ def openai_weights(path, hparams):
             raise ValueError(f"it lacks the weights {theirs}")
         if isinstance(array, str) or array.dtype != np.float32 or array.shape != shape:
             what = array if isinstance(array, str) else f"{array.dtype} of shape {[*array.shape]}"
-            raise ValueError(f"{theirs} is {what}, not float32 of shape {[*shape]}")
+            raise ValueError(f"{theirs} is {what:.80}, not float32 of shape {[*shape]}")
         weights[ours] = array
     return weights

@@ -19,7 +19,7 @@ import sys
 import tempfile
 
 REPO = pathlib.Path(__file__).parent.parent
-ROOMS = ".", "backends", "files", "explorer", "examples"
+ROOMS = ".", "backends", "files", "explorer", "examples", "languages"
 COMPARED = {"Lt": "<=", "LtE": "<", "Gt": ">=", "GtE": ">", "Eq": "!=", "NotEq": "==", "In": "not in", "NotIn": "in"}
 COMPARED |= {"Is": "is not", "IsNot": "is"}
 COMPUTED = {
@@ -55,6 +55,8 @@ TESTS = {  # beside test_NAME.py, where those of a file have another name, or ot
     "lora": "finetune",
     "formats": "convert",
     "trace": "explore_trace",
+    "attribution": "explore",
+    "__init__": "languages house",
     "session": "explore",
     "server": "explore",
     "source": "explore_trace explore",

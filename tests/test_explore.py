@@ -117,7 +117,7 @@ def test_the_merges_of_each_word_end_in_its_tokens(session, model):
 
 def test_the_lens_is_the_model_without_its_later_blocks(session, ids, params, n_head):
     session.answer("run", {"text": TEXT})
-    rows = session.answer("lens", {"positions": [4, 11]})["rows"]
+    rows = session.answer("lens", {"ids": ids, "positions": [4, 11]})["rows"]
     final = gpt2.gpt2(ids, **params, n_head=n_head).argmax(axis=-1)
     assert len(rows) == len(params["blocks"]) + 1
     for i, row in enumerate(rows):
@@ -139,7 +139,7 @@ def lead_without(x, added, ln_f, rows):
 @pytest.mark.parametrize("other", [None, 5])
 def test_why_is_what_the_lead_of_a_token_loses_without_what_a_part_added(session, ids, params, n_head, other):
     session.answer("run", {"text": TEXT})
-    told = session.answer("why", {"token": 77, "other": other})
+    told = session.answer("why", {"ids": ids, "token": 77, "other": other})
     run = trace.record(ids, **params, n_head=n_head)
     x = run["block 3", "return"][-1].astype(np.float64)
     wte = params["wte"].astype(np.float64)
@@ -163,7 +163,7 @@ def test_the_parts_of_why_sum_to_the_lead_of_the_logit(session, model, params, n
     logits = gpt2.gpt2(ids, **params, n_head=n_head)[-1]
     best, second = np.argsort(-logits)[:2].tolist()
     for other, rest in ((None, logits.mean()), (second, logits[second])):
-        told = session.answer("why", {"other": other})
+        told = session.answer("why", {"ids": ids, "other": other})
         parts = [*np.ravel(told["heads"]), *told["mlps"], *told["embeddings"], told["biases"]]
         assert told["token"] == best
         assert told["lead"] == pytest.approx(sum(parts), abs=1e-6)
@@ -173,7 +173,7 @@ def test_the_parts_of_why_sum_to_the_lead_of_the_logit(session, model, params, n
 
 def test_why_tells_from_which_token_a_head_brought_what_it_gave(session, ids, params, n_head):
     session.answer("run", {"text": TEXT})
-    told = session.answer("why", {"token": 77})
+    told = session.answer("why", {"ids": ids, "token": 77})
     run = trace.record(ids, **params, n_head=n_head)
     x, ahead = run["block 3", "return"][-1].astype(np.float64), params["wte"][77] - params["wte"].mean(axis=0)
     brought = np.zeros((4, n_head, len(ids)))
@@ -187,9 +187,17 @@ def test_why_tells_from_which_token_a_head_brought_what_it_gave(session, ids, pa
     assert told["from"] == np.abs(brought).argmax(axis=-1).tolist()
 
 
-def test_why_of_a_run_without_a_head_has_nothing_of_that_head(session):
+def test_why_of_a_run_without_a_head_has_nothing_of_that_head(session, ids):
     session.answer("run", {"text": TEXT, "off": [{"block": 1, "head": 2}]})
-    assert session.answer("why", {})["heads"][1][2] == 0
+    assert session.answer("why", {"ids": ids})["heads"][1][2] == 0
+
+
+@pytest.mark.parametrize(("kind", "question"), [("why", {}), ("lens", {"positions": [0]})])
+def test_what_is_asked_of_a_run_that_another_replaced_is_refused(session, ids, kind, question):
+    session.answer("run", {"text": TEXT})
+    session.answer("run", {"text": "ROMEO:"})
+    with pytest.raises(QuestionError, match="another text has run since"):
+        session.answer(kind, {"ids": ids, **question})
 
 
 def zeroed(params, n_head, block, head=None, neuron=None):
@@ -314,9 +322,11 @@ BAD = [
     ("lens", {"positions": [12]}),
     ("lens", {"positions": [*range(100)]}),
     ("lens", {"positions": []}),
+    ("lens", {"ids": [0], "positions": [0]}),
     ("why", {"token": 1024}),
     ("why", {"token": 0, "other": -1}),
     ("why", {"token": "a"}),
+    ("why", {"ids": "all"}),
     ("step", {"ids": [0] * 257}),
     ("step", {"ids": [0], "temperature": -1}),
     ("step", {"ids": [0], "temperature": 1, "top_p": 0}),
@@ -334,7 +344,9 @@ BAD = [
 
 @pytest.mark.parametrize(("kind", "question"), [bad for bad in BAD if bad[0] != "array"])
 def test_a_bad_question_is_answered_with_one_line(session, kind, question):
-    session.answer("run", {"text": TEXT})
+    run = session.answer("run", {"text": TEXT})
+    if kind in ("lens", "why"):
+        question = {"ids": run["ids"], **question}
     with pytest.raises(QuestionError) as caught:
         session.answer(kind, question)
     assert re.fullmatch(r"[^\n]{5,300}", str(caught.value))
@@ -516,6 +528,16 @@ def test_numbers_are_packed_to_three_digits_and_none_becomes_infinite(numbers):
     array = np.array(numbers, np.float32)
     again = unpacked({"packed": [single_file.pack(array)], "arrays": {"0": 0}}, 0)
     np.testing.assert_allclose(again, array, rtol=1e-3, atol=1e-7)
+
+
+def test_the_file_has_logits_far_from_0_whole_so_that_their_probabilities_are_right(model):
+    encoder, hparams, params = model
+    shift = np.linalg.lstsq(params["wte"], np.full(len(params["wte"]), -100, np.float32), rcond=None)[0]
+    params = {**params, "ln_f": {**params["ln_f"], "b": params["ln_f"]["b"] + shift}}
+    inside = inside_of(single_file.page(Session("shakespeare", encoder, hparams, params, TEXT)))
+    logits = gpt2.gpt2(encoder.encode(TEXT), **params, n_head=hparams["n_head"])[-1]
+    assert np.median(logits) < -64  # where the step of half precision is 0.0625
+    np.testing.assert_allclose(unpacked(inside, inside["run"]["logits"]), logits, rtol=1e-6)
 
 
 def test_a_file_has_room_for_the_open_block_first_and_never_names_what_it_has_not(model, monkeypatch):

@@ -235,7 +235,7 @@ def test_why_shows_the_parts_that_gave_most_to_the_likeliest_token(visit, model)
     visit.page.wait_for_selector("#reasons .bar")
     session = Session("shakespeare", *model)
     session.answer("run", {"text": TEXT})
-    told = session.answer("why", {})
+    told = session.answer("why", {"ids": ids_of(model, TEXT)})
     amounts = [*np.ravel(told["heads"]), *told["mlps"], *told["embeddings"]]
     strongest = sorted(amounts, key=abs, reverse=True)[:10]
     shown = [number(text) for text in visit.texts("#reasons .two > div:first-child .amount")]
@@ -330,6 +330,32 @@ def test_what_an_experiment_changed_is_in_view(visit):
     visit.page.wait_for_selector("#off li:nth-child(2)")
     visit.page.wait_for_load_state("networkidle")
     assert 0 <= visit.page.locator("#compared h3").bounding_box()["y"] <= 800
+
+
+def test_a_new_text_or_language_leaves_the_page_where_it_is(visit):
+    visit.page.click("#head .act")
+    visit.page.wait_for_selector("#compared table")
+    visit.page.evaluate("scrollTo(0, 0)")
+    visit.type("Good night, my")
+    visit.page.wait_for_selector("#compared th:text-is('·lord')")
+    assert visit.page.evaluate("scrollY") == 0
+    visit.page.click("[data-language=zh]")
+    visit.page.wait_for_selector("#compared h3:has-text('块')")
+    visit.settle()
+    assert visit.page.evaluate("scrollY") == 0
+
+
+def test_a_comparison_that_comes_after_a_newer_text_is_not_shown(visit):
+    visit.page.wait_for_selector("#patchForm button")
+    held = []
+    visit.page.route("**/api/compare", lambda route: held.append(route))
+    with visit.page.expect_request("**/api/compare"):
+        visit.page.click("#patchForm button")
+    visit.type(f"{TEXT} king")
+    with visit.page.expect_response("**/api/compare"):
+        held[0].continue_()
+    visit.page.evaluate("new Promise((done) => setTimeout(done, 500))")
+    assert not visit.page.locator("#compared h3").count()
 
 
 def test_the_page_generates_the_ids_of_generate(visit, model):

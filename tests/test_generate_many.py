@@ -1,7 +1,9 @@
 """examples/generate_many.py: on a Ray cluster of two nodes, on this machine alone, and its parts by themselves."""
 
+import contextlib
 import gzip
 import importlib.util
+import inspect
 import io
 import json
 import pathlib
@@ -14,6 +16,7 @@ from pyarrow.fs import LocalFileSystem
 from ray.cluster_utils import Cluster
 
 from gpt2 import generate
+from gpt2 import main as gpt2_main
 from utils import load_encoder_hparams_and_params
 
 SCRIPT = "examples/generate_many.py"
@@ -29,9 +32,16 @@ def cluster():
     """Two nodes of one CPU each, as environment variables that lead to them."""
     cluster = Cluster()
     for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
+        add_node(cluster)
     yield {"RAY_ADDRESS": cluster.address}
     cluster.shutdown()
+
+
+def add_node(cluster, n_tries=3):
+    """Ray gives a node 30 seconds to start, in which a busy machine may not have come to it."""
+    for i in range(n_tries):
+        with contextlib.suppress(Exception if i < n_tries - 1 else ()):
+            return cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
 
 
 def workers(pid=None):
@@ -82,7 +92,7 @@ def expected(models_dir):
 
 def test_a_worker_that_is_killed_is_replaced_and_every_prompt_has_its_one_answer(cluster, tiny, tmp_path, expected):
     prompts, out = write_prompts(tmp_path / "prompts.jsonl", 2000), tmp_path / "out"
-    flags = ["--batch_size=8", "--temperature=0.8", "--top_k=50", "--seed=3"]
+    flags = ["--batch_size=8", "--temperature=0.8", "--top_k=50", "--seed=3", "--repetition_penalty=1.3"]
     args = [tmp_path / "prompts.jsonl", out, *flags]
     with running(*args, script=SCRIPT, model=tiny, n=N, env=cluster) as process:
         wait_until(lambda: len(workers()) == 2)
@@ -99,7 +109,8 @@ def test_a_worker_that_is_killed_is_replaced_and_every_prompt_has_its_one_answer
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, stdout, stderr) == (0, b"", b"")
     assert 2 <= n_before < 32 == len(parts(out))
-    texts = expected(prompts, temperature=0.8, top_k=50, seed=[3 + i for i in range(2000)])
+    options = {"temperature": 0.8, "top_k": 50, "repetition_penalty": 1.3}
+    texts = expected(prompts, seed=[3 + i for i in range(2000)], **options)
     assert answers(out) == [
         {"id": i, "prompt": prompt, "text": text, "n_tokens": N, "finish_reason": "length"}
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
@@ -314,8 +325,25 @@ def test_samples_are_drawn_with_seeds_that_follow_from_the_line_alone(answer, ex
     seeds = [(prompt, 7 + (100 + i) * 2 + j) for i, prompt in enumerate(prompts) for j in (0, 1)]
     texts = [sample["text"] for answer in got for sample in answer["samples"]]
     assert texts == [expected(prompt, seed=seed, **options) for prompt, seed in seeds]
-    alone = answer(lines({"prompt": "one"}), first=103, n_samples=2, seed=7, **options)
+    alone = answer(b"\n" + lines({"prompt": "one"}), first=102, n_samples=2, seed=7, **options)  # blank lines count
     assert alone == got[3:]
+
+
+def test_it_takes_all_flags_of_gpt2_that_make_text():
+    of_one_text = {"prompt", "prompts_file", "out", "stream", "interactive", "tensor_parallel", "n_threads"}
+    theirs, ours = (inspect.signature(main).parameters for main in (gpt2_main, many.main))
+    assert theirs.keys() - ours.keys() == of_one_text
+
+
+def test_repetition_is_held_back(answer, expected):
+    options = {"repetition_penalty": 1.5, "no_repeat_ngram": 2}
+    (one,) = answer(lines({"prompt": "one"}), **options)
+    assert one["text"] == expected("one", **options) != expected("one")
+
+
+def test_a_special_token_in_a_prompt_is_a_text_unless_told_otherwise(answer, expected):
+    plain, special = (answer(lines({"prompt": "<|endoftext|>"}), special=special) for special in (False, True))
+    assert special[0]["text"] == expected("") != plain[0]["text"]
 
 
 def test_a_text_ends_before_a_stop_text(answer, expected):
@@ -378,7 +406,7 @@ def test_a_folder_has_one_run_at_a_time_and_is_free_when_that_has_ended(tmp_path
 
 def test_what_a_killed_run_left_is_no_file_of_another(tmp_path):
     begin(tmp_path, seed=1)
-    for name in (".lock", "part-00000-000000000000.jsonl.77.unfinished"):
+    for name in (".lock", "unfinished-77-part-00000-000000000000.jsonl"):
         (tmp_path / name).write_text("")
     assert begin(tmp_path, seed=1) == {}
 

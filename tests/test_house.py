@@ -140,10 +140,10 @@ def test_no_state_hides_in_closures(module):
 
 def commands():
     """All files that are run as python FILE, from the folder of the project."""
-    files = [path for room in ("", "examples", "benchmarks", "tests/reference") for path in (REPO / room).glob("*.py")]
-    return sorted(
-        f"{path.relative_to(REPO)}" for path in files if re.search("^ +(cli\\.)?run\\(", path.read_text("utf-8"), re.M)
-    )
+    rooms = "", "examples", "benchmarks", "tests/reference"
+    texts = {path: path.read_text("utf-8") for room in rooms for path in (REPO / room).glob("*.py")}
+    runs = re.compile(r"^ +(cli\.)?run\(", re.MULTILINE)
+    return sorted(path.relative_to(REPO).as_posix() for path, text in texts.items() if runs.search(text))
 
 
 def test_the_commands_are_found():

@@ -47,7 +47,7 @@ def test_most_poems_behind_a_title_and_an_author_are_in_form(model):
 
 
 def test_the_loss_on_poems_held_out_is_the_one_in_its_readme():
-    done = command(HELD_OUT, "--model_size", "tangshi", script="examples/evaluate.py")
+    done = command(REPO / HELD_OUT, "--model_size", "tangshi", script="examples/evaluate.py")
     assert done.returncode == 0, done.stderr
     measured = float(re.search(r"nats per character\s+([\d.]+)", done.stdout)[1])
     stated = re.search(rf"`{HELD_OUT}`.*?(\d\.\d+) nats per character", read("README.md"), re.DOTALL)

@@ -601,6 +601,7 @@ def test_what_another_program_has_for_a_moment_is_replaced_when_it_lets_go(name,
 
 
 @pytest.mark.parametrize("name", [DATA, "SHA256SUMS"])
+@pytest.mark.skipif(os.name != "nt", reason="elsewhere, what is open may be replaced in any case")
 def test_so_is_what_another_reads(name, model_dir):
     load(model_dir)
     held = (model_dir / name).open("rb")  # on Windows, nobody may replace it
@@ -713,3 +714,8 @@ def test_the_errors_of_utils_py_are_one_line(tmp_path):
     _, error = done.stderr.splitlines()  # what it fetches, then why it cannot
     assert error.startswith(f"utils.py: could not download checkpoint from {empty.url}/124M/checkpoint: HTTP 404")
     assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_the_heads_of_every_size_are_64_wide():
+    for hparams in utils.MODEL_SIZES.values():  # as GPT-2's and GPT-3's papers have them
+        assert hparams["n_embd"] == 64 * hparams["n_head"]

@@ -1,7 +1,7 @@
 // What happens without a head or a neuron, or with a row of another text's residual stream.
 
 import { app, change, isOfRun } from "./app.js";
-import { ask, numbers } from "./api.js";
+import { ask, numbers, Refusal } from "./api.js";
 import { el, percent, place, say, scroller, tokenText } from "./dom.js";
 import { bar } from "./heat.js";
 import { cut, likeliest } from "./sampling.js";
@@ -35,36 +35,43 @@ export function makePatch() {
   const from = el("input", { id: "patchFrom", type: "number", min: 0, max: app.about.n_tokens - 1, placeholder: t("lastOne") });
   const patchIn = (event) => {
     event.preventDefault();
-    compare({ text: text.value, block: Number(block.value), position: Number(position.value), from: from.value === "" ? null : Number(from.value) });
+    compare({ text: text.value, block: Number(block.value), position: Number(position.value), from: from.value === "" ? null : Number(from.value) }, true);
   };
   block.value = Math.floor(n_layer / 2);
   position.value = ids.length - 1; // whose row decides what comes next
   place("patchForm", el("form", { class: "form", onsubmit: patchIn }, field(t("theOther"), text), field(t("whereTo"), block), field(t("patchTo"), position), field(t("patchFrom"), from), el("button", { class: "act" }, t("patch"))));
 }
 
-// Which parts are off; with any, the comparison is made at once.
-export function showOff() {
+// Which parts are off; with any, the comparison is made at once. isAsked: and brought into view.
+export async function showOff(isAsked = false) {
   const parts = app.off.map((part, i) => el("li", {}, el("button", { type: "button", class: "choice", title: t("switchOn", said(part)), onclick: () => change({ off: app.off.filter((_, j) => j !== i) }) }, `${said(part)} ✕`)));
   place("off", ...(parts.length ? [el("p", { class: "hint" }, t("isOff")), el("ul", { class: "crumbs" }, ...parts)] : []));
-  if (app.off.length) compare(null);
+  if (app.off.length) await compare(null, isAsked);
   else place("compared");
 }
 
 const said = (part) => `${t("block")} ${part.block}, ${"head" in part ? `${t("head")} ${part.head}` : `${t("neuron")} ${part.neuron}`}`;
 
-let newest = null; // comparison: of which ids, off and patch, and its answer
+let newest = null; // comparison: of which ids, off and patch, and the promise of its answer
 
-async function compare(patch) {
+async function compare(patch, isAsked) {
   const { run: { ids }, off } = app;
+  const isKnown = newest && newest.off === off && newest.patch === patch && isOfRun(newest.ids);
+  if (!isKnown) newest = { ids, off, patch, answer: ask("compare", { ids, off, patch }) };
+  const mine = newest;
+  const isCurrent = () => mine === newest && off === app.off && isOfRun(ids);
   try {
-    const isKnown = newest && newest.off === off && newest.patch === patch && isOfRun(newest.ids);
-    if (!isKnown) newest = { ids, off, patch, answer: await ask("compare", { ids, off, patch }) };
-    const { answer } = newest;
+    const answer = await mine.answer;
     const [before, after] = (await Promise.all([numbers(answer.before), numbers(answer.after)])).map((logits) => cut(logits, PLAIN).p);
-    const notes = patch ? [t("patched", tokenText(answer.other_ids.at(patch.from ?? -1)), tokenText(app.run.ids[patch.position]))] : [];
-    const note = [...notes, ...(app.off.length ? [t("without", app.off.map(said).join("; "))] : [])].join(" · ");
+    if (!isCurrent()) return;
+    const notes = patch ? [t("patched", tokenText(answer.other_ids.at(patch.from ?? -1)), tokenText(ids[patch.position]))] : [];
+    const note = [...notes, ...(off.length ? [t("without", off.map(said).join("; "))] : [])].join(" · ");
     showCompared(before, after, note);
+    if (isAsked) document.getElementById("compared").scrollIntoView({ block: "nearest" });
   } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    if (!isCurrent()) return;
+    newest = null; // it may be asked again
     say(error.message, true);
   }
 }
@@ -83,7 +90,6 @@ function showCompared(before, after, note) {
   place("compared", el("h3", {}, note),
     el("p", { "aria-live": "polite" }, first === second ? t("sameBest", tokenText(first)) : t("otherBest", tokenText(first), tokenText(second)), " ", t("moved", percent(distance))),
     scroller(note, el("table", { class: "compare" }, el("thead", {}, head), el("tbody", {}, ...rows))));
-  document.getElementById("compared").scrollIntoView({ block: "nearest" });
 }
 
 function barCell(p, most) {

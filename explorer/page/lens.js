@@ -16,7 +16,7 @@ export async function lookThrough() {
   const positions = Array.from({ length: Math.min(N, n) }, (_, i) => last - Math.min(N, n) + i);
   if (!seen || !isOfRun(seen.ids) || !seen.positions.includes(app.token)) {
     const { ids } = app.run;
-    const answer = await ask("lens", { positions });
+    const answer = await ask("lens", { ids, positions });
     if (!isOfRun(ids)) return; // another text has run meanwhile
     seen = { ...answer, ids };
   }

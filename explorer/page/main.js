@@ -104,7 +104,8 @@ async function begin() {
   when(["run", "why"], showWhy);
   when(["settings"], showCache);
   when(["run", "token"], lookThrough);
-  when(["run", "off"], showOff);
+  when(["run"], showOff);
+  when(["off"], () => showOff(true));
   document.addEventListener("go", goTo);
   document.addEventListener("take", ({ detail }) => run({ ids: [...app.run.ids, detail].slice(-app.about.n_tokens), block: app.block }));
   const first = await ask("first");

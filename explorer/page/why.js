@@ -16,7 +16,7 @@ let known = null; // the newest answer, to what was asked of which ids
 
 export async function showWhy() {
   const { run, why } = app;
-  if (!known || known.why !== why || !isOfRun(known.ids)) known = { why, ids: run.ids, answer: await ask("why", why) };
+  if (!known || known.why !== why || !isOfRun(known.ids)) known = { why, ids: run.ids, answer: await ask("why", { ids: run.ids, ...why }) };
   const { answer } = known;
   const logits = await numbers(run.logits);
   if (run !== app.run || why !== app.why) return;

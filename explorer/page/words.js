@@ -452,6 +452,7 @@ const FAULTS = {
   "these numbers are no longer kept: another run has taken their place": "这些数已不再保留：另一次运行代替了它们",
   "positions must be a list of 1 to {0}": "positions 必须是 1 到 {0} 个位置的列表",
   "nothing has run yet": "还没有运行过",
+  "another text has run since, perhaps in another tab: run this one again": "之后运行了另一段文字，也许在另一个标签页：请重新运行这一段",
   'a patch has "text", "block", "position" and "from"': '移植要有 "text"、"block"、"position" 和 "from"',
   "point must be a number from 0 to 1": "point 必须是 0 到 1 的数",
   "a text is needed, or ids": "要有文字，或 ids",
