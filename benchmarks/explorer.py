@@ -149,7 +149,7 @@ def main(
     """
     from bench import make_checkpoint
 
-    from cli import fail, mistakes
+    from cli import fail, mistakes, need
     from explorer.server import Server
     from explorer.session import Session
     from sampling import is_whole
@@ -158,6 +158,7 @@ def main(
     for name, value in (("n_tokens", n_tokens), ("turns", turns)):
         if not is_whole(value) or value < 1:
             fail(f"--{name} must be a whole number, 1 or more, not {value!r}")
+    need("playwright")
     chromium = chromium or shutil.which("chromium")
     if chromium is None:
         fail("there is no chromium in PATH: name one with --chromium")
@@ -184,5 +185,5 @@ def main(
 if __name__ == "__main__":
     from cli import need, run
 
-    need("numpy", "regex", "tqdm", "fire", "playwright")
+    need("numpy", "regex", "tqdm", "fire")
     run(main)
