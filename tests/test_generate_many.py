@@ -178,9 +178,9 @@ def test_parts_that_lack_answers_are_made_anew_and_the_others_are_not(cluster, t
     first, second, third, *_ = whole
     first.write_bytes(b"")
     second.write_bytes(b"".join(whole[second].splitlines(keepends=True)[:3]))
-    third.write_bytes(kept := whole[third].replace(b'"w1', b'"kept": 1, "w1'))
+    third.write_bytes(kept := whole[third].replace(b'{"prompt"', b'{"kept": 1, "prompt"'))
     done = command(*args, script=SCRIPT, model=tiny, n=3, env=cluster)
-    assert (done.returncode, done.stdout) == (0, "")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert done.stderr == "".join(
         f"generate_many.py: {part.name} had {n} answers, which were not all, and is answered anew\n"
         for part, n in ((first, 0), (second, 3))

@@ -330,4 +330,4 @@ def test_a_stopped_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
 
 
 def test_samples_reach_a_terminal_without_what_it_would_obey():
-    assert training.indented("a\x1b[2Jb\n\tc\x07é\ufffd") == "    a?[2Jb\n    \tc?é\ufffd"
+    assert training.indented("a\x1b[2Jb\n\tc\x07é\ufffd") == "    a?[2Jb\n     c?é\ufffd"
