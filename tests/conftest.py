@@ -79,6 +79,19 @@ def fifo(path):
     os.mkfifo(path)
 
 
+def hold_for_a_moment(monkeypatch, name):
+    """Has a function of os fail thrice, as where a virus scanner on Windows holds a file. Returns the errors to come."""
+    action, held = getattr(os, name), [PermissionError(13, "held")] * 3
+
+    def held_at_first(*paths):
+        if held:
+            raise held.pop()
+        return action(*paths)
+
+    monkeypatch.setattr(os, name, held_at_first)
+    return held
+
+
 def link(path, to):
     try:
         os.symlink(to, path, target_is_directory=os.path.isdir(to))

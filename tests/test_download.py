@@ -15,7 +15,7 @@ import types
 
 import conftest
 import pytest
-from conftest import TIMEOUT, command, fifo, interrupt, wait_until
+from conftest import TIMEOUT, command, fifo, hold_for_a_moment, interrupt, wait_until
 from flaky_server import PROBE, serving
 
 from files import download, lock, web
@@ -749,14 +749,7 @@ def test_one_that_waited_for_a_download_that_got_nothing_makes_the_folder_anew(s
 
 @pytest.mark.parametrize("name", ["replace", "remove"])
 def test_a_file_that_another_program_holds_for_a_moment_gets_its_name(server, folder, monkeypatch, name):
-    action, held = getattr(os, name), [PermissionError(13, "held")] * 3  # as a virus scanner does on Windows
-
-    def held_at_first(*paths):
-        if held:
-            raise held.pop()
-        return action(*paths)
-
-    monkeypatch.setattr(os, name, held_at_first)
+    hold_for_a_moment(monkeypatch, name)
     fetch(server, folder)
     assert contents(folder) == FILES
 

@@ -367,11 +367,15 @@ def test_the_page_generates_the_ids_of_generate(visit, model):
     assert visit.texts("#cached p")[0].startswith("20 tokens were in the cache, 1 went through the model")
 
 
-def test_what_is_wrong_is_said_on_the_page_and_the_next_text_runs(visit):
+def ask_what_cannot_be(visit):
     visit.page.fill("#otherText", "a")
     visit.page.fill("#patchFrom", "99")
     visit.page.click("#patchForm button")
     visit.page.wait_for_selector("#status.error")
+
+
+def test_what_is_wrong_is_said_on_the_page_and_the_next_text_runs(visit):
+    ask_what_cannot_be(visit)
     assert "from must be a whole number from 0 to 0, not 99" in visit.texts("#status")[0]
     visit.errors.clear()  # the browser notes the status 400 itself
     visit.type("ROMEO:")
@@ -381,10 +385,7 @@ def test_what_is_wrong_is_said_on_the_page_and_the_next_text_runs(visit):
 def test_what_is_wrong_is_said_in_the_language_of_the_page(visit):
     visit.page.click("[data-language=zh]")
     visit.settle()
-    visit.page.fill("#otherText", "a")
-    visit.page.fill("#patchFrom", "99")
-    visit.page.click("#patchForm button")
-    visit.page.wait_for_selector("#status.error")
+    ask_what_cannot_be(visit)
     assert "那里第几个词元 必须是 0 到 0 的整数，而不是 99" in visit.texts("#status")[0]
     visit.errors.clear()  # the browser notes the status 400 itself
 

@@ -15,6 +15,7 @@ from conftest import (
     REPO,
     assert_one_line_error,
     command,
+    hold_for_a_moment,
     leaves,
     link,
     needs_posix,
@@ -587,14 +588,7 @@ def test_a_file_that_may_not_grow_leaves_the_old_model(model_dir, params):
 
 @pytest.mark.parametrize("name", ["rename", "replace", "rmdir"])
 def test_what_another_program_has_for_a_moment_is_replaced_when_it_lets_go(name, model_dir, monkeypatch):
-    action, held = getattr(os, name), [PermissionError(13, "held")] * 3  # as a virus scanner does on Windows
-
-    def held_at_first(*paths):
-        if held:
-            raise held.pop()
-        return action(*paths)
-
-    monkeypatch.setattr(os, name, held_at_first)
+    held = hold_for_a_moment(monkeypatch, name)
     checkpoint.save_checkpoint(model_dir, HPARAMS, wild_params(HPARAMS, seed=1))
     assert_same(load(model_dir)[2], wild_params(HPARAMS, seed=1))
     assert not held
