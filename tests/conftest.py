@@ -80,7 +80,7 @@ def fifo(path):
 
 
 def hold_for_a_moment(monkeypatch, name):
-    """Has a function of os fail thrice, as where a virus scanner on Windows holds a file. Returns the errors to come."""
+    """Has a function of os fail thrice, as where a virus scanner on Windows holds a file. Returns the errors left."""
     action, held = getattr(os, name), [PermissionError(13, "held")] * 3
 
     def held_at_first(*paths):
