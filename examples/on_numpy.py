@@ -38,7 +38,10 @@ def begin(options):
 
 # losses and gradients
 
+silent = np.errstate(over="ignore", invalid="ignore")  # of a loss that is no number the run itself tells
 
+
+@silent
 def loss_and_gradients(learned, frozen, rows, n, n_head, scale):
     """(the loss of rows, which are a part of n that count, and its gradients, a tree like learned).
 
@@ -129,6 +132,7 @@ def learning_rate(step, highest, n_steps):
     return highest * (1 + math.cos(math.pi * (step - n_rising) / (n_steps - n_rising))) / 2
 
 
+@silent
 def adamw(piece, step, rate, norm):
     """A step of AdamW (https://arxiv.org/abs/1711.05101, algorithm 2), in place; steps are counted from 0.
 
@@ -186,6 +190,7 @@ class Learner:
         self.change(gradients, step)
         return loss
 
+    @silent
     def change(self, gradients, step):
         """A step of AdamW, with warm-up and cosine, for gradients clipped at a norm of 1; biases do not decay."""
         with blas_threads(self.n_blas):

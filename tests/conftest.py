@@ -50,6 +50,14 @@ for name in ("GPT2_BASE_URL", "HF_ENDPOINT"):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With -n, the tests of a file run in one process, where what they share is made and compiled once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 class Absent:
     """A package that is not installed here: a test that asks anything of it is skipped."""
 
