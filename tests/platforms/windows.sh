@@ -24,7 +24,7 @@ windows() { wine "$@" < <(:) 2>&1 | cat; }
 fetch() { python -m pip download --quiet --no-deps --dest "$folder/fetched" "$@"; }
 install() {
     python -m pip install --quiet --target "$c/python/Lib/site-packages" --platform win_amd64 --python-version 3.12 \
-        --implementation cp --only-binary=:all: --no-compile "$@"
+        --implementation cp --only-binary=:all: --no-compile --upgrade "$@"
 }
 
 if [[ ! -e $folder/ready ]]; then
