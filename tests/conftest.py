@@ -175,7 +175,8 @@ def start(*args, script="gpt2.py", code=None, model=None, n=None, env=(), throug
     program = [*through, sys.executable, *(["-c", code] if code else [REPO / script])]
     program += [arg if isinstance(arg, bytes) else str(arg) for arg in (*args, *flags)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(program, env=os.environ | dict(env), **pipes | kwargs)
+    env = {name: str(value) for name, value in dict(env).items()}  # Windows takes no path for a text
+    return subprocess.Popen(program, env=os.environ | env, **pipes | kwargs)
 
 
 @contextlib.contextmanager

@@ -406,7 +406,8 @@ sys.stdout.write(out.getvalue())
 
 def test_a_home_folder_behind_an_equals_sign_is_found(models_dir, continuation):
     flags = ["--model_size=tiny", f"--models_dir=~/{models_dir.name}"]
-    result = command("Hello", *flags, n=N, env={"HOME": str(models_dir.parent)})
+    home = dict.fromkeys(("HOME", "USERPROFILE"), models_dir.parent)  # as POSIX and Windows call it
+    result = command("Hello", *flags, n=N, env=home)
     assert result.stdout == continuation("Hello") + "\n", result.stderr
 
 
