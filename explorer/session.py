@@ -223,7 +223,10 @@ class Session:
         else:
             other, x, block = self.patched(ids, params, patch)
             after, answer["other_ids"] = trace.forward_from(x, params, self.n_head, block)[-1], other
-        before = gpt2.gpt2(ids, **self.params, n_head=self.n_head)[-1]
+        if ids == self.newest_ids and self.ran_with is self.params:
+            before = self.newest.logits[-1]
+        else:
+            before = gpt2.gpt2(ids, **self.params, n_head=self.n_head)[-1]
         return answer | {"before": self.keep("compare", before), "after": self.keep("compare", after)}
 
     def patched(self, ids, params, patch):
@@ -343,7 +346,7 @@ class Session:
         n_rows = max(math.prod(value.shape[:-1]), 1)
         shown = min(value.shape[-1], max(self.n_sent // n_rows, 1))  # columns
         array = value.array[..., :shown]
-        finite = array if array.dtype.kind in "biu" or value.is_weight else array[np.isfinite(array)]
+        finite = array if value.is_weight or np.isfinite(array).all() else array[np.isfinite(array)]
         if finite.size and not value.is_weight:
             told |= {"min": float(finite.min()), "max": float(finite.max()), "hidden": finite.size < array.size}
         return told | {"key": self.keep("run", array), "shown": shown, "weight": value.is_weight}
@@ -405,11 +408,16 @@ def merges(word, encoder):
 
 def view(logits, final):
     """What the lens sees: the likeliest token and its probability, and those and the rank of the final one."""
-    p = np.exp(logits - logits.max(), dtype=np.float64)
-    p /= p.sum()
+    p = np.exp(logits - logits.max())
+    total = p.sum(dtype=np.float64)
     best = int(logits.argmax())
-    rank = int((logits > logits[final]).sum()) + 1
-    return {"id": best, "p": round(float(p[best]), 6), "final_p": round(float(p[final]), 6), "final_rank": rank}
+    rank = int(np.count_nonzero(logits > logits[final])) + 1
+    return {
+        "id": best,
+        "p": round(float(p[best] / total), 6),
+        "final_p": round(float(p[final] / total), 6),
+        "final_rank": rank,
+    }
 
 
 def new_caches(params, n_head, n_slots):

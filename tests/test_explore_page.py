@@ -463,6 +463,13 @@ def test_a_setting_that_cannot_be_is_not_left_standing(visit):
     assert visit.page.input_value(box) == visit.page.input_value("#temperature") == "1"
 
 
+@pytest.mark.parametrize("button", ["#chips button >> nth=2", "#thumbs button >> nth=3", "#habits td button >> nth=4"])
+def test_a_token_or_a_head_that_is_chosen_keeps_the_focus(visit, button):
+    visit.page.click(button)
+    visit.settle()
+    assert visit.page.locator(button).evaluate("e => e === document.activeElement && e.ariaPressed") == "true"
+
+
 def test_the_cache_says_with_which_settings_it_draws(visit):
     assert "Draws at temperature 1, top_k 0, top_p 1" in visit.texts("#going")[0]
     visit.page.fill("#controls .control:nth-child(1) input[type=number]", "0")

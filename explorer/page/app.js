@@ -13,10 +13,12 @@ export const app = {
   off: [], // heads and neurons to switch off
 };
 
-// Whoever shows one of these hears of it: see when() in main.js.
+export const renderers = []; // [names of what is shown, what shows it]: see when() in main.js
+
+// What shows one of these is called, once. A promise of the end of all that.
 export function change(values) {
   Object.assign(app, values);
-  for (const name of Object.keys(values)) document.dispatchEvent(new Event(`app-${name}`));
+  return Promise.all(renderers.filter(([names]) => names.some((name) => name in values)).map(([, render]) => render()));
 }
 
 // Whether the newest run is of these ids: of another block, what the model says is the same.

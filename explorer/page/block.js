@@ -80,31 +80,40 @@ function meanSize(data, [[, n_rows], [, n_columns]]) {
   return total / n_rows;
 }
 
-export async function showHeads() {
-  showHabits();
-  const n = app.run.ids.length;
-  const { n_head } = app.about.hparams;
+// The weights of the open block, and whether they still are when they are there. A file has no room for those of all blocks.
+async function weights() {
   const key = app.run.weights[app.block];
-  if (key === null) return showNoHeads();
-  const data = await numbers(key);
-  if (key !== app.run.weights[app.block]) return;
-  const of = (head) => data.subarray(head * n * n, (head + 1) * n * n);
+  const data = key === null ? null : await numbers(key);
+  const n = app.run.ids.length;
+  return { key, n, of: (head) => data.subarray(head * n * n, (head + 1) * n * n), isCurrent: key === app.run.weights[app.block] };
+}
+
+export async function showThumbs() {
+  const { key, n, of, isCurrent } = await weights();
+  if (!isCurrent) return;
+  if (key === null) return place("thumbs");
   const told = app.run.habits[app.block];
-  const thumbs = Array.from({ length: n_head }, (_, head) => el("button", { type: "button", class: "card", "aria-pressed": String(head === app.head), onclick: () => change({ head }) },
+  const thumbs = Array.from({ length: app.about.hparams.n_head }, (_, head) => el("button", { type: "button", class: "card", "data-head": `${app.block} ${head}`, onclick: () => change({ head }) },
     el("span", { class: "title" }, `${t("head")} ${head}`), pictured(key, `head ${head}`, () => thumbnail(of(head), n, n, 100, 100)), el("span", { class: "hint" }, told[habit] ? `${t(`short_${habit}`)} ${percent(told[habit][head])}` : "")));
   place("thumbs", ...thumbs);
+  markHead();
+}
+
+// Which head is looked at, among the small pictures and the habits.
+export function markHead() {
+  for (const button of document.querySelectorAll("[data-head]")) button.setAttribute("aria-pressed", String(button.dataset.head === `${app.block} ${app.head}`));
+}
+
+export async function showHead() {
+  const { key, n, of, isCurrent } = await weights();
+  if (!isCurrent) return;
+  if (key === null) return place("head", el("p", { class: "hint" }, t("notKept")));
   const names = app.run.ids.map(tokenText);
   const about = t("weightsOf", app.block, app.head);
   const map = { data: of(app.head), n_rows: n, n_columns: n, rows: names, columns: names, row: app.token, about, onrow: (token) => change({ token }) };
   const off = el("button", { type: "button", class: "act", onclick: () => switchOff(app.block, app.head) }, t("switchOff", app.block, app.head));
   const see = el("button", { type: "button", class: "plain", onclick: () => openWeights() }, t("seeLine"));
   place("head", el("h3", {}, about), el("p", { class: "hint" }, t("readHead")), heatMap(map), el("p", {}, ...(isFile ? [] : [off, " "]), see));
-}
-
-// A file has no room for the weights of all blocks of a large model.
-function showNoHeads() {
-  place("thumbs");
-  place("head", el("p", { class: "hint" }, t("notKept")));
 }
 
 function switchOff(block, head) {
@@ -119,16 +128,16 @@ function openWeights() {
 }
 
 // Which head has which habit: a number for each head of each block.
-function showHabits() {
+export function showHabits() {
   const kinds = HABITS.filter((kind) => app.run.habits[0][kind]);
   if (!kinds.length) return place("habits", el("p", { class: "hint" }, t("noHabits")));
   if (!kinds.includes(habit)) habit = kinds[0];
   const rows = app.run.habits.map((told) => told[habit]);
   const best = rows.flatMap((row, block) => row.map((share, head) => ({ block, head, share }))).sort((a, b) => b.share - a.share)[0];
-  const chooser = kinds.map((kind) => choice(t(`habit_${kind}`), kind === habit, () => { habit = kind; showHeads(); }));
+  const chooser = kinds.map((kind) => choice(t(`habit_${kind}`), kind === habit, () => { habit = kind; showHabits(); showThumbs(); }));
   const cell = (share, block, head) => {
     const isBest = block === best.block && head === best.head;
-    const button = el("button", { type: "button", "aria-pressed": String(block === app.block && head === app.head), title: `${t("block")} ${block}, ${t("head")} ${head}: ${percent(share)}`, onclick: () => openHead(block, head) }, `${Math.round(100 * share)}${isBest ? " ★" : ""}`);
+    const button = el("button", { type: "button", "data-head": `${block} ${head}`, title: `${t("block")} ${block}, ${t("head")} ${head}: ${percent(share)}`, onclick: () => openHead(block, head) }, `${Math.round(100 * share)}${isBest ? " ★" : ""}`);
     button.style.setProperty("--share", Math.min(1, share / Math.max(best.share, 1e-9)));
     return el("td", {}, button);
   };
@@ -138,6 +147,7 @@ function showHabits() {
   place("habits", el("div", { class: "chooser", role: "group", "aria-label": t("habits") }, ...chooser),
     el("p", {}, t("mostHabit", t(`habit_${habit}`), best.block, best.head, percent(best.share), percent(evenly(habit)))),
     scroller(t("habits"), el("table", { class: "grid" }, el("caption", {}, t("habitsCaption", t(`habit_${habit}`))), el("thead", {}, head), el("tbody", {}, ...body))));
+  markHead();
 }
 
 export function openHead(block, head) {

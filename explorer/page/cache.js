@@ -44,10 +44,14 @@ function drawnHow() {
   return temperature === 0 ? t("takesLikeliest") : t("drawsAt", temperature, top_k, top_p);
 }
 
-export async function showCache() {
+export function showGoing() {
   const buttons = [1, 10].map((n) => el("button", { type: "button", class: "act", onclick: () => generate(n) }, t("steps", n)));
   const again = el("button", { type: "button", class: "plain", onclick: startOver }, t("startOver"));
   place("going", ...buttons, again, el("span", { class: "hint" }, drawnHow()));
+}
+
+export async function showCache() {
+  showGoing();
   const made = ids.slice(n_prompt).map((id) => el("mark", {}, tokenText(id)));
   place("growing", textOf(ids.slice(0, n_prompt)), ...made);
   if (!step) return place("cached", el("p", { class: "hint" }, t("cacheStart")));

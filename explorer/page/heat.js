@@ -6,11 +6,25 @@ import { t } from "./words.js";
 const LABEL = 16; // pixels of text
 const COLUMNS = 12; // of a table, at a time
 
+// The page's colours, and its font for code: asked for once, since each time the browser brings all styles up to date.
+const theme = {};
+
+function readTheme() {
+  const style = getComputedStyle(document.documentElement);
+  for (const name of ["zero", "more", "less", "plus", "minus", "line", "ink", "accent", "mono"]) theme[name] = style.getPropertyValue(`--${name}`).trim();
+}
+
+readTheme();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", readTheme); // before main.js hears of it
+
 // { data, n_rows, n_columns, rows: names or null, columns: names or null, row: the chosen one, onrow, about }
 export function heatMap(map) {
   map.scale = scaleOf(map.data);
+  map.isHidden = map.data.includes(-Infinity);
+  Object.assign(map, layout(map));
   const readout = el("p", { class: "readout", "aria-live": "polite" }, t("pointAt"));
   const canvas = el("canvas", { class: "heat", tabindex: "0", role: "img", "aria-label": `${map.about}. ${t("heatKeys")}` });
+  canvas.style.height = `${Math.round(map.top + map.height + map.foot)}px`;
   const picture = el("figure", { class: "picture" }, canvas, legend(map), readout, el("div", { class: "row" }), table(map));
   let cell = [map.row ?? 0, 0];
   const paint = () => drawHeat(canvas, map);
@@ -26,8 +40,7 @@ export function heatMap(map) {
     map.onrow?.(row);
   };
   const at = (event) => {
-    const { left, top, width, height } = layout(canvas, map);
-    return [Math.floor(((event.offsetY - top) / height) * map.n_rows), Math.floor(((event.offsetX - left) / width) * map.n_columns)];
+    return [Math.floor(((event.offsetY - map.top) / map.height) * map.n_rows), Math.floor(((event.offsetX - map.left) / widthOf(canvas, map)) * map.n_columns)];
   };
   canvas.addEventListener("mousemove", (event) => point(...at(event)));
   canvas.addEventListener("click", (event) => choose(clamp(at(event)[0], map.n_rows)));
@@ -63,14 +76,9 @@ export function scaleOf(data) {
   return { low: least, high: most, ends, signed: true };
 }
 
-const colours = () => {
-  const style = getComputedStyle(document.documentElement);
-  return ["--zero", "--more", "--less"].map((name) => style.getPropertyValue(name).trim().split(" ").map(Number));
-};
-
 // The data as pixels, one a number.
 export function pixels(data, n_rows, n_columns, scale = scaleOf(data)) {
-  const [zero, more, less] = colours();
+  const [zero, more, less] = [theme.zero, theme.more, theme.less].map((colour) => colour.split(" ").map(Number));
   const image = new ImageData(n_columns, n_rows);
   for (let i = 0; i < n_rows * n_columns; i++) {
     const x = data[i];
@@ -95,34 +103,35 @@ export function thumbnail(data, n_rows, n_columns, width = 120, height = 64) {
 
 const rowHeight = (map) => (map.n_rows <= 24 ? 26 : Math.max(6, 520 / map.n_rows));
 
-function layout(canvas, map) {
+// Where the cells are: what is left of them, above and below, and their height.
+function layout(map) {
   const labels = (names) => Math.min(110, Math.max(...names.map((text) => 9.7 * [...text].length)) + 14);
-  const left = map.rows ? labels(map.rows) : 36;
-  const foot = map.columns ? labels(map.columns) : 26;
-  return { left, top: 2, foot, width: Math.max(40, canvas.clientWidth - left - 2), height: rowHeight(map) * map.n_rows };
+  return { left: map.rows ? labels(map.rows) : 36, top: 2, foot: map.columns ? labels(map.columns) : 26, height: rowHeight(map) * map.n_rows };
 }
+
+const widthOf = (canvas, map) => Math.max(40, canvas.clientWidth - map.left - 2);
 
 function drawHeat(canvas, map) {
   if (!canvas.clientWidth) return;
-  const { left, top, foot, width, height } = layout(canvas, map);
+  const { left, top, height } = map;
+  const width = widthOf(canvas, map);
   const sharp = devicePixelRatio || 1;
-  const wanted = Math.round(top + height + foot);
-  if (canvas.style.height !== `${wanted}px`) canvas.style.height = `${wanted}px`;
   canvas.width = Math.round(canvas.clientWidth * sharp);
-  canvas.height = Math.round(wanted * sharp);
+  canvas.height = Math.round(canvas.clientHeight * sharp);
   const context = canvas.getContext("2d");
   context.scale(sharp, sharp);
-  const style = getComputedStyle(canvas);
-  context.fillStyle = hatch(context, style.getPropertyValue("--line"));
-  context.fillRect(left, top, width, height);
+  if (map.isHidden) {
+    context.fillStyle = hatch(context, theme.line);
+    context.fillRect(left, top, width, height);
+  }
   context.imageSmoothingEnabled = map.n_columns > 2 * width;
   map.pixels ??= pixels(map.data, map.n_rows, map.n_columns, map.scale);
   context.drawImage(map.pixels, left, top, width, height);
-  context.strokeStyle = style.getPropertyValue("--line");
+  context.strokeStyle = theme.line;
   context.strokeRect(left, top, width, height);
-  context.font = `${LABEL}px ${style.fontFamily}`;
+  context.font = `${LABEL}px ${theme.mono}`;
   context.textBaseline = "middle";
-  drawNames(context, map, left, top, width, height, style);
+  drawNames(context, map, width);
 }
 
 function hatch(context, colour) {
@@ -135,7 +144,8 @@ function hatch(context, colour) {
   return context.createPattern(tile, "repeat");
 }
 
-function drawNames(context, map, left, top, width, height, style) {
+function drawNames(context, map, width) {
+  const { left, top, height } = map;
   const h = height / map.n_rows;
   const w = width / map.n_columns;
   const text = (i, names) => shortened(names ? names[i] : String(i));
@@ -145,15 +155,15 @@ function drawNames(context, map, left, top, width, height, style) {
     const chosen = i === map.row;
     const nearChosen = Math.abs(i - map.row) * h < LABEL + 2;
     if (!chosen && (i % every || nearChosen)) continue;
-    context.fillStyle = style.getPropertyValue(chosen ? "--accent" : "--ink");
+    context.fillStyle = chosen ? theme.accent : theme.ink;
     context.fillText((chosen ? "▸" : "") + text(i, map.rows), left - 6, top + (i + 0.5) * h);
   }
   if (map.row !== undefined && map.row < map.n_rows) {
-    context.strokeStyle = style.getPropertyValue("--accent");
+    context.strokeStyle = theme.accent;
     context.lineWidth = 2;
     context.strokeRect(left, top + map.row * h, width, h);
   }
-  context.fillStyle = style.getPropertyValue("--ink");
+  context.fillStyle = theme.ink;
   const step = map.columns ? Math.ceil((LABEL + 3) / w) : Math.ceil(map.n_columns / Math.max(2, Math.floor(width / 70)));
   for (let i = 0; i < map.n_columns; i += step) {
     context.save();
@@ -168,14 +178,11 @@ function drawNames(context, map, left, top, width, height, style) {
 
 const shortened = (text) => ([...text].length > 10 ? `${[...text].slice(0, 9).join("")}…` : text);
 
-function legend({ data, scale }) {
-  const canvas = el("canvas", { width: 96, height: 12, "aria-hidden": "true" });
-  const steps = Float32Array.from({ length: 96 }, (_, i) => (scale.signed ? (i / 95) * 2 - 1 : i / 95) * (scale.ends || 1));
-  canvas.getContext("2d").drawImage(pixels(steps, 1, 96, scale), 0, 0, 96, 12);
+function legend({ isHidden, scale }) {
   const from = scale.signed ? `≤ ${number(-scale.ends)}` : "0";
   const to = `${scale.signed && scale.high > scale.ends ? "≥ " : ""}${number(scale.ends)}`;
-  const hidden = data.includes(-Infinity) ? el("span", {}, " · ", el("span", { class: "hatch" }), ` ${t("hidden")}`) : "";
-  return el("figcaption", { class: "legend" }, el("span", {}, from), canvas, el("span", {}, to), hidden);
+  const hidden = isHidden ? el("span", {}, " · ", el("span", { class: "hatch" }), ` ${t("hidden")}`) : "";
+  return el("figcaption", { class: "legend" }, el("span", {}, from), el("span", { class: scale.signed ? "ramp signed" : "ramp" }), el("span", {}, to), hidden);
 }
 
 // The chosen row: as bars with names where the columns have them, else as a skyline.
@@ -208,11 +215,10 @@ export function skyline(row) {
   const most = row.reduce((size, x) => (Number.isFinite(x) ? Math.max(size, Math.abs(x)) : size), 0) || 1;
   const negative = row.some((x) => x < 0);
   const zero = negative ? height / 2 : height;
-  const style = getComputedStyle(document.documentElement);
   for (let i = 0; i < row.length; i++) {
     if (!Number.isFinite(row[i])) continue;
     const long = (row[i] / most) * (negative ? height / 2 : height);
-    context.fillStyle = style.getPropertyValue(row[i] < 0 ? "--minus" : "--plus");
+    context.fillStyle = row[i] < 0 ? theme.minus : theme.plus;
     context.fillRect((i / row.length) * width, long > 0 ? zero - long : zero, Math.max(1, width / row.length - 1), Math.max(1, Math.abs(long)));
   }
   return canvas;

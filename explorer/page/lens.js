@@ -39,7 +39,8 @@ function showLens() {
   const caption = t("lensCaption") + some;
   place("seen", scroller(t("lensTitle"), el("table", { class: "grid lens" }, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body))), ...rise());
   const [box, here] = ["#seen .scroll", "#seen .here"].map((selector) => document.querySelector(selector));
-  if (here) box.scrollLeft = here.offsetLeft + here.offsetWidth - box.clientWidth; // where not all columns are in view
+  // where not all columns are in view; in the next frame, which has all laid out, and not once more for this
+  if (here) requestAnimationFrame(() => { box.scrollLeft = here.offsetLeft + here.offsetWidth - box.clientWidth; });
 }
 
 // How the token that the model chose in the end rose, at the place looked at.

@@ -1,15 +1,15 @@
 // The page begins here: it asks for the model and a first run, and wires what changes to what shows it.
 
-import { app, callAt, change } from "./app.js";
+import { app, callAt, change, renderers } from "./app.js";
 import { ask, forget, isFile, Refusal } from "./api.js";
-import { forgetPictures, showBlock, showHeads, showStream } from "./block.js";
-import { showCache, startOver } from "./cache.js";
+import { forgetPictures, markHead, showBlock, showHabits, showHead, showStream, showThumbs } from "./block.js";
+import { showCache, showGoing, startOver } from "./cache.js";
 import { say } from "./dom.js";
 import { makeExperiments, makePatch, showOff } from "./experiments.js";
 import { lookThrough } from "./lens.js";
 import { makeControls, showNext } from "./next.js";
 import { narrow, openCall, showPicture, showSource } from "./source.js";
-import { showTokens } from "./tokens.js";
+import { showChips, showToken } from "./tokens.js";
 import { showWalk, walk } from "./walk.js";
 import { showWhy } from "./why.js";
 import { language, setLanguage, t, translate } from "./words.js";
@@ -35,7 +35,7 @@ function when(names, render) {
       busy(-1);
     }
   };
-  for (const name of names) document.addEventListener(`app-${name}`, show);
+  renderers.push([names, show]);
 }
 
 let isRunning = false;
@@ -63,13 +63,20 @@ async function runOne({ question, path = app.path, pick }) {
     const answer = await ask("run", question);
     forget();
     forgetPictures();
+    const isFirst = !app.run;
     const isSame = app.run && String(app.run.ids) === String(answer.ids);
     Object.assign(app, { run: answer, block: answer.block, path: callAt(path, answer.root) ? path : ["gpt2"] });
     if (!isSame) Object.assign(app, { token: answer.ids.length - 1, why: { token: null, other: null } });
     if (question.ids) showText(answer.text);
-    change({ run: answer });
     const opened = app.value && callAt(app.path).values.findLast((value) => value.name === app.value.name && value.line === app.value.line);
-    openCall(app.path, pick ?? ((value) => value === opened || (!opened && value.name === "return")));
+    const pictured = openCall(app.path, pick ?? ((value) => value === opened || (!opened && value.name === "return")));
+    if (isFirst) { // what is in view at first does not wait for all that lies below
+      showChips();
+      showToken();
+      await pictured;
+      await painted();
+    }
+    change({ run: answer });
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
     say((answer.n_cut ? `${t("wasCut", app.about.n_tokens, answer.n_cut)} ` : "") + (isFile ? t("isFile", savedBlocks()) : t("ran", answer.ids.length, seconds)));
     if (!isSame) {
@@ -80,6 +87,8 @@ async function runOne({ question, path = app.path, pick }) {
     say(error.message, true);
   }
 }
+
+const painted = () => new Promise((go) => requestAnimationFrame(() => setTimeout(go)));
 
 const hasValues = (block) => callAt(["gpt2", `block ${block}`])?.values.some((value) => value.key !== undefined);
 const savedBlocks = () => app.run.root.calls.map((_, i) => i).filter(hasValues).join(", ");
@@ -95,8 +104,7 @@ async function begin() {
   setLanguage(language());
   let first;
   try {
-    app.about = await ask("about");
-    first = await ask("first");
+    [app.about, first] = await Promise.all([ask("about"), ask("first")]);
   } catch (error) {
     return say(error.message, true);
   }
@@ -108,13 +116,17 @@ async function begin() {
   makeExperiments();
   when(["path", "value"], showSource);
   when(["value", "head", "token"], showPicture);
-  when(["run", "token"], showTokens);
+  when(["run"], showChips);
+  when(["run", "token"], showToken);
   when(["run", "block", "head"], showBlock);
-  when(["run", "block", "head", "token"], showHeads);
+  when(["run"], showHabits);
+  when(["run", "block"], showThumbs);
+  when(["block", "head"], markHead);
+  when(["run", "block", "head", "token"], showHead);
   when(["run", "block"], showStream);
   when(["run", "settings"], showNext);
   when(["run", "why"], showWhy);
-  when(["settings"], showCache);
+  when(["settings"], showGoing);
   when(["run", "token"], lookThrough);
   when(["run"], showOff);
   when(["off"], () => showOff(true));
@@ -160,8 +172,7 @@ for (const button of document.querySelectorAll("[data-language]")) {
     makeControls();
     makeExperiments();
     makePatch();
-    change({ run: app.run });
-    change({ value: app.value });
+    change({ run: app.run, value: app.value });
     showCache();
     showWalk();
     say("");

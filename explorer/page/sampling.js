@@ -3,7 +3,7 @@
 // logits -> { p: all probabilities, may: those that are left, 0 elsewhere (its sum is `left`), n: how many are left }
 export function cut(logits, { temperature, top_k, top_p }) {
   const best = logits.reduce((most, x) => Math.max(most, x), -Infinity);
-  const p = Float64Array.from(logits, (x) => Math.exp((x - best) / (temperature || 1))); // but for a common factor
+  const p = new Float64Array(logits).map((x) => Math.exp((x - best) / (temperature || 1))); // but for a common factor
   if (temperature === 0) {
     const first = logits.indexOf(best); // greedy
     return shares(p, p.map((x, i) => (i === first ? x : 0)));
@@ -50,6 +50,12 @@ export function drawn({ may, left }, point) {
 
 // The n likeliest ids, the likeliest first.
 export function likeliest(p, n) {
-  const least = Float64Array.from(p).sort()[Math.max(0, p.length - n)];
-  return Array.from(p.keys()).filter((i) => p[i] >= least).sort((i, j) => p[j] - p[i]).slice(0, n);
+  const best = [];
+  for (let i = 0; i < p.length; i++) {
+    if (best.length === n && p[i] <= p[best[n - 1]]) continue;
+    const place = best.findIndex((other) => p[other] < p[i]);
+    best.splice(place < 0 ? best.length : place, 0, i);
+    if (best.length > n) best.pop();
+  }
+  return best;
 }

@@ -17,9 +17,9 @@ export const call = () => callAt(app.path);
 // Opens a call, and of its values the one asked for, or the one that it returns.
 export function openCall(path, pick = (value) => value.name === "return") {
   const opened = callAt(path);
-  if (!opened) return;
+  if (!opened) return undefined;
   const value = opened.values.findLast(pick) ?? opened.values.at(-1) ?? null;
-  change({ path, value });
+  return change({ path, value });
 }
 
 export function showSource() {

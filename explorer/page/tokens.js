@@ -4,11 +4,14 @@ import { app, change } from "./app.js";
 import { bytesOf, el, hex, place, readable, tokenText } from "./dom.js";
 import { t } from "./words.js";
 
-export function showTokens() {
-  const { ids } = app.run;
-  const chips = ids.map((id, i) => el("button", { type: "button", class: "token", "aria-pressed": String(i === app.token), title: t("tokenLabel", i, tokenText(id), id), onclick: () => change({ token: i }) }, el("span", { class: "text" }, tokenText(id)), " ", el("span", { class: "id" }, String(id))));
+export function showChips() {
+  const chips = app.run.ids.map((id, i) => el("button", { type: "button", class: "token", title: t("tokenLabel", i, tokenText(id), id), onclick: () => change({ token: i }) }, el("span", { class: "text" }, tokenText(id)), " ", el("span", { class: "id" }, String(id))));
   place("chips", ...chips);
-  const id = ids[app.token];
+}
+
+export function showToken() {
+  for (const [i, chip] of [...document.getElementById("chips").children].entries()) chip.setAttribute("aria-pressed", String(i === app.token));
+  const id = app.run.ids[app.token];
   const bytes = bytesOf(app.about.tokens[id]);
   place("token", el("p", {}, t("tokenIs", app.token, tokenText(id), id), " ", el("span", { class: "mono" }, hex(bytes)), " ", t("bytes", bytes.length)), ...merges());
 }
