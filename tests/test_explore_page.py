@@ -153,6 +153,22 @@ def test_the_weights_of_a_head_are_numpys_and_a_row_sums_to_1(visit, model):
     assert "sum 1.000 " in visit.texts("#head .rowsum")[0]
 
 
+def test_of_a_text_that_attention_takes_in_parts_each_row_has_the_name_of_its_token(visit, model):
+    text = " ".join(f"My lord {i}, the king {i}" for i in range(12))
+    visit.type(text)
+    ids = ids_of(model, text)
+    run = trace.record(ids, **model[2], n_head=model[1]["n_head"])
+    ends = [call.last("weights").shape[-1] for call in trace.block_call(run, 0).within("attention")]
+    assert len(ends) > 1
+    for call, start, end in zip(("attention", "attention #2"), [0, ends[0]], ends, strict=True):
+        visit.page.click(f"#tree button:text-is('{call}')")
+        visit.page.locator(".line.ran", has_text="weights = softmax(scores)").locator(".value").first.click()
+        visit.page.wait_for_selector(f"#picture .axes:has-text('n_q = {end - start} × n_k = {end}')")
+        visit.page.click("#picture .numbers summary")
+        names = visit.texts("#picture .numbers tbody th")
+        assert names == [f"{readable(model, i)} ({row})" for row, i in enumerate(ids[start:end])]
+
+
 def test_a_line_selects_its_picture_and_says_what_it_does_to_the_axes(visit, model):
     visit.page.click("#tree >> text=mha")
     line = visit.page.locator(".line.ran", has_text="x = x.reshape(*x.shape[:-1], 3")

@@ -179,12 +179,13 @@ function drawing(value, data) {
   const choosers = outer.map(([name, size], i) => chooser(name, size, i)).filter(Boolean);
   const cut = value.shown < value.axes.at(-1)[1] ? [el("p", { class: "hint" }, t("firstColumns", value.shown, value.axes.at(-1)[1]))] : [];
   if (inner.length === 1) return [...cut, skyline(part), oneRow(part)];
-  const [rowNames, columnNames] = [namesOf(rows), namesOf(columns)];
+  const first = firstQuery(value, rows[1]);
+  const [rowNames, columnNames] = [namesOf(rows, first), namesOf(columns, first)];
   const about = `${value.name}, ${axesText(value.axes)}`;
   const map = { data: part, n_rows: rows[1], n_columns: columns[1], rows: rowNames, columns: columnNames, about };
   const areTokens = rowNames && rows[0] !== "n_head";
-  map.row = areTokens ? Math.max(0, app.token - (app.run.ids.length - rowNames.length)) : rows[0] === "n_head" ? app.head : 0;
-  if (areTokens) map.onrow = (row) => row + app.run.ids.length - rowNames.length !== app.token && change({ token: row + app.run.ids.length - rowNames.length });
+  map.row = areTokens ? Math.min(Math.max(0, app.token - first), rows[1] - 1) : rows[0] === "n_head" ? app.head : 0;
+  if (areTokens) map.onrow = (row) => first + row !== app.token && change({ token: first + row });
   return [...choosers, ...cut, heatMap(map)];
 }
 
@@ -207,10 +208,19 @@ function chooser(name, n, i) {
   return el("div", { class: "chooser", role: "group", "aria-label": label }, el("span", {}, `${label} `), ...buttons);
 }
 
-// The tokens along an axis, or null: the newest come last.
-function namesOf([name, n]) {
+// Which token the first of n queries is: the last of them looks at itself last, so they end where keys do. Of a long text
+// attention takes some queries at a time, with the keys up to these; where there are no keys, the newest tokens come last.
+function firstQuery(value, n) {
+  const values = call().values;
+  const axes = [value, ...values.slice(values.indexOf(value)), ...values].flatMap((each) => each.axes);
+  const keys = axes.find(([name, size]) => KEYS.includes(name) && name !== "n_slots" && size <= app.run.ids.length);
+  return (keys ? keys[1] : app.run.ids.length) - n;
+}
+
+// The tokens along an axis, or null. first: that of queries.
+function namesOf([name, n], first) {
   const ids = app.run.ids;
-  if (QUERIES.includes(name) && n <= ids.length) return ids.slice(ids.length - n).map(tokenText);
+  if (QUERIES.includes(name) && n <= ids.length) return ids.slice(first, first + n).map(tokenText);
   if (KEYS.includes(name) && n <= ids.length) return ids.slice(0, n).map(tokenText);
   if (name === "n_head") return Array.from({ length: n }, (_, i) => `${t("head")} ${i}`);
   return null;
