@@ -216,8 +216,14 @@ def arrays(node):
     return {k: arrays(v) for k, v in node.items()} if isinstance(node, dict) else np.array(node, np.float32)
 
 
+@pytest.mark.parametrize(
+    "ran_before", [{"text": "ROMEO:"}, {"text": TEXT}, {"text": TEXT, "off": [{"block": 0, "head": 0}]}]
+)
 @pytest.mark.parametrize("part", [{"block": 1, "head": 2}, {"block": 3, "neuron": 17}])
-def test_a_part_switched_off_gives_the_logits_of_gpt2_with_those_weights(session, ids, params, n_head, part):
+def test_a_part_switched_off_gives_the_logits_of_gpt2_with_those_weights(
+    session, ids, params, n_head, part, ran_before
+):
+    session.answer("run", ran_before)
     answer = session.answer("compare", {"ids": ids, "off": [part]})
     before, after = session.array(answer["before"]), session.array(answer["after"])
     np.testing.assert_array_equal(before, gpt2.gpt2(ids, **params, n_head=n_head)[-1])

@@ -167,6 +167,11 @@ def test_of_a_text_that_attention_takes_in_parts_each_row_has_the_name_of_its_to
         visit.page.click("#picture .numbers summary")
         names = visit.texts("#picture .numbers tbody th")
         assert names == [f"{readable(model, i)} ({row})" for row, i in enumerate(ids[start:end])]
+    visit.page.focus("#picture canvas.heat")
+    for key in ["ArrowUp"] * (ends[1] - ends[0]) + ["Enter"]:  # to the first row
+        visit.page.keyboard.press(key)
+    visit.page.wait_for_selector("#chips button[aria-pressed=true]")
+    assert visit.page.locator("#chips button").nth(ends[0]).get_attribute("aria-pressed") == "true"
 
 
 def test_a_line_selects_its_picture_and_says_what_it_does_to_the_axes(visit, model):
@@ -480,7 +485,7 @@ def test_a_setting_that_cannot_be_is_not_left_standing(visit):
 
 
 @pytest.mark.parametrize("button", ["#chips button >> nth=2", "#thumbs button >> nth=3", "#habits td button >> nth=4"])
-def test_a_token_or_a_head_that_is_chosen_keeps_the_focus(visit, button):
+def test_a_token_or_a_head_of_the_open_block_that_is_chosen_keeps_the_focus(visit, button):
     visit.page.click(button)
     visit.settle()
     assert visit.page.locator(button).evaluate("e => e === document.activeElement && e.ariaPressed") == "true"

@@ -42,8 +42,9 @@ function pictured(key, at, make) {
 export async function showBlock() {
   const blocks = Array.from({ length: app.about.hparams.n_layer }, (_, i) => choice(String(i), i === app.block, () => go(["gpt2", `block ${i}`])));
   place("blocks", el("span", {}, `${t("block")} `), ...blocks);
+  const { run, block, head } = app;
   const cards = await Promise.all(PARTS.map(card));
-  place("parts", ...cards.filter(Boolean));
+  if (run === app.run && block === app.block && head === app.head) place("parts", ...cards.filter(Boolean));
 }
 
 async function card([what, names, name, first]) {
@@ -80,7 +81,7 @@ function meanSize(data, [[, n_rows], [, n_columns]]) {
   return total / n_rows;
 }
 
-// The weights of the open block, and whether they still are when they are there. A file has no room for those of all blocks.
+// The weights of the open block; isCurrent: whether it is still open once they have come. A file has no room for all blocks'.
 async function weights() {
   const key = app.run.weights[app.block];
   const data = key === null ? null : await numbers(key);

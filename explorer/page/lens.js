@@ -39,7 +39,7 @@ function showLens() {
   const caption = t("lensCaption") + some;
   place("seen", scroller(t("lensTitle"), el("table", { class: "grid lens" }, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body))), ...rise());
   const [box, here] = ["#seen .scroll", "#seen .here"].map((selector) => document.querySelector(selector));
-  // where not all columns are in view; in the next frame, which has all laid out, and not once more for this
+  // where not all columns are in view; in the next frame, so that all is laid out once
   if (here) requestAnimationFrame(() => { box.scrollLeft = here.offsetLeft + here.offsetWidth - box.clientWidth; });
 }
 

@@ -61,6 +61,7 @@ async function runOne({ question, path = app.path, pick }) {
   const began = performance.now();
   try {
     const answer = await ask("run", question);
+    const seconds = ((performance.now() - began) / 1000).toFixed(1);
     forget();
     forgetPictures();
     const isFirst = !app.run;
@@ -70,14 +71,16 @@ async function runOne({ question, path = app.path, pick }) {
     if (question.ids) showText(answer.text);
     const opened = app.value && callAt(app.path).values.findLast((value) => value.name === app.value.name && value.line === app.value.line);
     const pictured = openCall(app.path, pick ?? ((value) => value === opened || (!opened && value.name === "return")));
-    if (isFirst) { // what is in view at first does not wait for all that lies below
-      showChips();
-      showToken();
-      await pictured;
-      await painted();
+    try {
+      if (isFirst) { // what is in view at first does not wait for all that lies below
+        showChips();
+        showToken();
+        await pictured;
+        await painted();
+      }
+    } finally {
+      change({ run: answer });
     }
-    change({ run: answer });
-    const seconds = ((performance.now() - began) / 1000).toFixed(1);
     say((answer.n_cut ? `${t("wasCut", app.about.n_tokens, answer.n_cut)} ` : "") + (isFile ? t("isFile", savedBlocks()) : t("ran", answer.ids.length, seconds)));
     if (!isSame) {
       makePatch();
@@ -88,7 +91,10 @@ async function runOne({ question, path = app.path, pick }) {
   }
 }
 
-const painted = () => new Promise((go) => requestAnimationFrame(() => setTimeout(go)));
+const painted = () => new Promise((go) => {
+  requestAnimationFrame(() => setTimeout(go));
+  setTimeout(go, 500); // a page that is not in view is not painted
+});
 
 const hasValues = (block) => callAt(["gpt2", `block ${block}`])?.values.some((value) => value.key !== undefined);
 const savedBlocks = () => app.run.root.calls.map((_, i) => i).filter(hasValues).join(", ");
@@ -181,7 +187,9 @@ for (const button of document.querySelectorAll("[data-language]")) {
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   forgetPictures(); // they have the other colours
-  if (app.run) change({ run: app.run, value: app.value });
+  if (!app.run) return;
+  change({ run: app.run, value: app.value });
+  showCache();
 });
 translate();
 begin();

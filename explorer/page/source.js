@@ -184,7 +184,8 @@ function drawing(value, data) {
   const about = `${value.name}, ${axesText(value.axes)}`;
   const map = { data: part, n_rows: rows[1], n_columns: columns[1], rows: rowNames, columns: columnNames, about };
   const areTokens = rowNames && rows[0] !== "n_head";
-  map.row = areTokens ? Math.min(Math.max(0, app.token - first), rows[1] - 1) : rows[0] === "n_head" ? app.head : 0;
+  map.row = rows[0] === "n_head" ? app.head : 0;
+  if (areTokens) map.row = app.token >= first && app.token < first + rows[1] ? app.token - first : undefined;
   if (areTokens) map.onrow = (row) => first + row !== app.token && change({ token: first + row });
   return [...choosers, ...cut, heatMap(map)];
 }
