@@ -6,9 +6,9 @@
 
 A mutant is a copy of the repository in which one comparison, operator, number, argument, condition or statement is
 another. They are taken evenly from all that could be, in an order that a seed shuffles: the same seed, the same ones.
-For each, the tests of its file run until one fails, the fastest first; slow ones are left out where all would take too
-long. What survives is printed as a diff; whether it is a bug (some change nothing that anyone could see) is for readers
-to judge. On POSIX, by processes that fork.
+For each, the tests of its file run until one fails: those first that name the function that is another, and then the
+fastest; slow ones are left out where all would take too long. What survives is printed as a diff; whether it is a bug
+(some change nothing that anyone could see) is for readers to judge. On POSIX, by processes that fork.
 """
 
 import argparse
@@ -17,6 +17,8 @@ import contextlib
 import difflib
 import faulthandler
 import importlib
+import inspect
+import math
 import os
 import pathlib
 import random
@@ -57,7 +59,7 @@ TESTS = {  # in the order in which they are asked, where a file's are not just t
     "explorer/trace": "explore_trace explore",
     "examples/formats": "convert",
     "examples/lora": "finetune",
-    "examples/on_jax": "finetune on_numpy train",
+    "examples/on_jax": "finetune classify on_numpy train",
     "examples/recipe": "train finetune",
     "examples/saving": "saving train",
     "examples/texts": "texts finetune classify",
@@ -142,18 +144,27 @@ def mutant_of(text, first, last, new):
     return mutant if text[start:stop].count("(") == text[start:stop].count(")") and mutant != text else None
 
 
-def mutants(files, n, rng):
-    """[(path, text)] of n mutants: a random one of every n-th part of all that could be."""
-    texts = {path: path.read_text("utf-8") for path in files}
-    places = [(path, place) for path, text in texts.items() for place in mutations(ast.parse(text))]
+def mutants(texts, n, rng):
+    """[(path, where, text)] of n mutants of {path: text}: a random one of every n-th part of all that could be.
+
+    where: the names of the functions and classes that are others.
+    """
+    trees = {path: ast.parse(text) for path, text in texts.items()}
+    places = [(path, place) for path, tree in trees.items() for place in mutations(tree)]
     chosen = []
     for i in range(n):
         k = int((i + rng.random()) * len(places) / n)
         while (mutant := mutant_of(texts[places[k][0]], *places[k][1])) is None:
             k = (k + 1) % len(places)
-        chosen.append((places[k][0], mutant))
+        path, ((row, _), *_) = places[k]
+        chosen.append((path, names_around(trees[path], row), mutant))
     rng.shuffle(chosen)
     return chosen
+
+
+def names_around(tree, row):
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return {node.name for node in nodes if node.lineno <= row <= node.end_lineno}
 
 
 # tests
@@ -184,22 +195,24 @@ def fault(folder, tests, order):
 
 
 class Order:
-    """A plugin of pytest: of each file the fastest tests first, and none that the time has no room for.
+    """A plugin of pytest: those tests first that have a word of names, then those of the first file, the fastest first.
 
-    seconds: {(file, test): that it takes}; room: seconds of all.
+    seconds: {(file, test): that it takes}; room: seconds for those of each file: what has no room is left out.
     """
 
-    def __init__(self, seconds, room):
-        self.seconds, self.room = seconds, room
+    def __init__(self, seconds, room, names=()):
+        self.seconds, self.room, self.names = seconds, room, {*names}
 
     def pytest_collection_modifyitems(self, items):
-        files, left, kept = [*dict.fromkeys(item.path for item in items)], self.room, []
         for item in items:
             item.seconds = self.seconds.get((item.path.stem, item.name), 1.0)
-        for item in sorted(items, key=lambda item: (files.index(item.path), item.seconds)):
-            if item.seconds <= left:
+            item.is_near = not self.names.isdisjoint(re.findall(r"\w+", inspect.getsource(item.function)))
+        files, kept = [*dict.fromkeys(item.path for item in items)], []
+        left = dict.fromkeys(files, self.room)
+        for item in sorted(items, key=lambda item: (not item.is_near, files.index(item.path), item.seconds)):
+            if item.seconds <= left[item.path]:
                 kept.append(item)
-                left -= item.seconds
+                left[item.path] -= item.seconds
         items[:] = kept
 
     def pytest_runtest_setup(self, item):
@@ -219,30 +232,34 @@ def main():
     parser.add_argument("files", nargs="*", type=pathlib.Path)
     parser.add_argument("--n_mutants", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=100, help="of a mutant's tests, as the report has them")
+    parser.add_argument("--seconds", type=float, default=30, help="of each file of tests, as the report has them")
     options = parser.parse_args()
-    order = Order(times(options.report), options.seconds)
     for package in HEAVY.split():  # once for all: their imports take longer than most tests
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
     files = [path.resolve() for path in options.files]
     files = files or sorted(path for room in ROOMS for path in (REPO / room).glob("*.py") if tests_of(path))
-    n_survivors, sound = 0, set()
+    texts, seconds, n_survivors, sound = (
+        {path: path.read_text("utf-8") for path in files},
+        times(options.report),
+        0,
+        set(),
+    )
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "repo"
         shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"))
-        for i, (path, mutant) in enumerate(mutants(files, options.n_mutants, random.Random(options.seed)), 1):
+        for i, (path, names, mutant) in enumerate(mutants(texts, options.n_mutants, random.Random(options.seed)), 1):
             name = path.relative_to(REPO)
             (copy / name).write_text(mutant, "utf-8")
-            noticed_by = fault(copy, tests_of(path), order)
-            shutil.copy(path, copy / name)
+            noticed_by = fault(copy, tests_of(path), Order(seconds, options.seconds, names))
+            (copy / name).write_text(texts[path], "utf-8")
             test = noticed_by.partition("[")[0]
-            if "::" in test and test not in sound and fault(copy, [test], order):
+            if "::" in test and test not in sound and fault(copy, [test], Order(seconds, math.inf)):
                 noticed_by += ", WHICH FAILS WITHOUT IT, TOO"
             sound.add(test)
             n_survivors += not noticed_by
             print(f"{i}: {name}: {noticed_by or 'SURVIVED'}")
-            lines = path.read_text("utf-8").splitlines(), mutant.splitlines()
+            lines = texts[path].splitlines(), mutant.splitlines()
             print(*difflib.unified_diff(*lines, lineterm="", n=0 if noticed_by else 1), sep="\n", flush=True)
     print(f"{options.n_mutants - n_survivors} of {options.n_mutants} were noticed")
 
