@@ -298,6 +298,13 @@ def test_a_package_that_is_not_installed_is_an_error_that_names_it():
     )
 
 
+def test_a_command_needs_numpy_2(monkeypatch):
+    cli.need("numpy")
+    monkeypatch.setattr(np, "__version__", "1.26.4")
+    with pytest.raises(SystemExit, match=r"NumPy 2\.0 or newer is needed, and this is 1\.26\.4: pip install -U numpy"):
+        cli.need("numpy")
+
+
 def test_a_python_that_is_too_old_is_an_error():
     code = """
 import collections, sys

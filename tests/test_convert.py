@@ -113,6 +113,12 @@ def test_transformers_loads_what_it_is_given(theirs, params, models_dir):
     assert [model.config.eos_token_id, model.generation_config.eos_token_id] == [end, end]
 
 
+def test_the_config_says_what_other_readers_than_transformers_have_no_default_for(theirs):
+    config = json.loads((theirs / "config.json").read_text("utf-8"))
+    assert config["layer_norm_epsilon"] == 1e-5  # as of gpt2(): llama.cpp's convert_hf_to_gguf.py takes it from here
+    assert config["tie_word_embeddings"] is True
+
+
 def test_who_may_read_the_other_files_may_read_the_weights(theirs):
     assert (theirs / "model.safetensors").stat().st_mode == (theirs / "config.json").stat().st_mode
 
