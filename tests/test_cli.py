@@ -337,6 +337,18 @@ def test_a_bug_keeps_its_traceback(run, tmp_path):
 # Terminals, pipes and signals
 
 
+def test_an_error_of_the_system_that_is_no_closed_pipe_keeps_its_traceback():
+    code = """
+import cli, sys
+sys.argv[1:] = ["x"]
+def main(prompt: str):
+    raise OSError(5, "Input/output error")
+cli.run(main)
+"""
+    result = command(code=code, cwd=REPO)
+    assert result.stderr.splitlines()[-1] == "OSError: [Errno 5] Input/output error"
+
+
 def test_a_bar_named_generating_shows_on_a_terminal(tiny, continuation):
     with on_a_terminal("Hello", model=tiny, n=N, stdout=subprocess.PIPE) as (process, terminal):
         terminal.expect(f"generating: 100%.* {N}/{N} ")

@@ -222,6 +222,15 @@ def test_processes_that_cannot_find_one_another_are_told_of_in_one_line(tmp_path
 # the parts
 
 
+def test_by_default_a_model_is_trained_as_the_bundled_one_was():
+    told = " ".join((REPO / "models" / "shakespeare" / "README.md").read_text("utf-8").split())
+    options = recipe.complete(train.main, {})
+    assert f"AdamW at {options['learning_rate']} with weight decay {options['weight_decay']}" in told
+    assert f"{options['n_steps']:,} steps and cosine decay to 0" in told
+    assert f"({options['batch_size']} windows of 256), seed {options['seed']}" in told
+    assert f"Dropout of {options['dropout']}" in told
+
+
 def test_another_seed_gives_other_first_weights_and_another_order():
     first, other = (train.initial_params(SMALL, seed)["wte"] for seed in (0, 1))
     assert not np.array_equal(first, other)
@@ -450,6 +459,13 @@ def test_each_step_of_a_run_silences_other_features():
     assert first.shape == (1, 2, 5, 50)
     run.step = 1
     assert not np.array_equal(run.rows(np.arange(2))["masks"], first)
+
+
+@pytest.mark.parametrize(("step", "evaluated", "is_done"), [(10, 10, True), (5, 5, False), (10, 5, False)])
+def test_a_run_is_done_when_its_last_step_has_been_evaluated(step, evaluated, is_done):
+    run = training.Run("", "", {}, {"n_steps": 10}, None, None)
+    run.step, run.history = step, [[0, None, 2.0], [evaluated, 1.0, 1.0]]
+    assert run.is_done() == is_done
 
 
 def test_nothing_but_on_jax_imports_jax():
