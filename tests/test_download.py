@@ -831,7 +831,7 @@ def test_one_bar_shows_the_whole_and_goes_on_where_it_was(server, folder):
         assert float(terminal.match[1]) >= n_done
 
 
-@pytest.mark.parametrize("fault", [{"ranges": False}, {"faults": {"large": [{"flip": 20}]}}], ids=str)
+@pytest.mark.parametrize("fault", [{"ranges": False}, {"faults": {"large": [{"flip": 50_000}] * 3}}], ids=str)
 def test_the_bar_ends_at_the_size_of_all_files_though_some_of_it_comes_again(fault, server, folder, monkeypatch):
     interrupted(server, folder)
     made, progress = [], download.Progress
