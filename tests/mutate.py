@@ -79,9 +79,7 @@ COMPUTED = {
     "MatMult": "*",
     "BitAnd": "|",
 }
-HEAVY = (
-    "hypothesis jax matplotlib.figure optax safetensors scipy tensorflow torch transformers.models.gpt2.modeling_gpt2"
-)
+HEAVY = "jax", "matplotlib.figure", "optax", "scipy", "tensorflow", "torch", "transformers.models.gpt2.modeling_gpt2"
 
 
 # mutants
@@ -176,7 +174,7 @@ def tests_of(path):
 
 
 def fault(folder, tests, order):
-    """The first test that fails, or what else does not go well; "" where all pass. In a process of its own."""
+    """The first of these tests that fails, or what else is wrong; "" where all pass. In a process of its own."""
     said = folder.parent / "said"
     pid = os.fork()
     if not pid:
@@ -234,17 +232,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=30, help="of each file of tests, as the report has them")
     options = parser.parse_args()
-    for package in HEAVY.split():  # once for all: their imports take longer than most tests
+    for package in HEAVY:  # once for all: their imports take longer than most tests
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
     files = [path.resolve() for path in options.files]
     files = files or sorted(path for room in ROOMS for path in (REPO / room).glob("*.py") if tests_of(path))
-    texts, seconds, n_survivors, sound = (
-        {path: path.read_text("utf-8") for path in files},
-        times(options.report),
-        0,
-        set(),
-    )
+    texts, seconds = {path: path.read_text("utf-8") for path in files}, times(options.report)
+    n_survivors, sound = 0, set()  # sound: tests that pass where there is no mutant
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "repo"
         shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"))
