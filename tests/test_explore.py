@@ -249,8 +249,15 @@ def test_a_patch_comes_from_the_last_token_where_none_is_named(session, model, i
     np.testing.assert_array_equal(*logits)
 
 
-def test_a_patch_of_the_same_row_changes_nothing(session, ids):
-    patch = {"text": TEXT, "block": 3, "position": 5, "from": 5}
+def test_in_a_terminal_a_token_that_is_a_part_of_a_character_is_its_bytes(model, capsys):
+    explore.print_text(Session("shakespeare", *model, "你"))
+    _, tokens, *_ = capsys.readouterr().out.splitlines()
+    assert tokens.split()[::2] == ["‹E4›", "‹BD›", "‹A0›"]
+
+
+@pytest.mark.parametrize("row", [0, 5, 11])
+def test_a_patch_of_the_same_row_changes_nothing(row, session, ids):
+    patch = {"text": TEXT, "block": 3, "position": row, "from": row}
     answer = session.answer("compare", {"ids": ids, "patch": patch})
     np.testing.assert_allclose(session.array(answer["after"]), session.array(answer["before"]), atol=1e-4)
 
