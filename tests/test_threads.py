@@ -13,6 +13,7 @@ from conftest import (
     assert_one_line_error,
     command,
     interrupt,
+    leaves,
     needs_posix,
     prompts_of_lengths,
     running,
@@ -21,7 +22,7 @@ from conftest import (
 )
 
 import gpt2
-from backends import on_numpy, threads, with_cache
+from backends import arrays, on_numpy, threads, with_cache
 
 N_HEAD = HPARAMS["n_head"]
 LONG = HPARAMS | {"n_ctx": 400}
@@ -144,6 +145,12 @@ def test_a_container_has_as_many_cores_as_all_its_groups_allow(outer, inner, exp
 def test_a_process_that_may_run_on_one_core_has_one(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
     assert threads.n_cores() == 1
+
+
+def test_the_weights_that_every_token_meets_are_all_matrices_but_that_of_positions(long_params):
+    matrices = {name: array for name, array in leaves(long_params) if array.ndim == 2}
+    del matrices["params.wpe"]
+    assert arrays.n_weights(long_params) == sum(array.size for array in matrices.values())
 
 
 def test_a_model_that_fits_the_cache_takes_one_thread(long_params):
