@@ -86,9 +86,13 @@ def test_axes_are_named_as_the_comments_of_gpt2_py_name_them(session):
     told = values_of(session.answer("run", {"text": TEXT})["root"])
     axes = {(path[-1], name, line): [axis for axis, _ in v["axes"]] for (path, name, line), v in told.items()}
     assert ["n_seq", "3", "n_head", "n_embd/n_head"] in axes.values()
-    for (label, name, _), names in axes.items():
-        if (label, name) in {("attention", "weights"), ("softmax", "return")}:
-            assert names == ["n_head", "n_q", "n_k"]
+    expected = dict.fromkeys(
+        [("attention", "scores"), ("attention", "weights"), ("softmax", "return")], "n_head n_q n_k"
+    )
+    expected |= {("layer_norm ln_1", "return"): "n_seq n_embd", ("gelu", "return"): "n_seq 4*n_embd"}
+    found = [(key, " ".join(names)) for (*key, _), names in axes.items() if tuple(key) in expected]
+    assert {tuple(key) for key, _ in found} == expected.keys()
+    assert all(names == expected[tuple(key)] for key, names in found)
 
 
 def test_habits_are_shares_of_the_weights(session, ids, params, n_head):
