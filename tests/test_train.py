@@ -468,6 +468,20 @@ def test_a_run_is_done_when_its_last_step_has_been_evaluated(step, evaluated, is
     assert run.is_done() == is_done
 
 
+@pytest.mark.parametrize(("step", "evaluated"), [(3, [0]), (5, [0]), (5, [0, 5]), (7, [0, 5])])
+def test_a_run_that_goes_on_is_evaluated_where_an_uninterrupted_one_is_and_nowhere_twice(step, evaluated):
+    settings = {"n_steps": 10, "evaluate_every": 5, "batch_size": 2, "seed": 0, "dropout": 0}
+    learner = argparse.Namespace(is_first=False, share=lambda which: which, update=lambda rows, step: 1.0)
+    learner.model = lambda: ({}, {})
+    task = argparse.Namespace(
+        data=training.Rows({"ids": np.zeros((4, 3))}, 2), scale=1.0, evaluate=lambda *_: (1.0, "")
+    )
+    run = training.Run("", "", {}, settings, learner, task)
+    run.step, run.history = step, [[at, 1.0, 2.0] for at in evaluated]
+    assert run.learn() is False
+    assert [at for at, _, _ in run.history] == [0, 5, 10]
+
+
 def test_nothing_but_on_jax_imports_jax():
     code = "import sys; sys.path[:0] = [{0!r}, {0!r} + '/examples']; import train, finetune, classify, evaluate\n"
     code += "print(*({{'jax', 'optax', 'tensorflow', 'matplotlib'}} & sys.modules.keys()))"
