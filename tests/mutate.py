@@ -18,6 +18,7 @@ import difflib
 import faulthandler
 import importlib
 import inspect
+import itertools
 import math
 import os
 import pathlib
@@ -111,8 +112,10 @@ def mutations(tree):
         elif isinstance(node, ast.If | ast.While | ast.IfExp):
             yield begin(node.test), begin(node.test), "not "
         elif isinstance(node, ast.Call):
-            for before, argument in zip([*node.args, *node.keywords], [*node.args, *node.keywords][1:], strict=False):
-                yield end(before), end(argument), ""
+            given = [*node.args, *node.keywords]  # without those that have no name, nearly nothing would run
+            for before, argument in itertools.pairwise(given):
+                if argument in node.keywords:
+                    yield end(before), end(argument), ""
         elif isinstance(node, ast.Expr | ast.AugAssign | ast.Raise) and not is_docstring(node):
             yield begin(node), end(node), "pass"
         elif isinstance(node, ast.Return) and node.value is not None:
