@@ -892,6 +892,20 @@ def test_as_a_command_it_says_where_to_go():
     assert re.fullmatch("download.py: .*python utils.py 124M\n", result.stderr)
 
 
+def test_a_thread_that_is_left_behind_writes_and_counts_no_more(tmp_path):
+    counted, wanted = [], download.Range(0, 9)
+    remote, progress = download.Remote("url", 9, "tag", True, ""), types.SimpleNamespace(add=counted.append)
+    with open(tmp_path / "data", "wb") as data, open(tmp_path / "record", "w") as record:
+        part = download.Part(data, record, remote, progress)
+        part.count(3)
+        part.keep(wanted, b"abc")
+        part.stop()
+        for late in (lambda: part.count(3), lambda: part.keep(wanted, b"def")):
+            with pytest.raises(download.DownloadError, match="stopped"):
+                late()
+    assert ((tmp_path / "data").read_bytes(), wanted.position, counted) == (b"abc", 3, [3])
+
+
 def test_an_answer_that_comes_when_nobody_waits_any_more_is_closed():
     given_up, closed = threading.Event(), threading.Event()
     client = web.Client(timeout=0.05, quiet=0.01, progress=types.SimpleNamespace(note=str))

@@ -311,6 +311,12 @@ def test_prompts_of_a_batch_that_threads_share_are_as_if_each_were_alone(lengths
         np.testing.assert_allclose(row[-1], alone[-1], rtol=0, atol=1e-5 * np.abs(alone).max())
 
 
+def test_prompts_are_read_together_that_are_512_ids_at_most_the_longest_first(long_params, monkeypatch):
+    model = with_threads(1, monkeypatch, long_params, 1, 1)
+    batches = model.batches([(7,) * n for n in (300, 2, 100, 90, 310, 200)])
+    assert [[*map(len, batch)] for batch in batches] == [[310], [300], [100, 200], [2, 90]]
+
+
 class Reading:
     """A stand-in for gpt2() which notes when each part writes to each block of the cache, and when it goes on."""
 
