@@ -206,7 +206,7 @@ class Order:
 
     def pytest_collection_modifyitems(self, items):
         for item in items:
-            item.seconds = self.seconds.get((item.path.stem, item.name), 1.0)
+            item.seconds = self.seconds.get((item.path.stem, item.name), 0.1)  # 0.1: it is new
             item.is_near = not self.names.isdisjoint(re.findall(r"\w+", inspect.getsource(item.function)))
         files, kept = [*dict.fromkeys(item.path for item in items)], []
         left = dict.fromkeys(files, self.room)
