@@ -1,25 +1,73 @@
 """Puts plausible bugs into the code, one at a time, and says which ones no test notices.
 
-    python tests/mutate.py --n_mutants 150 --seed 0                  # of all files; takes hours
-    python tests/mutate.py sampling.py backends/lookup.py            # of these
+    python -m pytest --junitxml=tests.xml                   # tells how long each test takes
+    python tests/mutate.py tests.xml --n_mutants 150        # of all files
+    python tests/mutate.py tests.xml sampling.py backends/lookup.py
 
 A mutant is a copy of the repository in which one comparison, operator, number, argument, condition or statement is
-another. For each, the tests of its file run until one fails. What survives is printed as a diff; whether it is a bug
-(some change nothing that anyone could see) is for a reader to judge.
+another. They are taken evenly from all that could be, in an order that a seed shuffles: the same seed, the same ones.
+For each, the tests of its file run until one fails: those first that name the function that is another, and then the
+fastest; slow ones are left out where all would take too long. What survives is printed as a diff; whether it is a bug
+(some change nothing that anyone could see) is for readers to judge. On POSIX, by processes that fork.
 """
 
 import argparse
 import ast
+import contextlib
 import difflib
+import faulthandler
+import importlib
+import inspect
+import itertools
+import math
+import os
 import pathlib
 import random
+import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import xml.etree.ElementTree as ET
+
+import pytest
 
 REPO = pathlib.Path(__file__).parent.parent
-ROOMS = ".", "backends", "files", "explorer", "examples", "languages"
+ROOMS = ".", "backends", "files", "explorer", "examples", "languages", "benchmarks", "tests/reference"
+TESTS = {  # in the order in which they are asked, where a file's are not just test_NAME.py
+    "gpt2": "gpt2 generation cli_generation",
+    "sampling": "sampling generation cli_generation",
+    "utils": "utils untrusted transformers",
+    "cli": "cli cli_generation",
+    "backends/__init__": "lookup generation",
+    "backends/arrays": "gpt2 generation devices",
+    "backends/cache": "gpt2 generation",
+    "backends/checks": "generation gpt2 cli",
+    "backends/on_numpy": "threads generation",
+    "backends/on_jax": "generation devices",
+    "files/__init__": "cli",
+    "files/checkpoint": "utils untrusted",
+    "files/sums": "utils untrusted",
+    "files/together": "utils saving",
+    "files/lock": "utils saving download",
+    "files/web": "download",
+    "files/crc32c": "bundle",
+    "explorer/attribution": "explore",
+    "explorer/server": "explore",
+    "explorer/session": "explore",
+    "explorer/single_file": "explore",
+    "explorer/source": "explore_trace explore",
+    "explorer/trace": "explore_trace explore",
+    "examples/formats": "convert",
+    "examples/lora": "finetune",
+    "examples/on_jax": "finetune classify on_numpy train",
+    "examples/recipe": "train finetune",
+    "examples/saving": "saving train",
+    "examples/texts": "texts finetune classify",
+    "examples/training": "train finetune classify saving",
+    "languages/__init__": "languages",
+    "benchmarks/gpu": "bench",
+}
 COMPARED = {"Lt": "<=", "LtE": "<", "Gt": ">=", "GtE": ">", "Eq": "!=", "NotEq": "==", "In": "not in", "NotIn": "in"}
 COMPARED |= {"Is": "is not", "IsNot": "is"}
 COMPUTED = {
@@ -32,45 +80,10 @@ COMPUTED = {
     "MatMult": "*",
     "BitAnd": "|",
 }
-TESTS = {  # beside test_NAME.py, where those of a file have another name, or others
-    "gpt2": "generation cli_generation",
-    "sampling": "generation cli_generation",
-    "utils": "untrusted download",
-    "cli": "cli_generation",
-    "cache": "generation gpt2",
-    "arrays": "gpt2 generation devices",
-    "checks": "generation gpt2 cli",
-    "on_numpy": "generation threads finetune",
-    "on_jax": "generation devices train",
-    "checkpoint": "utils untrusted saving",
-    "sums": "utils untrusted",
-    "together": "saving utils",
-    "lock": "download saving",
-    "web": "download",
-    "crc32c": "bundle",
-    "training": "train finetune",
-    "recipe": "train finetune",
-    "texts": "train finetune",
-    "saving": "train finetune",
-    "lora": "finetune",
-    "formats": "convert",
-    "trace": "explore_trace",
-    "attribution": "explore",
-    "__init__": "languages house",
-    "session": "explore",
-    "server": "explore",
-    "source": "explore_trace explore",
-    "single_file": "explore",
-}
-SECONDS = 900  # of a mutant's tests: one that takes longer has made something endless, and is noticed
+HEAVY = "jax", "matplotlib.figure", "optax", "scipy", "tensorflow", "torch", "transformers.models.gpt2.modeling_gpt2"
 
 
-def span(lines, first, last):
-    """(start, stop) in the source of two places, (line, column in bytes), as ast counts them."""
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
-    return tuple(starts[row - 1] + len(lines[row - 1].encode()[:column].decode()) for row, column in (first, last))
+# mutants
 
 
 def begin(node):
@@ -92,75 +105,160 @@ def mutations(tree):
             yield end(node.values[0]), begin(node.values[1]), " or " if isinstance(node.op, ast.And) else " and "
         elif isinstance(node, ast.Constant) and type(node.value) is bool:
             yield begin(node), end(node), repr(not node.value)
-        elif isinstance(node, ast.Constant) and type(node.value) is int:
+        elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
             yield begin(node), end(node), repr(node.value + 1)
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             yield begin(node), begin(node.operand), ""
         elif isinstance(node, ast.If | ast.While | ast.IfExp):
             yield begin(node.test), begin(node.test), "not "
         elif isinstance(node, ast.Call):
-            for before, argument in zip([*node.args, *node.keywords], [*node.args, *node.keywords][1:], strict=False):
-                yield end(before), end(argument), ""
-        elif isinstance(node, ast.Expr | ast.AugAssign) and not isinstance(getattr(node, "value", None), ast.Constant):
+            given = [*node.args, *node.keywords]  # without those that have no name, nearly nothing would run
+            for before, argument in itertools.pairwise(given):
+                if argument in node.keywords:
+                    yield end(before), end(argument), ""
+        elif isinstance(node, ast.Expr | ast.AugAssign | ast.Raise) and not is_docstring(node):
             yield begin(node), end(node), "pass"
         elif isinstance(node, ast.Return) and node.value is not None:
             yield begin(node.value), end(node.value), "None"
 
 
-def mutants_of(path):
-    """The texts of all mutants of a file that are Python."""
-    text = path.read_text("utf-8")
-    lines = text.splitlines(keepends=True)
-    for first, last, new in mutations(ast.parse(text)):
-        start, stop = span(lines, first, last)
-        before, after = text[:start].count("(") - text[:start].count(")"), text[start:stop]
-        if after.count("(") != after.count(")") and before >= 0:
-            continue  # a bracket stands between: the text around would not fit
-        mutant = text[:start] + new + text[stop:]
-        try:
-            compile(mutant, path, "exec")
-        except SyntaxError:
-            continue
-        if mutant != text:
-            yield mutant
+def is_docstring(node):
+    return isinstance(getattr(node, "value", None), ast.Constant) and isinstance(node, ast.Expr)
+
+
+def span(lines, first, last):
+    """(start, stop) in the source of two places, (line, column in bytes), as ast counts them."""
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    return tuple(starts[row - 1] + len(lines[row - 1].encode()[:column].decode()) for row, column in (first, last))
+
+
+def mutant_of(text, first, last, new):
+    """The text with new between two places; None where that is no Python, or a bracket stands between."""
+    start, stop = span(text.splitlines(keepends=True), first, last)
+    mutant = text[:start] + new + text[stop:]
+    try:
+        compile(mutant, "mutant", "exec")
+    except SyntaxError:
+        return None
+    return mutant if text[start:stop].count("(") == text[start:stop].count(")") and mutant != text else None
+
+
+def mutants(texts, n, rng):
+    """[(path, where, text)] of n mutants of {path: text}: a random one of every n-th part of all that could be.
+
+    where: the names of the functions and classes that are others.
+    """
+    trees = {path: ast.parse(text) for path, text in texts.items()}
+    places = [(path, place) for path, tree in trees.items() for place in mutations(tree)]
+    chosen = []
+    for i in range(n):
+        k = int((i + rng.random()) * len(places) / n)
+        while (mutant := mutant_of(texts[places[k][0]], *places[k][1])) is None:
+            k = (k + 1) % len(places)
+        path, ((row, _), *_) = places[k]
+        chosen.append((path, names_around(trees[path], row), mutant))
+    rng.shuffle(chosen)
+    return chosen
+
+
+def names_around(tree, row):
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return {node.name for node in nodes if node.lineno <= row <= node.end_lineno}
+
+
+# tests
 
 
 def tests_of(path):
-    names = [path.stem, *TESTS.get(path.stem, "").split()]
-    return [f"tests/test_{name}.py" for name in dict.fromkeys(names) if (REPO / f"tests/test_{name}.py").exists()]
+    names = TESTS.get(path.relative_to(REPO).with_suffix("").as_posix(), path.stem).split()
+    return [f"tests/test_{name}.py" for name in names if (REPO / f"tests/test_{name}.py").exists()]
 
 
-def passes(folder, tests):
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    try:
-        return not subprocess.run(command, cwd=folder, capture_output=True, timeout=SECONDS).returncode
-    except subprocess.TimeoutExpired:
-        return False
+def fault(folder, tests, order):
+    """The first of these tests that fails, or what else is wrong; "" where all pass. In a process of its own."""
+    said = folder.parent / "said"
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        os.chdir(folder)
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        sys.path[0], sys.argv[:] = str(folder), ["pytest"]
+        options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder.parent / 'tmp'}"]
+        os._exit(pytest.main([*options, *tests], [order]))
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # what a test that did not end has started
+    found = re.search("^(?:FAILED|ERROR) (.*?)( - |$)", said.read_text("utf-8", "replace"), re.MULTILINE)
+    return "" if status == 0 else found[1] if found else f"no end, or status {status}"
+
+
+class Order:
+    """A plugin of pytest: those tests first that have a word of names, then those of the first file, the fastest first.
+
+    seconds: {(file, test): that it takes}; room: seconds for those of each file: what has no room is left out.
+    """
+
+    def __init__(self, seconds, room, names=()):
+        self.seconds, self.room, self.names = seconds, room, {*names}
+
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            item.seconds = self.seconds.get((item.path.stem, item.name), 0.1)  # 0.1: it is new
+            item.is_near = not self.names.isdisjoint(re.findall(r"\w+", inspect.getsource(item.function)))
+        files, kept = [*dict.fromkeys(item.path for item in items)], []
+        left = dict.fromkeys(files, self.room)
+        for item in sorted(items, key=lambda item: (not item.is_near, files.index(item.path), item.seconds)):
+            if item.seconds <= left[item.path]:
+                kept.append(item)
+                left[item.path] -= item.seconds
+        items[:] = kept
+
+    def pytest_runtest_setup(self, item):
+        """Ends all where a test takes thrice its time, and 90 s: it may be the first to want what others share."""
+        faulthandler.dump_traceback_later(3 * item.seconds + 90, exit=True)
+
+
+def times(report):
+    """{(file, test): seconds} of JUnit's report."""
+    cases = ET.parse(report).iter("testcase")  # noqa: S314  (which pytest has written)
+    return {(case.get("classname", "").rpartition(".")[2], case.get("name")): float(case.get("time")) for case in cases}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=pathlib.Path, help="JUnit's, of a run of all tests")
     parser.add_argument("files", nargs="*", type=pathlib.Path)
     parser.add_argument("--n_mutants", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=30, help="of each file of tests, as the report has them")
     options = parser.parse_args()
+    for package in HEAVY:  # once for all: their imports take longer than most tests
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
     files = [path.resolve() for path in options.files]
     files = files or sorted(path for room in ROOMS for path in (REPO / room).glob("*.py") if tests_of(path))
-    rng, survivors = random.Random(options.seed), 0
+    texts, seconds = {path: path.read_text("utf-8") for path in files}, times(options.report)
+    n_survivors, sound = 0, set()  # sound: tests that pass where there is no mutant
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "repo"
         shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"))
-        for i in range(options.n_mutants):
-            path = rng.choice(files)
-            mutant, name = rng.choice([*mutants_of(path)]), path.relative_to(REPO)
+        for i, (path, names, mutant) in enumerate(mutants(texts, options.n_mutants, random.Random(options.seed)), 1):
+            name = path.relative_to(REPO)
             (copy / name).write_text(mutant, "utf-8")
-            survived = passes(copy, tests_of(path))
-            shutil.copy(path, copy / name)
-            survivors += survived
-            print(f"{i + 1}: {name}: {'SURVIVED' if survived else 'noticed'}", flush=True)
-            lines = path.read_text("utf-8").splitlines(), mutant.splitlines()
-            print(*difflib.unified_diff(*lines, lineterm="", n=1 if survived else 0), sep="\n", flush=True)
-    print(f"{options.n_mutants - survivors} of {options.n_mutants} were noticed")
+            noticed_by = fault(copy, tests_of(path), Order(seconds, options.seconds, names))
+            (copy / name).write_text(texts[path], "utf-8")
+            test = noticed_by.partition("[")[0]
+            if "::" in test and test not in sound and fault(copy, [test], Order(seconds, math.inf)):
+                noticed_by += ", WHICH FAILS WITHOUT IT, TOO"
+            sound.add(test)
+            n_survivors += not noticed_by
+            print(f"{i}: {name}: {noticed_by or 'SURVIVED'}")
+            lines = texts[path].splitlines(), mutant.splitlines()
+            print(*difflib.unified_diff(*lines, lineterm="", n=0 if noticed_by else 1), sep="\n", flush=True)
+    print(f"{options.n_mutants - n_survivors} of {options.n_mutants} were noticed")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from conftest import GENUINE, REPO, assert_one_line_error, command
 
 from backends import threads
 from files import checkpoint
+from utils import MODEL_SIZES
 
 BENCH = "benchmarks/bench.py"
 
@@ -102,6 +103,12 @@ def test_a_model_that_is_neither_there_nor_a_known_size_ends_with_one_line(tmp_p
     done = command(script=BENCH, model=tmp_path / "nosuch")
     assert done.returncode == 1
     assert re.fullmatch(r"bench\.py: .*nosuch.*\n", done.stderr)
+
+
+def test_the_shapes_that_can_be_made_are_those_of_openais_models():
+    shapes = {name: [hparams[key] for key in ("n_embd", "n_head", "n_layer")] for name, hparams in MODEL_SIZES.items()}
+    code = "import sys; sys.path[:0] = ['.', 'benchmarks']; import bench, json; print(json.dumps(bench.SHAPES))"
+    assert json.loads(command(code=code, cwd=REPO).stdout) == shapes
 
 
 # gpu.py

@@ -298,6 +298,13 @@ def test_a_package_that_is_not_installed_is_an_error_that_names_it():
     )
 
 
+def test_a_command_needs_numpy_2(monkeypatch):
+    cli.need("numpy")
+    monkeypatch.setattr(np, "__version__", "1.26.4")
+    with pytest.raises(SystemExit, match=r"NumPy 2\.0 or newer is needed, and this is 1\.26\.4: pip install -U numpy"):
+        cli.need("numpy")
+
+
 def test_a_python_that_is_too_old_is_an_error():
     code = """
 import collections, sys
@@ -328,6 +335,18 @@ def test_a_bug_keeps_its_traceback(run, tmp_path):
 
 
 # Terminals, pipes and signals
+
+
+def test_an_error_of_the_system_that_is_no_closed_pipe_keeps_its_traceback():
+    code = """
+import cli, sys
+sys.argv[1:] = ["x"]
+def main(prompt: str):
+    raise OSError(5, "Input/output error")
+cli.run(main)
+"""
+    result = command(code=code, cwd=REPO)
+    assert result.stderr.splitlines()[-1] == "OSError: [Errno 5] Input/output error"
 
 
 def test_a_bar_named_generating_shows_on_a_terminal(tiny, continuation):

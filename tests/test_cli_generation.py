@@ -306,6 +306,30 @@ def test_more_samples_than_a_batch_holds_are_made_all_the_same(run):
     assert [len(json.loads(line)["samples"]) for line in result.stdout.splitlines()] == [3]
 
 
+class Noting:
+    """A Writer that says nothing, and notes how many texts are made at once."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def encode(self, prompt):
+        return [0]
+
+    def answers(self, prompts, seeds):
+        self.sizes.append(len(prompts))
+        return [{"text": ""}] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "n_samples", "sizes"), [(None, 1, [32, 8]), (None, 5, [30] * 6 + [20]), (4, 1, [4] * 10)]
+)
+def test_thirty_two_texts_are_made_at_once_unless_told_otherwise(batch_size, n_samples, sizes, capsys):
+    writer = Noting()
+    cli.answer_file(writer, io.BytesIO(b"x\n" * 40), "prompts.txt", None, batch_size, n_samples, None)
+    assert writer.sizes == sizes
+    assert len(capsys.readouterr().out.splitlines()) == 40
+
+
 def test_answers_of_an_earlier_run_do_not_stay_beside_new_ones(run, tmp_path):
     earlier = {"prompt": "one", "text": "old", "n_tokens": 1, "finish_reason": "stop", "samples": [{"text": "old"}]}
     (tmp_path / "p.jsonl").write_text(json.dumps(earlier) + "\n")

@@ -113,6 +113,12 @@ def test_transformers_loads_what_it_is_given(theirs, params, models_dir):
     assert [model.config.eos_token_id, model.generation_config.eos_token_id] == [end, end]
 
 
+def test_the_config_says_what_other_readers_than_transformers_have_no_default_for(theirs):
+    config = json.loads((theirs / "config.json").read_text("utf-8"))
+    assert config["layer_norm_epsilon"] == 1e-5  # as of gpt2(): llama.cpp's convert_hf_to_gguf.py takes it from here
+    assert config["tie_word_embeddings"] is True
+
+
 def test_who_may_read_the_other_files_may_read_the_weights(theirs):
     assert (theirs / "model.safetensors").stat().st_mode == (theirs / "config.json").stat().st_mode
 
@@ -436,7 +442,7 @@ def test_a_header_of_llmcs_that_is_not_true_is_refused(folder, models, place, nu
     assert said in refusal(folder / "model.bin", models)
 
 
-def test_without_a_tokenizer_it_gets_gpt2s_own_from_a_model_that_has_it(tmp_path, models):
+def test_without_a_tokenizer_it_gets_gpt2s_own_from_a_model_that_has_it_and_says_so(tmp_path, models, capsys):
     config = transformers.GPT2Config(vocab_size=50304, n_positions=4, n_embd=4, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "theirs")
     assert "python utils.py 124M" in refusal(tmp_path / "theirs", models)
@@ -444,6 +450,7 @@ def test_without_a_tokenizer_it_gets_gpt2s_own_from_a_model_that_has_it(tmp_path
     for name in (ENCODER, VOCAB):
         shutil.copy(GENUINE / name, models / "124M")
     converted(tmp_path / "theirs", models)
+    assert f"{tmp_path / 'theirs'} has no tokenizer: it got GPT-2's own\n" in capsys.readouterr().err
     assert (models / "mine" / ENCODER).read_bytes() == (GENUINE / ENCODER).read_bytes()
     assert json.loads((models / "mine" / HPARAMS_FILE).read_text())["n_vocab"] == 50257
 

@@ -141,6 +141,11 @@ def test_what_cannot_be_had_is_an_error(flags, message, run, caches):
     assert_one_line_error(run("Hello", *flags, env=caches | EIGHT), message)
 
 
+def test_threads_are_asked_of_numpy_alone_of_a_program_too(params):
+    with pytest.raises(devices.DeviceError, match="n_threads needs the backend numpy"):
+        devices.place(params, "jax", n_threads=1)
+
+
 @pytest.mark.parametrize("platform", ["nonsense", "tpu"])
 def test_a_platform_that_jax_does_not_find_is_an_error(platform, run, caches):
     assert_one_line_error(

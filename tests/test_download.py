@@ -289,6 +289,26 @@ def test_a_connection_below_the_floor_is_given_up(server, folder, ranges):
     assert re.search(r"large.*: \d+ bytes in \d+ s are too few", failure(server, folder, timeout=60, floor_after=0.05))
 
 
+class Dripping:
+    """A response that brings so many bytes in every second of a clock of its own."""
+
+    def __init__(self, rate, monkeypatch):
+        self.raw, self.rate, self.now = self, rate, 0.0
+        monkeypatch.setattr(web.time, "monotonic", lambda: self.now)
+
+    def read(self, n_most):
+        self.now += 1
+        return bytes(min(self.rate, n_most))
+
+    read1 = read
+
+
+def test_the_floor_is_a_number_of_bytes_a_second(monkeypatch):
+    assert sum(map(len, web.blocks(Dripping(1001, monkeypatch), 100_000, floor=1000, floor_after=30))) == 100_000
+    with pytest.raises(web.PassingError, match="29970 bytes in 30 s are too few"):
+        list(web.blocks(Dripping(999, monkeypatch), 100_000, floor=1000, floor_after=30))
+
+
 def test_a_download_that_gets_nowhere_is_given_up(server, folder):
     server.always = {"large": {"stall": 2000}}
     assert re.search("large.*nothing has come", failure(server, folder, timeout=60, quiet=0.1, patience=0.3))
@@ -811,6 +831,16 @@ def test_one_bar_shows_the_whole_and_goes_on_where_it_was(server, folder):
         assert float(terminal.match[1]) >= n_done
 
 
+@pytest.mark.parametrize("fault", [{"ranges": False}, {"faults": {"large": [{"flip": 50_000}] * 3}}], ids=str)
+def test_the_bar_ends_at_the_size_of_all_files_though_some_of_it_comes_again(fault, server, folder, monkeypatch):
+    interrupted(server, folder)
+    made, progress = [], download.Progress
+    monkeypatch.setattr(download, "Progress", lambda title: made.append(progress(title)) or made[-1])
+    vars(server).update(fault)
+    fetch(server, folder, n_connections=1)
+    assert made[-1].n == sum(map(len, FILES.values()))
+
+
 def test_it_says_what_it_fetches_and_from_where_before_there_is_an_answer(server, folder):
     server.probe_faults = {"first": [{"wait": 30}]}
     line = f"Fetching tiny from {server.url}: 4 files, 139,354 bytes or more\n"
@@ -860,6 +890,20 @@ def test_as_a_command_it_says_where_to_go():
     result = command("124M", script="files/download.py")
     assert result.returncode != 0
     assert re.fullmatch("download.py: .*python utils.py 124M\n", result.stderr)
+
+
+def test_a_thread_that_is_left_behind_writes_and_counts_no_more(tmp_path):
+    counted, wanted = [], download.Range(0, 9)
+    remote, progress = download.Remote("url", 9, "tag", True, ""), types.SimpleNamespace(add=counted.append)
+    with open(tmp_path / "data", "wb") as data, open(tmp_path / "record", "w") as record:
+        part = download.Part(data, record, remote, progress)
+        part.count(3)
+        part.keep(wanted, b"abc")
+        part.stop()
+        for late in (lambda: part.count(3), lambda: part.keep(wanted, b"def")):
+            with pytest.raises(download.DownloadError, match="stopped"):
+                late()
+    assert ((tmp_path / "data").read_bytes(), wanted.position, counted) == (b"abc", 3, [3])
 
 
 def test_an_answer_that_comes_when_nobody_waits_any_more_is_closed():

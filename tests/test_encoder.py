@@ -286,6 +286,23 @@ def test_the_cache_of_words_is_bounded(genuine):
     assert genuine.bpe_of_short_word.cache_info().misses == cache.misses  # long words do not enter it
 
 
+@pytest.mark.parametrize(
+    ("name", "whole", "damaged", "said"),
+    [
+        ("vocab.bpe", b"\nTh is\n", b"\n", "vocab.bpe has no merge for 1 tokens of encoder.json, such as 'This'"),
+        ("encoder.json", b'"This":', b'"That is":', "vocab.bpe makes tokens that encoder.json lacks, such as 'This'"),
+    ],
+)
+def test_a_damaged_file_of_gpt2s_vocabulary_is_an_error_beside_the_other_whole_one(
+    name, whole, damaged, said, tmp_path
+):
+    for file in ("encoder.json", "vocab.bpe"):
+        data = (GENUINE / file).read_bytes()
+        (tmp_path / file).write_bytes(data.replace(whole, damaged) if file == name else data)
+    with pytest.raises(ValueError, match=said):
+        encoder.get_encoder(tmp_path.name, tmp_path.parent)
+
+
 # python encoder.py
 
 

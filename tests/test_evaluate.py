@@ -330,6 +330,12 @@ def test_a_file_without_text_is_told_in_one_line(content, said, tiny, tmp_path):
 # the heatmap
 
 
+def test_a_bar_named_evaluating_shows_on_a_terminal(tiny, tmp_path):
+    (tmp_path / "text.txt").write_text("one two", "utf-8")
+    with conftest.on_a_terminal(tmp_path / "text.txt", model=tiny, script=SCRIPT) as (_, terminal):
+        terminal.expect("evaluating: 100%.*nats per token=")
+
+
 def test_a_file_whose_name_is_no_unicode_is_measured_and_shown(tiny, tmp_path):
     path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
     with open(path, "w") as f:

@@ -86,9 +86,13 @@ def test_axes_are_named_as_the_comments_of_gpt2_py_name_them(session):
     told = values_of(session.answer("run", {"text": TEXT})["root"])
     axes = {(path[-1], name, line): [axis for axis, _ in v["axes"]] for (path, name, line), v in told.items()}
     assert ["n_seq", "3", "n_head", "n_embd/n_head"] in axes.values()
-    for (label, name, _), names in axes.items():
-        if (label, name) in {("attention", "weights"), ("softmax", "return")}:
-            assert names == ["n_head", "n_q", "n_k"]
+    expected = dict.fromkeys(
+        [("attention", "scores"), ("attention", "weights"), ("softmax", "return")], "n_head n_q n_k"
+    )
+    expected |= {("layer_norm ln_1", "return"): "n_seq n_embd", ("gelu", "return"): "n_seq 4*n_embd"}
+    found = [(key, " ".join(names)) for (*key, _), names in axes.items() if tuple(key) in expected]
+    assert {tuple(key) for key, _ in found} == expected.keys()
+    assert all(names == expected[tuple(key)] for key, names in found)
 
 
 def test_habits_are_shares_of_the_weights(session, ids, params, n_head):
@@ -255,8 +259,15 @@ def test_a_patch_comes_from_the_last_token_where_none_is_named(session, model, i
     np.testing.assert_array_equal(*logits)
 
 
-def test_a_patch_of_the_same_row_changes_nothing(session, ids):
-    patch = {"text": TEXT, "block": 3, "position": 5, "from": 5}
+def test_in_a_terminal_a_token_that_is_a_part_of_a_character_is_its_bytes(model, capsys):
+    explore.print_text(Session("shakespeare", *model, "你"))
+    _, tokens, *_ = capsys.readouterr().out.splitlines()
+    assert tokens.split()[::2] == ["‹E4›", "‹BD›", "‹A0›"]
+
+
+@pytest.mark.parametrize("row", [0, 5, 11])
+def test_a_patch_of_the_same_row_changes_nothing(row, session, ids):
+    patch = {"text": TEXT, "block": 3, "position": row, "from": row}
     answer = session.answer("compare", {"ids": ids, "patch": patch})
     np.testing.assert_allclose(session.array(answer["after"]), session.array(answer["before"]), atol=1e-4)
 

@@ -138,6 +138,22 @@ def test_no_state_hides_in_closures(module):
     assert not [node.lineno for node in ast.walk(parsed(module)) if isinstance(node, ast.Nonlocal)]
 
 
+def in_the_systems_encoding(tree):
+    """The lines where open() opens a text, and no encoding is named: on Windows it would be one without 中."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "open"]
+    texts = [call for call in calls if not re.search(r", (mode=)?'[rwax+]*b", ast.unparse(call))]
+    named = [
+        call for call in texts if {keyword.arg for keyword in call.keywords} & {"encoding", None}
+    ]  # None: **options
+    return [call.lineno for call in texts if call not in named and ast.unparse(call.args[0]) != "os.devnull"]
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "examples", "benchmarks"])
+def test_texts_are_read_and_written_in_an_encoding_that_is_named(room):
+    trees = {path.name: ast.parse(path.read_text("utf-8")) for path in (REPO / room).glob("*.py")}
+    assert {name: lines for name, tree in trees.items() if (lines := in_the_systems_encoding(tree))} == {}
+
+
 def commands():
     """All files that are run as python FILE, from the folder of the project."""
     rooms = "", "examples", "benchmarks", "tests/reference"

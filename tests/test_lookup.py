@@ -90,6 +90,11 @@ def test_seven_ids_that_stood_before_are_not_enough():
     assert {len(row) for row in passes[1:]} == {1}
 
 
+def test_a_text_that_comes_back_to_its_very_beginning_goes_on_from_there():
+    passes = recite([*VERSE[:8], *OTHER, *VERSE[:8], *OTHER], n_prompt=45, n=17)
+    assert [len(row) for row in passes] == [45, 16]
+
+
 def test_a_draft_longer_than_what_followed_repeats_it():
     passes = recite([1, 2, 3] * 20, n_prompt=10, n=17)
     assert passes == [[1, 2, 3] * 3 + [1], ([2, 3, 1] * 6)[:16]]

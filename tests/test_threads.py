@@ -13,6 +13,7 @@ from conftest import (
     assert_one_line_error,
     command,
     interrupt,
+    leaves,
     needs_posix,
     prompts_of_lengths,
     running,
@@ -21,7 +22,7 @@ from conftest import (
 )
 
 import gpt2
-from backends import on_numpy, threads, with_cache
+from backends import arrays, on_numpy, threads, with_cache
 
 N_HEAD = HPARAMS["n_head"]
 LONG = HPARAMS | {"n_ctx": 400}
@@ -145,6 +146,12 @@ def test_a_container_has_as_many_cores_as_all_its_groups_allow(outer, inner, exp
 def test_a_process_that_may_run_on_one_core_has_one(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
     assert threads.n_cores() == 1
+
+
+def test_the_weights_that_every_token_meets_are_all_matrices_but_that_of_positions(long_params):
+    matrices = {name: array for name, array in leaves(long_params) if array.ndim == 2}
+    del matrices["params.wpe"]
+    assert arrays.n_weights(long_params) == sum(array.size for array in matrices.values())
 
 
 def test_a_model_that_fits_the_cache_takes_one_thread(long_params):
@@ -303,6 +310,12 @@ def test_prompts_of_a_batch_that_threads_share_are_as_if_each_were_alone(lengths
     for row, prompt in zip(logits, prompts, strict=True):
         alone = gpt2.gpt2(prompt, **long_params, n_head=N_HEAD)
         np.testing.assert_allclose(row[-1], alone[-1], rtol=0, atol=1e-5 * np.abs(alone).max())
+
+
+def test_prompts_are_read_together_that_are_512_ids_at_most_the_longest_first(long_params, monkeypatch):
+    model = with_threads(1, monkeypatch, long_params, 1, 1)
+    batches = model.batches([(7,) * n for n in (300, 2, 100, 90, 310, 200)])
+    assert [[*map(len, batch)] for batch in batches] == [[310], [300], [100, 200], [2, 90]]
 
 
 class Reading:

@@ -223,6 +223,15 @@ def test_processes_that_cannot_find_one_another_are_told_of_in_one_line(tmp_path
 # the parts
 
 
+def test_by_default_a_model_is_trained_as_the_bundled_one_was():
+    told = " ".join((REPO / "models" / "shakespeare" / "README.md").read_text("utf-8").split())
+    options = recipe.complete(train.main, {})
+    assert f"AdamW at {options['learning_rate']} with weight decay {options['weight_decay']}" in told
+    assert f"{options['n_steps']:,} steps and cosine decay to 0" in told
+    assert f"({options['batch_size']} windows of 256), seed {options['seed']}" in told
+    assert f"Dropout of {options['dropout']}" in told
+
+
 def test_another_seed_gives_other_first_weights_and_another_order():
     first, other = (train.initial_params(SMALL, seed)["wte"] for seed in (0, 1))
     assert not np.array_equal(first, other)
@@ -451,6 +460,27 @@ def test_each_step_of_a_run_silences_other_features():
     assert first.shape == (1, 2, 5, 50)
     run.step = 1
     assert not np.array_equal(run.rows(np.arange(2))["masks"], first)
+
+
+@pytest.mark.parametrize(("step", "evaluated", "is_done"), [(10, 10, True), (5, 5, False), (10, 5, False)])
+def test_a_run_is_done_when_its_last_step_has_been_evaluated(step, evaluated, is_done):
+    run = training.Run("", "", {}, {"n_steps": 10}, None, None)
+    run.step, run.history = step, [[0, None, 2.0], [evaluated, 1.0, 1.0]]
+    assert run.is_done() == is_done
+
+
+@pytest.mark.parametrize(("step", "evaluated"), [(3, [0]), (5, [0]), (5, [0, 5]), (7, [0, 5])])
+def test_a_run_that_goes_on_is_evaluated_where_an_uninterrupted_one_is_and_nowhere_twice(step, evaluated):
+    settings = {"n_steps": 10, "evaluate_every": 5, "batch_size": 2, "seed": 0, "dropout": 0}
+    learner = argparse.Namespace(is_first=False, share=lambda which: which, update=lambda rows, step: 1.0)
+    learner.model = lambda: ({}, {})
+    task = argparse.Namespace(
+        data=training.Rows({"ids": np.zeros((4, 3))}, 2), scale=1.0, evaluate=lambda *_: (1.0, "")
+    )
+    run = training.Run("", "", {}, settings, learner, task)
+    run.step, run.history = step, [[at, 1.0, 2.0] for at in evaluated]
+    assert run.learn() is False
+    assert [at for at, _, _ in run.history] == [0, 5, 10]
 
 
 def test_nothing_but_on_jax_imports_jax():
