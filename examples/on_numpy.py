@@ -38,7 +38,7 @@ def begin(options):
 
 # losses and gradients
 
-silent = np.errstate(over="ignore", invalid="ignore")  # of a loss that is no number the run itself tells
+silent = np.errstate(over="ignore", invalid="ignore")  # the run says itself when the loss is no number
 
 
 @silent

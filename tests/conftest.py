@@ -52,10 +52,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With -n, the tests of a file run in one process, where what they share is made and compiled once."""
+    """With -n alone, the tests of a file run in one process, where what they share is made and compiled once."""
     from xdist.scheduler import LoadFileScheduling
 
-    return LoadFileScheduling(config, log)
+    return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 class Absent:

@@ -292,9 +292,11 @@ def test_a_connection_below_the_floor_is_given_up(server, folder, ranges):
 class Dripping:
     """A response that brings so many bytes in every second of a clock of its own."""
 
-    def __init__(self, rate, monkeypatch):
+    def __init__(self, rate):
         self.raw, self.rate, self.now = self, rate, 0.0
-        monkeypatch.setattr(web.time, "monotonic", lambda: self.now)
+
+    def monotonic(self):
+        return self.now
 
     def read(self, n_most):
         self.now += 1
@@ -304,9 +306,12 @@ class Dripping:
 
 
 def test_the_floor_is_a_number_of_bytes_a_second(monkeypatch):
-    assert sum(map(len, web.blocks(Dripping(1001, monkeypatch), 100_000, floor=1000, floor_after=30))) == 100_000
+    enough, too_few = Dripping(1001), Dripping(999)
+    monkeypatch.setattr(web, "time", enough)
+    assert sum(map(len, web.blocks(enough, 100_000, floor=1000, floor_after=30))) == 100_000
+    monkeypatch.setattr(web, "time", too_few)
     with pytest.raises(web.PassingError, match="29970 bytes in 30 s are too few"):
-        list(web.blocks(Dripping(999, monkeypatch), 100_000, floor=1000, floor_after=30))
+        list(web.blocks(too_few, 100_000, floor=1000, floor_after=30))
 
 
 def test_a_download_that_gets_nowhere_is_given_up(server, folder):

@@ -138,22 +138,6 @@ def test_no_state_hides_in_closures(module):
     assert not [node.lineno for node in ast.walk(parsed(module)) if isinstance(node, ast.Nonlocal)]
 
 
-def in_the_systems_encoding(tree):
-    """The lines where open() opens a text, and no encoding is named: on Windows it would be one without 中."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "open"]
-    texts = [call for call in calls if not re.search(r", (mode=)?'[rwax+]*b", ast.unparse(call))]
-    named = [
-        call for call in texts if {keyword.arg for keyword in call.keywords} & {"encoding", None}
-    ]  # None: **options
-    return [call.lineno for call in texts if call not in named and ast.unparse(call.args[0]) != "os.devnull"]
-
-
-@pytest.mark.parametrize("room", [*ROOMS, "examples", "benchmarks"])
-def test_texts_are_read_and_written_in_an_encoding_that_is_named(room):
-    trees = {path.name: ast.parse(path.read_text("utf-8")) for path in (REPO / room).glob("*.py")}
-    assert {name: lines for name, tree in trees.items() if (lines := in_the_systems_encoding(tree))} == {}
-
-
 def commands():
     """All files that are run as python FILE, from the folder of the project."""
     rooms = "", "examples", "benchmarks", "tests/reference"
@@ -227,21 +211,23 @@ def test_the_dependencies_of_the_project_are_those_that_the_command_names():
 
 
 def requirements(name):
-    """The lines of a file of requirements, without comments."""
-    lines = (REPO / name).read_text("utf-8").splitlines()
-    return [line.partition("#")[0].strip() for line in lines if not line.startswith("#")]
+    """What a file of requirements asks for, and the files that it names."""
+    lines = [line.partition("#")[0].strip() for line in (REPO / name).read_text("utf-8").splitlines()]
+    asked = [line for line in lines if line and not line.startswith("-r ")]
+    for other in [line.removeprefix("-r ") for line in lines if line.startswith("-r ")]:
+        asked += requirements(other)
+    return asked
 
 
 def test_the_light_packages_are_the_dependencies_of_the_project():
     assert requirements("requirements-light.txt") == PROJECT["dependencies"]
 
 
-def test_tensorflow_comes_with_requirements_txt_and_nothing_that_trains_or_shows():
-    light, tensorflow = requirements("requirements.txt")
-    assert light == "-r requirements-light.txt"
-    assert tensorflow.startswith("tensorflow>=")
-    for purpose in ("ray", "train", "tour"):
-        assert not {"-r requirements.txt", "-r requirements-dev.txt"} & {*requirements(f"requirements-{purpose}.txt")}
+@pytest.mark.parametrize("purpose", ["ray", "train", "tour"])
+def test_what_trains_or_shows_brings_the_light_packages_and_neither_tensorflow_nor_pytorch(purpose):
+    names = {Requirement(each).name for each in requirements(f"requirements-{purpose}.txt")}
+    assert {*cli.BASIC} < names
+    assert not names & {"tensorflow", "torch", "transformers"}
 
 
 PACKAGED = {  # where a requirement is left out, since nobody packages it, and pip would fail
@@ -257,8 +243,7 @@ PACKAGED = {  # where a requirement is left out, since nobody packages it, and p
 @pytest.mark.parametrize("machine", PACKAGED, ids=" ".join)
 def test_what_is_not_packaged_for_a_platform_is_not_asked_for_there(machine):
     environment = dict(zip(("sys_platform", "platform_machine", "python_version"), machine, strict=True))
-    lines = [line for path in REPO.glob("requirements*.txt") for line in requirements(path.name)]
-    found = [Requirement(line) for line in lines if not line.startswith("-r ")]
+    found = [Requirement(each) for each in requirements("requirements-dev.txt")]
     assert {each.name for each in found if each.marker and not each.marker.evaluate(environment)} == PACKAGED[machine]
 
 

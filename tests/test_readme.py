@@ -105,6 +105,11 @@ def test_the_parts_that_are_compared_are_there():
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
+def test_no_figure_is_left_to_be_filled_in(folder):
+    assert not [left for page in read(folder) for left in re.findall("@[A-Z_]+@", page)]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_each_links_to_the_other_at_its_top(folder):
     english, chinese = read(folder)
     assert "](README.zh-CN.md)" in "".join(english.splitlines()[:4])
