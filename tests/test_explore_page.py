@@ -166,12 +166,20 @@ def test_of_a_text_that_attention_takes_in_parts_each_row_has_the_name_of_its_to
         visit.page.wait_for_selector(f"#picture .axes:has-text('n_q = {end - start} × n_k = {end}')")
         visit.page.click("#picture .numbers summary")
         names = visit.texts("#picture .numbers tbody th")
-        assert names == [f"{readable(model, i)} ({row})" for row, i in enumerate(ids[start:end])]
+        assert names == [f"{readable(model, ids[i])} ({i})" for i in range(start, end)]
     visit.page.focus("#picture canvas.heat")
     for key in ["ArrowUp"] * (ends[1] - ends[0]) + ["Enter"]:  # to the first row
         visit.page.keyboard.press(key)
     visit.page.wait_for_selector("#chips button[aria-pressed=true]")
     assert visit.page.locator("#chips button").nth(ends[0]).get_attribute("aria-pressed") == "true"
+
+
+def test_the_source_stays_where_it_is_scrolled_to_while_its_lines_are_chosen(visit):
+    visit.page.click("#tree >> text=mha")
+    visit.page.evaluate("document.querySelector('#code .lines').scrollTop = 200")
+    visit.page.locator(".line.ran .value").last.click()
+    visit.settle()
+    assert visit.page.evaluate("document.querySelector('#code .lines').scrollTop") > 100
 
 
 def test_a_line_selects_its_picture_and_says_what_it_does_to_the_axes(visit, model):

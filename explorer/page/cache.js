@@ -65,7 +65,7 @@ export async function showCache() {
   const heads = Array.from({ length: n_head }, (_, i) => choice(String(i), i === head, () => { head = i; showCache(); }));
   const part = (data, n) => data.subarray(head * n * d, (head + 1) * n * d);
   const rows = seen.map((id, i) => `${i < n_past ? "" : `${t("new")} `}${tokenText(id)}`);
-  const map = (name, data, n, names) => ({ data: part(data, n), n_rows: n, n_columns: d, rows: names, columns: null, row: n - 1, about: t("cacheOf", name, step.block, head) });
+  const map = (name, data, n, names) => ({ data: part(data, n), n_rows: n, n_columns: d, first: seen.length - n, rows: names, columns: null, row: n - 1, about: t("cacheOf", name, step.block, head) });
   place("cached",
     el("p", { "aria-live": "polite" }, t("cacheSaid", n_past, n_run, seen.length, tokenText(seen.at(-1)), tokenText(step.next_id))),
     el("div", { class: "chooser", role: "group", "aria-label": t("head") }, el("span", {}, `${t("block")} ${step.block}, ${t("head")} `), ...heads),

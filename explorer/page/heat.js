@@ -17,7 +17,7 @@ function readTheme() {
 readTheme();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", readTheme); // before main.js hears of it
 
-// { data, n_rows, n_columns, rows: names or null, columns: names or null, row: the chosen one, onrow, about }
+// { data, n_rows, n_columns, first: the number of the first row, 0 unless given, rows: names or null, columns: names or null, row: the chosen one, onrow, about }
 export function heatMap(map) {
   map.scale = scaleOf(map.data);
   map.isHidden = map.data.includes(-Infinity);
@@ -31,7 +31,7 @@ export function heatMap(map) {
   const point = (row, column) => {
     cell = [clamp(row, map.n_rows), clamp(column, map.n_columns)];
     const x = map.data[cell[0] * map.n_columns + cell[1]];
-    readout.textContent = `${name(map.rows, cell[0], t("row"))} → ${name(map.columns, cell[1], t("column"))}: ${number(x)}`;
+    readout.textContent = `${name(map.rows, cell[0], t("row"), map.first)} → ${name(map.columns, cell[1], t("column"))}: ${number(x)}`;
   };
   const choose = (row) => {
     map.row = row;
@@ -57,7 +57,7 @@ export function heatMap(map) {
 }
 
 const clamp = (i, n) => Math.max(0, Math.min(n - 1, i));
-const name = (names, i, kind) => (names ? `${names[i]} (${i})` : `${kind} ${i}`);
+const name = (names, i, kind, first = 0) => (names ? `${names[i]} (${first + i})` : `${kind} ${i}`);
 
 // How a map is coloured: from 0 up in one direction, or to both sides of 0.
 export function scaleOf(data) {
@@ -192,7 +192,7 @@ function rowBars(map) {
   const seen = row.filter(Number.isFinite);
   const sum = seen.reduce((total, x) => total + x, 0);
   const size = Math.sqrt(seen.reduce((total, x) => total + x * x, 0));
-  const said = `${name(map.rows, map.row, t("row"))}: ${t("sumIs")} ${sum.toFixed(3).replace("-", "−")} · ${t("sizeIs")} ${number(size)} (${t("rootOfSquares")})`;
+  const said = `${name(map.rows, map.row, t("row"), map.first)}: ${t("sumIs")} ${sum.toFixed(3).replace("-", "−")} · ${t("sizeIs")} ${number(size)} (${t("rootOfSquares")})`;
   const heading = el("p", { class: "rowsum" }, said);
   if (!map.columns || row.length === 1) return [heading, skyline(row)];
   const order = Array.from(seen.keys()).sort((i, j) => Math.abs(row[j]) - Math.abs(row[i])).slice(0, 6);
@@ -233,7 +233,7 @@ function table(map) {
     const columns = Array.from({ length: last - first }, (_, i) => first + i);
     const head = el("tr", {}, el("td", {}), ...columns.map((i) => el("th", { scope: "col" }, name(map.columns, i, ""))));
     const rows = Array.from({ length: map.n_rows }, (_, r) =>
-      el("tr", {}, el("th", { scope: "row" }, name(map.rows, r, "")), ...columns.map((i) => el("td", {}, number(map.data[r * map.n_columns + i])))));
+      el("tr", {}, el("th", { scope: "row" }, name(map.rows, r, "", map.first)), ...columns.map((i) => el("td", {}, number(map.data[r * map.n_columns + i])))));
     const turn = (by) => el("button", { type: "button", onclick: () => { first += by; fill(); }, disabled: first + by < 0 || first + by >= map.n_columns }, by < 0 ? "←" : "→");
     const turns = map.n_columns > COLUMNS ? [el("p", { class: "turns" }, turn(-COLUMNS), ` ${t("columnsOf", first, last - 1, counted(map.n_columns))} `, turn(COLUMNS))] : [];
     const caption = el("caption", {}, map.about);

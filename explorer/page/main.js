@@ -81,7 +81,7 @@ async function runOne({ question, path = app.path, pick }) {
     } finally {
       change({ run: answer });
     }
-    say((answer.n_cut ? `${t("wasCut", app.about.n_tokens, answer.n_cut)} ` : "") + (isFile ? t("isFile", savedBlocks()) : t("ran", answer.ids.length, seconds)));
+    say((answer.n_cut ? `${t("wasCut", app.about.n_tokens, answer.n_cut)} ` : "") + (isFile ? isSaved() : t("ran", answer.ids.length, seconds)));
     if (!isSame) {
       makePatch();
       startOver();
@@ -97,7 +97,13 @@ const painted = () => new Promise((go) => {
 });
 
 const hasValues = (block) => callAt(["gpt2", `block ${block}`])?.values.some((value) => value.key !== undefined);
-const savedBlocks = () => app.run.root.calls.map((_, i) => i).filter(hasValues).join(", ");
+
+// What a page that was saved has.
+function isSaved() {
+  const blocks = app.run.habits.map((_, i) => i);
+  const kept = blocks.filter(hasValues);
+  return kept.length === blocks.length ? t("isFile") : t("isPart", kept.join(", "));
+}
 
 async function goTo({ detail: { block, path, pick } }) {
   if (hasValues(block) || isFile) {

@@ -55,8 +55,12 @@ export function go(path, pick) {
   else document.dispatchEvent(new CustomEvent("go", { detail: { block, path, pick } }));
 }
 
+let shownPath = null; // of the call whose lines are shown, which stay where they are scrolled to
+
 function showCode() {
   const opened = call();
+  const scrolled = shownPath === String(app.path) ? document.querySelector("#code .lines")?.scrollTop : 0;
+  shownPath = String(app.path);
   const { first, last } = app.about.functions[opened.function];
   const [docFirst, docLast] = app.about.functions[opened.function].doc;
   const isFolded = (line) => !wholeDoc && !wholeFile && line > docFirst && line <= docLast;
@@ -72,7 +76,8 @@ function showCode() {
     el("div", { class: "lines", role: "region", tabindex: "0", "aria-label": t("sourceOf", app.about.file, opened.function) }, ...rows),
     el("p", { class: "hint" }, el("label", {}, toggle, ` ${t("wholeFile", app.about.file)}`)));
   putPicture(picture);
-  if (wholeFile) document.querySelector("#code .lines").scrollTop = document.querySelector(`[data-line="${first}"]`).offsetTop - 40;
+  const top = wholeFile ? document.querySelector(`[data-line="${first}"]`).offsetTop - 40 : 0;
+  document.querySelector("#code .lines").scrollTop = scrolled || top;
 }
 
 // Beside the code; on a narrow screen, under the line whose picture it is.
@@ -182,7 +187,7 @@ function drawing(value, data) {
   const first = firstQuery(value, rows[1]);
   const [rowNames, columnNames] = [namesOf(rows, first), namesOf(columns, first)];
   const about = `${value.name}, ${axesText(value.axes)}`;
-  const map = { data: part, n_rows: rows[1], n_columns: columns[1], rows: rowNames, columns: columnNames, about };
+  const map = { data: part, n_rows: rows[1], n_columns: columns[1], first: rowNames && rows[0] !== "n_head" ? first : 0, rows: rowNames, columns: columnNames, about };
   const areTokens = rowNames && rows[0] !== "n_head";
   map.row = rows[0] === "n_head" ? app.head : 0;
   if (areTokens) map.row = app.token >= first && app.token < first + rows[1] ? app.token - first : undefined;
