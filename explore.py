@@ -108,7 +108,9 @@ def print_text(session):
     print("\n" + translated("what comes next:", sys.stdout))
     for i in (-p).argsort()[:10].tolist():
         print(f"  {p[i]:6.1%}  {session.readable(i)}")
-    shares = {(b, h): share for b, row in enumerate(told["habits"]) for h, share in enumerate(row["before"] or [0])}
+    if len(ids) == 1:  # which can look at itself alone
+        return
+    shares = {(b, h): share for b, row in enumerate(told["habits"]) for h, share in enumerate(row["before"])}
     block, head = max(shares, key=shares.get)
     weights = session.array(told["weights"][block])[head]
     said = (

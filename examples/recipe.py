@@ -35,7 +35,11 @@ FLAGS = {
         "what computes the gradients: numpy, or jax on all its devices (by default jax, if it and optax are installed)",
     ),
     "seed": (int, 0, "of what learns, of what is held out at random, and of the order of the texts"),
-    "distributed": (bool, False, "be one of several processes that each take some rows of a batch (see README.md)"),
+    "distributed": (
+        bool,
+        False,
+        "be one of several processes that each take some rows of a batch (see examples/README.md)",
+    ),
     "resume": (bool, False, "go on with a run with the same arguments; more n_steps lengthen it"),
 }
 BASE_FLAGS = {

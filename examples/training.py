@@ -261,9 +261,9 @@ def in_small_batches(params):
 
 
 def sample(encoder, params, n_head, prompt="", n_tokens=40):
-    """A text that the model makes of a prompt, or of nothing. On NumPy, which compiles nothing."""
+    """A text that the model makes of a prompt, or of the beginning of a line. On NumPy, which compiles nothing."""
     params, end, n_ctx = on_numpy(params), encoder.encoder[END], len(params["wpe"])
-    ids, n_tokens = encoder.encode(prompt)[1 - n_ctx :] or [end], min(n_tokens, n_ctx // 2)
+    ids, n_tokens = encoder.encode(prompt or "\n")[1 - n_ctx :], min(n_tokens, n_ctx // 2)
     options = {"temperature": 0.8, "seed": 0, "sliding_window": True, "stop": lambda ids: ids[-1] == end}
     ids = [i for i in generate(ids, params, n_head, n_tokens, bar=False, **options) if i != end]
     return indented(encoder.decode(ids))

@@ -595,6 +595,13 @@ def test_the_text_shows_tokens_and_the_probabilities_that_numpy_computes(ids, mo
     assert "block 0, head 3" in result.stdout
 
 
+def test_of_a_single_token_the_terminal_says_nothing_of_where_it_looks():
+    result = command("a", "--model_size=shakespeare", "--text", script="explore.py")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "what comes next:" in result.stdout
+    assert "head" not in result.stdout
+
+
 def test_a_dash_reads_standard_input():
     result = command("-", "--model_size=shakespeare", "--text", script="explore.py", input="ROMEO:\n")
     assert "R" in result.stdout.splitlines()[1]

@@ -56,7 +56,7 @@ def names(text):
 COUNTERPARTS = {  # commands of README.zh-CN.md, whose first model writes Chinese: those of README.md in their place
     'python gpt2.py "春眠不觉晓，" --model_size tangshi': 'python gpt2.py "ROMEO:" --model_size shakespeare',
     'python gpt2.py "ROMEO:" --model_size shakespeare': 'python gpt2.py "春眠不觉晓，" --model_size tangshi',
-    'python explore.py "春眠不觉晓，处处闻啼鸟。" --model_size tangshi': (
+    'python explore.py "春眠不觉晓，处处闻啼" --model_size tangshi': (
         'python explore.py "My lord, the king is dead; my lord, the" --model_size shakespeare'
     ),
     "python examples/finetune.py dufu.txt --model_size tangshi --name dufu": (

@@ -27,7 +27,7 @@ export function makeExperiments() {
 
 export function makePatch() {
   const { n_layer } = app.about.hparams;
-  const typed = document.getElementById("otherText")?.value ?? "Good night, my";
+  const typed = document.getElementById("otherText")?.value ?? t("otherText");
   const text = el("input", { id: "otherText", type: "text", value: typed, maxlength: 2000 });
   const block = select("patchBlock", n_layer + 1, (i) => (i < n_layer ? t("intoBlock", i) : t("afterLast")));
   const { ids } = app.run;

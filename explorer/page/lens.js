@@ -35,7 +35,7 @@ function showLens() {
   };
   const head = el("tr", {}, el("td", {}), ...positions.map((i) => el("th", { scope: "col", class: "mono" }, tokenText(ids[i]))));
   const body = rows.map((row, i) => el("tr", {}, el("th", { scope: "row" }, stage(i)), ...row.map((view, column) => cell(view, i, column))));
-  const some = positions.length < ids.length ? `, ${t("lensSome", positions.length, ids.length)}` : "";
+  const some = positions.length < ids.length ? t("lensSome", positions.length, ids.length) : "";
   const caption = t("lensCaption") + some;
   place("seen", scroller(t("lensTitle"), el("table", { class: "grid lens" }, el("caption", {}, caption), el("thead", {}, head), el("tbody", {}, ...body))), ...rise());
   const [box, here] = ["#seen .scroll", "#seen .here"].map((selector) => document.querySelector(selector));
@@ -48,6 +48,6 @@ function rise() {
   const column = seen.positions.indexOf(app.token);
   if (column < 0) return [];
   const final = seen.rows.at(-1)[column].id;
-  const steps = seen.rows.map((row, i) => el("li", {}, `${i === 0 ? t("embeddings") : t("afterBlock", i - 1)}: ${t("rank")} ${counted(row[column].final_rank)}, ${percent(row[column].final_p)}`));
+  const steps = seen.rows.map((row, i) => el("li", {}, t("rise", i === 0 ? t("embeddings") : t("afterBlock", i - 1), counted(row[column].final_rank), percent(row[column].final_p))));
   return [el("h3", {}, t("riseOf", tokenText(final), tokenText(seen.ids[app.token]))), el("ol", { class: "rise" }, ...steps)];
 }
