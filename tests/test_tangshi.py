@@ -42,7 +42,7 @@ def test_most_poems_behind_a_title_and_an_author_are_in_form(model):
     # a poem ends before an empty line; where there is none yet, its last line may not be whole
     texts = map(encoder.decode, outputs)
     poems = [text[: text.find("\n\n") + 1 or text.rfind("\n") + 1] for text in texts]
-    assert sum(map(bool, map(in_form, poems))) >= 16
+    assert sum(map(bool, map(in_form, poems))) >= 18
     assert len({*poems}) == 20
 
 
