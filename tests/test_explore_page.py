@@ -125,6 +125,11 @@ def test_parts_of_a_character_are_shown_as_their_bytes(visit):
     assert visit.texts("#chips .text") == ["‹E4›", "‹BD›", "‹A0›"]
 
 
+def test_a_word_has_its_characters_where_its_tokens_are_bytes(visit):
+    visit.type("中文")
+    assert visit.texts("#token summary") == ["How 中文 became its tokens"]
+
+
 def test_the_merges_of_a_word_are_shown_step_by_step(visit, model):
     visit.type("ROMEO: remembrance")
     visit.page.click("#token summary")

@@ -24,5 +24,5 @@ function merges() {
     const said = i === 0 ? t("asBytes") : t("mergeRank", readable(step.symbols[step.joined]), step.rank);
     return el("li", {}, el("span", { class: "symbols" }, ...symbols), " ", el("span", { class: "hint" }, said));
   });
-  return [el("details", {}, el("summary", {}, t("howMerged", word.steps[0].symbols.map(readable).join(""))), el("ol", { class: "merges" }, ...steps), el("p", { class: "hint" }, t("mergeRule")))];
+  return [el("details", {}, el("summary", {}, t("howMerged", readable(word.steps[0].symbols.join("")))), el("ol", { class: "merges" }, ...steps), el("p", { class: "hint" }, t("mergeRule")))];
 }
