@@ -325,7 +325,9 @@ def predict(*texts: str, name: str = "", texts_file: str = "", models_dir: str =
 
 if __name__ == "__main__":
     commands = {"train": train, "evaluate": evaluate, "predict": predict}
-    which = sys.argv.pop(1) if sys.argv[1:] else "nothing"
+    if not sys.argv[1:]:
+        fail(f"say what to do: {', '.join(commands)} (see --help)")
+    which = sys.argv.pop(1)
     if which in ("-h", "--help"):
         print(translated_lines(__doc__, sys.stdout))
     elif which not in commands:

@@ -312,6 +312,8 @@ def test_mistakes_are_told_in_one_line(data, words, tmp_path):
     both = {"head_only": True, "lora_rank": 2}
     assert "do not go together" in message(classify.train, held_out, name="new", models_dir=models_dir, **both)
     assert_one_line_error(command("learn", script="examples/classify.py"), "learn is none of train, evaluate, predict")
+    done = command(script="examples/classify.py")
+    assert_one_line_error(done, "say what to do: train, evaluate, predict (see --help)")
 
 
 def test_a_classifier_whose_run_died_while_it_saved_a_better_one_is_told_of(data, words):
