@@ -346,7 +346,8 @@ class Session:
         n_rows = max(math.prod(value.shape[:-1]), 1)
         shown = min(value.shape[-1], max(self.n_sent // n_rows, 1))  # columns
         array = value.array[..., :shown]
-        finite = array if value.is_weight or np.isfinite(array).all() else array[np.isfinite(array)]
+        is_finite = True if value.is_weight else np.isfinite(array)
+        finite = array if np.all(is_finite) else array[is_finite]
         if finite.size and not value.is_weight:
             told |= {"min": float(finite.min()), "max": float(finite.max()), "hidden": finite.size < array.size}
         return told | {"key": self.keep("run", array), "shown": shown, "weight": value.is_weight}

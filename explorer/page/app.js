@@ -13,7 +13,9 @@ export const app = {
   off: [], // heads and neurons to switch off
 };
 
-export const renderers = []; // [names of what is shown, what shows it]: see when() in main.js
+const renderers = []; // [names of what is shown, what shows it]
+
+export const shows = (names, render) => renderers.push([names, render]);
 
 // What shows one of these is called, once. A promise of the end of all that.
 export function change(values) {

@@ -1,6 +1,6 @@
 // The page begins here: it asks for the model and a first run, and wires what changes to what shows it.
 
-import { app, callAt, change, renderers } from "./app.js";
+import { app, callAt, change, shows } from "./app.js";
 import { ask, forget, isFile, Refusal } from "./api.js";
 import { forgetPictures, markHead, showBlock, showHabits, showHead, showStream, showThumbs } from "./block.js";
 import { showCache, showGoing, startOver } from "./cache.js";
@@ -35,7 +35,7 @@ function when(names, render) {
       busy(-1);
     }
   };
-  renderers.push([names, show]);
+  shows(names, show);
 }
 
 let isRunning = false;
