@@ -28,7 +28,7 @@ MODELS_DIR = os.path.join(HERE, "models")
 SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
 PROMPT = "Alan Turing theorized that computers would one day become"  # ten tokens
 CONTEXTS = (10, 100, 300, 500, 750, 1000)
-BATCHES = (8, 32)
+BATCHES = (2, 4, 8, 32)
 N_TOKENS = 24  # decoded at every context: 1,000 and 24 fill it
 FIGURES = {  # key of a sample: (title, unit, digits)
     "command": ("whole command", "s", 2),
@@ -39,6 +39,8 @@ FIGURES = {  # key of a sample: (title, unit, digits)
     "decode 10": ("decode at 10", "tok/s", 1),
     "decode 500": ("decode at 500", "tok/s", 1),
     "decode 1000": ("decode at 1000", "tok/s", 1),
+    "batch 2": ("2 at once", "tok/s", 1),
+    "batch 4": ("4 at once", "tok/s", 1),
     "batch 8": ("8 at once", "tok/s", 1),
     "batch 32": ("32 at once", "tok/s", 1),
     "memory": ("peak memory", "MiB", 0),
