@@ -79,4 +79,6 @@ if ! (($#)); then
         or ends_as_its_system or utf_16_as_powershell)'
 fi
 files=("${@/#/tests/test_}")
-windows 'C:\python\python.exe' -m pytest -p no:cacheprovider --tb=short -rfE -k "${chosen//$'\n'/ }" "${files[@]/%/.py}"
+windows 'C:\python\python.exe' -m pytest -p no:cacheprovider --junitxml='C:\gpt2\tests.xml' --tb=short -rfE \
+    -k "${chosen//$'\n'/ }" "${files[@]/%/.py}"
+mv "$c/gpt2/tests.xml" "$folder"
