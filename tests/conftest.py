@@ -26,7 +26,7 @@ import backends
 import gpt2
 import sampling
 import utils
-from backends import arrays, devices
+from backends import arrays, devices, threads
 from backends.cache import Cache
 from files import checkpoint
 
@@ -271,6 +271,18 @@ def write_model(model_dir, hparams, params):
     checkpoint.save_checkpoint(model_dir, hparams, params)
     write_tokenizer(model_dir, hparams["n_vocab"])
     return model_dir
+
+
+@pytest.fixture(autouse=True)
+def _blas():
+    """One thread for NumPy's BLAS, but in commands: those of tests side by side would wait for one another.
+
+    That took six times as long. test_threads.py has its own.
+    """
+    before = threads.n_available()
+    threads.set_blas_threads(1)
+    yield
+    threads.set_blas_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -156,6 +156,7 @@ def test_one_row_of_a_model_that_fits_the_cache_takes_one_thread_of_blas_and_of_
 
     monkeypatch.setattr(on_numpy, "loss_and_gradients", watched)
     monkeypatch.setattr(threads, "SMALL", small)
+    threads.set_blas_threads(threads.n_cores())
     before = threads.blas()[0]()
     learner = on_numpy.Learner({"params": wild_params(HPARAMS)}, {}, HPARAMS["n_head"], RECIPE)
     rows = {name: x[None, :1] for name, x in text_rows(np.random.default_rng(0)).items()}
