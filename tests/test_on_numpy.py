@@ -174,7 +174,8 @@ def test_what_it_is_handed_stays_as_it_is():
 
 
 def test_without_jax_optax_and_matplotlib_a_model_is_fine_tuned_that_continues_text(tmp_path):
-    flags = ["--model_size=shakespeare", "--name=mine", "--n_steps=20", "--n_ctx=32", "--learning_rate=1e-3"]
+    flags = ["--model_size=shakespeare", "--name=mine", "--n_steps=20", "--evaluate_every=10"]
+    flags += ["--n_ctx=32", "--learning_rate=1e-3"]
     link(tmp_path / "shakespeare", REPO / "models" / "shakespeare")
     code = f"import runpy, sys; sys.path.insert(0, {str(REPO / 'examples')!r})\n"
     code += "sys.modules |= dict.fromkeys(['jax', 'optax', 'matplotlib'])\n"
