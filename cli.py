@@ -110,7 +110,7 @@ def end(said, *_):
 
 
 def run(function, stopped=""):
-    """Runs a function as a command with Python Fire, its parameters as flags, with the manners of a command.
+    """Runs a function as a command, its parameters as flags, with the manners of a command.
 
     stopped: what Ctrl-C says before it ends the program.
     """
@@ -118,7 +118,7 @@ def run(function, stopped=""):
         fail(f"needs Python 3.10 or newer, and this is {sys.version.split()[0]}")
     try:
         with on_ctrl_c(functools.partial(end, stopped)):
-            run_with_fire(function)
+            call(function)
     except ModuleNotFoundError as error:
         fail(how_to_install(error.name))
     except MemoryError as error:
@@ -146,9 +146,8 @@ def how_to_install(*missing):
     return f"{', '.join(missing)} {are} not installed here: {where} {' '.join(packages)}"
 
 
-def run_with_fire(function):
-    import fire
-
+def call(function):
+    """Calls a function with the command line, or shows its help, on streams that a command can write to."""
     for name in ("stdin", "stdout", "stderr"):  # None where the shell has closed it
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
@@ -156,14 +155,12 @@ def run_with_fire(function):
         for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
             if hasattr(stream, "reconfigure"):  # a notebook's has none
                 stream.reconfigure(encoding=encoding_of(stream), errors=errors)  # what lacks a character gets a ?
-        name, command = os.path.basename(sys.argv[0]), arguments(sys.argv[1:], function)
-        if command is None:
-            text = fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, name))
-            print(translated_lines(text, sys.stdout))
+        given = arguments(sys.argv[1:], function)
+        if given is None:
+            show_help(function)
         else:
-            texts = {option.name: str for option in inspect.signature(function).parameters.values() if is_text(option)}
-            keep_text = fire.decorators.SetParseFns(**texts)  # to Fire, 1984 and [1, 2] are Python
-            fire.Fire(keep_text(function), command=command, name=name)
+            words, flags = given
+            function(*words, **flags)
         sys.stdout.flush()
     except OSError as error:
         if error.errno not in (*CLOSED_PIPE, errno.ENOSPC):
@@ -172,6 +169,14 @@ def run_with_fire(function):
         if error.errno == errno.ENOSPC:
             fail(f"no space left for {error.filename or 'the output'}")
         sys.exit(1)
+
+
+def show_help(function):
+    import fire  # only here: its import takes as long as NumPy's
+
+    name = os.path.basename(sys.argv[0])
+    text = fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, name))
+    print(translated_lines(text, sys.stdout))
 
 
 def encoding_of(stream):
@@ -192,11 +197,7 @@ def is_text(option):
 
 
 def arguments(argv, function):
-    """The command line as Fire must see it; None for --help. Ends with one line where Fire would misread it.
-
-    Fire gives the flag of a bool the next word as its value, words without a flag to any parameter in turn, and
-    complains of what is left over when function has run.
-    """
+    """(words, {name: value}) to call a function with; None for --help. Ends with one line where they do not fit it."""
     options = inspect.signature(function).parameters
     first, *_ = options.values()  # takes the words that have no flag
     values, words, rest = {}, [], iter(argv)  # values: {name: text}
@@ -219,23 +220,28 @@ def arguments(argv, function):
             fail(f"--{option.name} is given twice")
         else:
             values[option.name] = value
+    values = {name: value if is_text(options[name]) else literal(value) for name, value in values.items()}
     if first.kind is first.VAR_POSITIONAL:
-        command = [repr(word) for word in words]
-    elif len(words) > 1:
+        return words, values
+    if len(words) > 1:
         fail(f"more than one {first.name}, {words[0]!r} and {words[1]!r}: put quotes around one of several words")
-    else:
-        command = [f"--{first.name}={word}" for word in words]
-        for name, option in options.items():
-            if option.default is option.empty and name not in values and not (option is first and words):
-                fail(f"--{name} is needed (see --help)")
-    command += [f"--{name}={value}" for name, value in values.items()]
-    return [*command, "--", "--separator=\0"]  # Fire's own is "-"
+    for name, option in options.items():
+        if option.default is option.empty and name not in values and not (option is first and words):
+            fail(f"--{name} is needed (see --help)")
+    return words if is_text(first) else [*map(literal, words)], values
+
+
+def literal(text):
+    """What Python makes of a text, such as 40, 0.8, True or [1, 2]; or the text."""
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return ast.literal_eval(text)
+    return text
 
 
 def option_of(word, flag, options):
     """The parameter that a flag names; one letter is short for the only one that begins with it."""
     name = flag.lstrip("-").replace("-", "_")
-    names = [option for option in options if name in (option, option[0])]
+    names = [name] if name in options else [option for option in options if name == option[0]]
     if len(names) != 1:
         import difflib
 

@@ -2,6 +2,8 @@
 
 import sys
 
+from backends.products import product
+
 QUERY_BLOCK = 64  # queries that attend together: their scores fit the processor's cache
 
 
@@ -45,7 +47,7 @@ def matmul(x, w, dtype=None):  # [..., in], [in, out] -> [..., out]
     if dtype and is_jax(x) and x.dtype.itemsize < 4:
         y = namespace(x).matmul(rows, w, preferred_element_type=dtype)
     else:
-        y = rows @ w
+        y = product(rows, w)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 

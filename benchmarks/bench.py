@@ -28,7 +28,7 @@ MODELS_DIR = os.path.join(HERE, "models")
 SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
 PROMPT = "Alan Turing theorized that computers would one day become"  # ten tokens
 CONTEXTS = (10, 100, 300, 500, 750, 1000)
-BATCHES = (8, 32)
+BATCHES = (2, 4, 8, 32)
 N_TOKENS = 24  # decoded at every context: 1,000 and 24 fill it
 FIGURES = {  # key of a sample: (title, unit, digits)
     "command": ("whole command", "s", 2),
@@ -39,6 +39,8 @@ FIGURES = {  # key of a sample: (title, unit, digits)
     "decode 10": ("decode at 10", "tok/s", 1),
     "decode 500": ("decode at 500", "tok/s", 1),
     "decode 1000": ("decode at 1000", "tok/s", 1),
+    "batch 2": ("2 at once", "tok/s", 1),
+    "batch 4": ("4 at once", "tok/s", 1),
     "batch 8": ("8 at once", "tok/s", 1),
     "batch 32": ("32 at once", "tok/s", 1),
     "memory": ("peak memory", "MiB", 0),
@@ -198,7 +200,7 @@ def llama_cpp_f16(folder):
 
 def limits(folder):
     """What the hardware allows: the bytes that a token must read, the bus's bytes per second and BLAS's."""
-    from backends.threads import tune_openblas
+    from backends.threads import blas_threads, tune_openblas
 
     tune_openblas()
     import numpy as np
@@ -208,29 +210,39 @@ def limits(folder):
     vectors = {n: np.ones((1, n), np.float32) for n in {len(w) for w in matrices}}
     n_bytes = sum(w.nbytes for w in matrices)
 
-    everything = weights["wte"].base.view(np.int32)  # the vector that all of them are cut from
+    everything = weights["wte"].base  # the vector that all of them are cut from
+    everything = everything[: everything.size // (768 * n_cores()) * 768 * n_cores()]
+    # which of these reads fastest depends on the machine; all leave the interpreter free for other threads
+    readers = (
+        lambda part: part.view(np.int32).max(),
+        lambda part: part @ part,
+        lambda part: part.reshape(-1, 768) @ part[:768],
+        lambda part: part[: len(part) // 768] @ part.reshape(-1, 768),
+    )
 
     def products():
         for w in matrices:
             vectors[len(w)] @ w
 
-    def read():  # the maximum is the cheapest of NumPy's reductions, and leaves the interpreter free for other threads
-        threads = [threading.Thread(target=part.max) for part in np.array_split(everything, n_cores())]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    def read(reader):
+        with blas_threads(1):
+            threads = [threading.Thread(target=reader, args=[part]) for part in np.array_split(everything, n_cores())]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
 
-    def seconds(function):
+    def seconds(function, *args):
         times = []
         for _ in range(15):
             start = time.perf_counter()
-            function()
+            function(*args)
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
     bytes_of_cache = 2 * 4 * hparams["n_layer"] * hparams["n_embd"]  # for every token in the context
-    speeds = {"bus": everything.nbytes / seconds(read), "BLAS": n_bytes / seconds(products)}
+    blas = n_bytes / seconds(products)  # which is a way to read, too
+    speeds = {"bus": max(blas, *(everything.nbytes / seconds(read, reader) for reader in readers)), "BLAS": blas}
     contexts = [n for n in CONTEXTS if n + N_TOKENS <= hparams["n_ctx"]]
     return {
         name: {f"decode {n}": speed / (n_bytes + n * bytes_of_cache) for n in contexts} | {"GB/s": speed / 1e9}

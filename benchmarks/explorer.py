@@ -185,5 +185,5 @@ def main(
 if __name__ == "__main__":
     from cli import need, run
 
-    need("numpy", "regex", "tqdm", "fire")
+    need("numpy", "regex", "tqdm")
     run(main)

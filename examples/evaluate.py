@@ -24,7 +24,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
     from cli import need
 
-    need("numpy", "regex", "tqdm", "fire")
+    need("numpy", "regex", "tqdm")
 
 from texts import END, ids_of, read_documents, read_text
 

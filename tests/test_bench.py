@@ -43,7 +43,17 @@ def test_prints_the_table_that_it_writes_as_markdown(bench):
 
 def test_the_json_has_one_sample_of_every_figure_for_every_run(bench):
     samples = json.loads((bench[1] / "results.json").read_text())["samples"]
-    figures = {"command", "memory", "memory, full context", "first 10", "decode 10", "batch 8", "batch 32"}
+    figures = {
+        "command",
+        "memory",
+        "memory, full context",
+        "first 10",
+        "decode 10",
+        "batch 2",
+        "batch 4",
+        "batch 8",
+        "batch 32",
+    }
     assert set(samples["gpt2.py"]) == figures
     assert all(len(values) == 2 and min(values) > 0 for values in samples["gpt2.py"].values())
 

@@ -237,6 +237,35 @@ def test_help_explains_every_flag():
         assert len(flag[1]) > 20
 
 
+def test_fire_which_draws_the_help_and_takes_long_to_import_is_not_imported_for_a_text(models_dir):
+    code = f"""
+import sys, cli, gpt2
+sys.argv = ["gpt2.py", "Hello", "--model_size=tiny", "--models_dir", {str(models_dir)!r}]
+cli.run(gpt2.main)
+print([*{{"fire", "asyncio"}} & {{*sys.modules}}], file=sys.stderr)
+"""
+    assert command(code=code, cwd=REPO).stderr == "[]\n"
+
+
+def plan(text: str, n: int, rate: float = 0.5, sizes: tuple = (), name: str = None, quiet: bool = False):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "flags"),
+    [
+        (["1984", "--n=3"], ["1984"], {"n": 3}),
+        (["[1, 2]", "--n", "0x10", "--name", "7"], ["[1, 2]"], {"n": 16, "name": "7"}),
+        (["x", "--n=1e3", "--sizes=(1, 2)", "--quiet"], ["x"], {"n": 1000.0, "sizes": (1, 2), "quiet": True}),
+        (["x", "--n=ten", "--rate", "-1", "--quiet=False"], ["x"], {"n": "ten", "rate": -1, "quiet": False}),
+        (["x", "--n={[]: 1}", "--sizes=" + "[" * 10_000], ["x"], {"n": "{[]: 1}", "sizes": "[" * 10_000}),
+        (["x", "--n=__import__('os').getpid()"], ["x"], {"n": "__import__('os').getpid()"}),
+    ],
+)
+def test_a_value_is_what_python_makes_of_it_or_the_text_and_of_a_text_always_that(line, words, flags):
+    assert cli.arguments(line, plan) == (words, flags)
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_a_stream_that_the_shell_closed_is_no_error(closed, run):
     result = run("Hello", through=["bash", "-c", f'"$@" {closed}', "bash"])
@@ -294,7 +323,7 @@ def test_a_package_that_is_not_installed_is_an_error_that_names_it():
     bare = [sys.executable, "-S", REPO / "gpt2.py", "Hello"]  # without those of its environment
     result = subprocess.run(bare, capture_output=True, text=True)
     assert_one_line_error(
-        result, "gpt2.py: fire is not installed here: activate its environment, or pip install numpy regex requests"
+        result, "gpt2.py: numpy is not installed here: activate its environment, or pip install numpy regex requests"
     )
 
 

@@ -15,13 +15,20 @@ from packaging.requirements import Requirement
 import cli
 
 MAY_IMPORT = {
-    "backends.arrays": set(),
+    "backends.products": set(),
+    "backends.arrays": {"backends.products"},
     "backends.checks": set(),
     "backends.lookup": set(),
     "backends.cache": {"backends.arrays"},
-    "backends.threads": {"backends.arrays"},
+    "backends.threads": {"backends.arrays", "backends.products"},
     "backends.devices": {"backends.arrays", "backends.threads"},
-    "backends.on_numpy": {"backends.arrays", "backends.cache", "backends.devices", "backends.threads"},
+    "backends.on_numpy": {
+        "backends.arrays",
+        "backends.cache",
+        "backends.devices",
+        "backends.products",
+        "backends.threads",
+    },
     "backends.on_jax": {"backends.arrays", "backends.cache", "backends.devices"},
     "backends": {"backends.arrays", "backends.lookup", "backends.on_jax", "backends.on_numpy"},
     "languages": set(),

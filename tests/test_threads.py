@@ -23,6 +23,7 @@ from conftest import (
 
 import gpt2
 from backends import arrays, on_numpy, threads, with_cache
+from backends.products import here
 
 N_HEAD = HPARAMS["n_head"]
 LONG = HPARAMS | {"n_ctx": 400}
@@ -165,10 +166,39 @@ def test_a_larger_one_may_take_all_cores_that_blas_may_use_or_fewer(
     n_cores, n_blas, expected, long_params, monkeypatch
 ):
     monkeypatch.setattr(threads, "SMALL", 0)
-    monkeypatch.setattr(threads, "blas", lambda: (None, None))
+    monkeypatch.setattr(threads, "blas", lambda: (None, None, "Haswell"))
     monkeypatch.setattr(threads, "n_cores", lambda: n_cores)
     monkeypatch.setattr(threads.outside, "n_blas", lambda: n_blas)
     assert threads.thread_counts(long_params) == expected
+
+
+@pytest.mark.parametrize(
+    ("counts", "n_rows", "expected"),
+    [
+        ([6, 3, 1], 1, [(1, 6), (1, 3), (1, 1)]),
+        ([6, 3, 1], 2, [(6, 1), (1, 6), (1, 3), (1, 1)]),
+        ([2], 32, [(2, 1), (1, 2)]),
+        ([2], 33, [(1, 2)]),
+        ([1], 8, [(1, 1)]),
+    ],
+)
+def test_products_of_a_few_rows_may_be_shared_by_threads_of_ours_with_one_of_blas_in_each(counts, n_rows, expected):
+    assert threads.ways(counts, n_rows) == expected
+
+
+@pytest.mark.parametrize(("kernels", "expected"), [("SkylakeX", True), ("Haswell", False)])
+def test_openblas_has_kernels_for_small_matrices_with_avx512_alone(kernels, expected, monkeypatch):
+    monkeypatch.setattr(threads, "blas", lambda: (None, None, kernels))
+    assert threads.has_small_kernels() == expected
+    monkeypatch.setattr(threads, "blas", lambda: None)
+    assert not threads.has_small_kernels()
+
+
+def test_the_kernels_are_those_that_openblas_says_it_has():
+    if os.name != "posix" or os.uname().machine != "x86_64" or not threads.blas():
+        pytest.skip("there is no choice of kernels")
+    code = "from backends import threads; print(threads.blas()[2])"
+    assert command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": "Nehalem"}).stdout == "Nehalem\n"
 
 
 @two_cores
@@ -243,14 +273,14 @@ class Clock:
 )
 def test_most_blocks_run_with_all_threads_or_with_fewer_where_those_are_clearly_faster(times, best, monkeypatch):
     clock = Clock(monkeypatch, times)
-    clock.run(threads.Pace([2, 1]), 2000)
+    clock.run(threads.Pace([(1, 2), (1, 1)]), 2000)
     assert clock.counts.count(best) > 0.95 * 2000
     assert {*clock.counts[1000:]} == {1, 2}  # the other is tried again
 
 
 @two_cores
 def test_when_a_neighbour_comes_or_goes_the_number_follows(monkeypatch):
-    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([2, 1])
+    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([(1, 2), (1, 1)])
     for slow, expected in ((40, 1), (2, 2)):
         clock.times[2] = slow
         clock.run(pace, 1000)
@@ -261,7 +291,7 @@ def test_when_a_neighbour_comes_or_goes_the_number_follows(monkeypatch):
 @two_cores
 @pytest.mark.parametrize("n_before", [0, 1, 10, 100])
 def test_a_single_mishap_changes_nothing(n_before, monkeypatch):
-    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([2, 1])
+    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([(1, 2), (1, 1)])
     for n_blocks, slow in ((n_before, 2), (1, 5000), (100, 2)):  # the machine slept
         clock.times[2] = slow
         clock.run(pace, n_blocks)
@@ -271,11 +301,39 @@ def test_a_single_mishap_changes_nothing(n_before, monkeypatch):
 
 @two_cores
 def test_a_neighbour_that_stays_is_not_taken_for_a_mishap(monkeypatch):
-    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([2, 1])
+    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([(1, 2), (1, 1)])
     clock.run(pace, 100)
     clock.times[2] = 40
     clock.run(pace, 40)
     assert clock.counts[-10:] == [1] * 10
+
+
+class Ways:
+    """A stand-in for gpt2() that notes who shares its products, in the blocks and behind them."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, ids, blocks, **_):
+        for _ in blocks:
+            self.seen.append((here.n, n_blas()))
+        self.seen.append((here.n, n_blas()))
+        return np.zeros((*ids.shape[:-1], 1, 1))
+
+
+@two_cores
+@pytest.mark.parametrize(
+    ("rows", "n_past", "is_shared"),
+    [([[1]] * 4, [3] * 4, True), ([[1] * 10], [0], True), ([[1]], [3], False), ([[1] * 10], [3], False)],
+)
+def test_threads_of_ours_share_products_of_a_batch_or_a_prompt_but_not_of_one_text_or_a_draft(
+    rows, n_past, is_shared, long_params, monkeypatch
+):
+    model = with_threads(2, monkeypatch, long_params, len(rows), 40, ways := Ways())
+    model.logits(rows, n_past)
+    assert ways.seen[0] == ((2, 1) if is_shared else (1, 2))
+    assert {n * n_threads for n, n_threads in ways.seen} == {2}
+    assert here.n == 1
 
 
 # parts of a prompt

@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 if __name__ == "__main__":
     from cli import need
 
-    need("numpy", "regex", "tqdm", "fire")
+    need("numpy", "regex", "tqdm")
 
 import numpy as np
 
