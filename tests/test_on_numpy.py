@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, command, link, wild_params
+from conftest import N_BLAS, REPO, command, link, wild_params
 
 sys.path.insert(0, str(REPO / "examples"))
 import lora
@@ -143,8 +143,8 @@ def test_a_head_and_adapters_learn_as_on_jax():
     assert_same_curve(learned, {"params": params}, class_rows, lora_rank=2, lora_alpha=4.0, dropout=0.3)
 
 
-@pytest.mark.skipif(threads.n_available() < 2, reason="needs two cores and OpenBLAS")
-@pytest.mark.parametrize(("small", "expected"), [(threads.SMALL, {1}), (0, {threads.n_available()})])
+@pytest.mark.skipif(N_BLAS < 2, reason="needs two cores and OpenBLAS")
+@pytest.mark.parametrize(("small", "expected"), [(threads.SMALL, {1}), (0, {N_BLAS})])
 def test_one_row_of_a_model_that_fits_the_cache_takes_one_thread_of_blas_and_of_a_larger_one_all(
     small, expected, monkeypatch
 ):
@@ -156,6 +156,7 @@ def test_one_row_of_a_model_that_fits_the_cache_takes_one_thread_of_blas_and_of_
 
     monkeypatch.setattr(on_numpy, "loss_and_gradients", watched)
     monkeypatch.setattr(threads, "SMALL", small)
+    threads.set_blas_threads(N_BLAS)
     before = threads.blas()[0]()
     learner = on_numpy.Learner({"params": wild_params(HPARAMS)}, {}, HPARAMS["n_head"], RECIPE)
     rows = {name: x[None, :1] for name, x in text_rows(np.random.default_rng(0)).items()}
@@ -173,7 +174,8 @@ def test_what_it_is_handed_stays_as_it_is():
 
 
 def test_without_jax_optax_and_matplotlib_a_model_is_fine_tuned_that_continues_text(tmp_path):
-    flags = ["--model_size=shakespeare", "--name=mine", "--n_steps=20", "--n_ctx=32", "--learning_rate=1e-3"]
+    flags = ["--model_size=shakespeare", "--name=mine", "--n_steps=20", "--evaluate_every=10"]
+    flags += ["--n_ctx=32", "--learning_rate=1e-3"]
     link(tmp_path / "shakespeare", REPO / "models" / "shakespeare")
     code = f"import runpy, sys; sys.path.insert(0, {str(REPO / 'examples')!r})\n"
     code += "sys.modules |= dict.fromkeys(['jax', 'optax', 'matplotlib'])\n"

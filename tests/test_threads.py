@@ -37,8 +37,8 @@ def long_params():
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was():
-    """No test leaves BLAS, or what is wanted, as others do not expect it."""
+def _blas():
+    """All threads, as outside of tests. No test leaves BLAS, or what is wanted, as others do not expect it."""
     before = threads.blas() and threads.blas()[0]()
     yield
     threads.use_threads(None)

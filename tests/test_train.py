@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from conftest import REPO, TIMEOUT, assert_one_line_error, command, interrupt, running
+from conftest import N_BLAS, REPO, TIMEOUT, assert_one_line_error, command, interrupt, running
 
 sys.path.insert(0, str(REPO / "examples"))
 import on_jax
@@ -27,6 +27,7 @@ import texts
 import train
 import training
 
+from backends import threads
 from encoder import get_encoder
 from files.checkpoint import random_params
 from gpt2 import generate, gpt2
@@ -104,6 +105,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_with_the_same_seed(models_di
         if run.step == 60:
             raise SystemExit
 
+    threads.set_blas_threads(N_BLAS)  # as in a command: another number would round otherwise
     look = training.Run.look
     monkeypatch.setattr(training.Run, "look", look_and_stop)
     with pytest.raises(SystemExit):

@@ -62,4 +62,4 @@ if ! (($#)); then
         and (not test_threads or avx512 or an_x86 or wheels_bring)'
 fi
 files=("${@/#/tests/test_}")
-python -m pytest -p no:cacheprovider --tb=short -rfE -k "${chosen//$'\n'/ }" "${files[@]/%/.py}"
+python -m pytest -p no:cacheprovider --junitxml="$folder/tests.xml" --tb=short -rfE -k "${chosen//$'\n'/ }" "${files[@]/%/.py}"
