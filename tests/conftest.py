@@ -276,11 +276,12 @@ def write_model(model_dir, hparams, params):
 
 @pytest.fixture(autouse=True)
 def _blas():
-    """One thread for NumPy's BLAS, but in commands: those of tests side by side would wait for one another.
+    """With pytest -n, one thread for NumPy's BLAS, but in commands: those of tests side by side wait for one another.
 
-    That took six times as long. test_threads.py has its own.
+    That took six times as long. test_threads.py has its own, and .ci/run goes without -n on one Python.
     """
-    threads.set_blas_threads(1)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        threads.set_blas_threads(1)
     yield
     threads.set_blas_threads(N_BLAS)
 

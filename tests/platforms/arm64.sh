@@ -56,7 +56,7 @@ python tests/platforms/same.py compare "$folder/figures.npz"
 # QEMU lets a program have more memory than ulimit does
 chosen='not memory_that_runs_out_is_an_error'
 if ! (($#)); then
-    set -- threads lookup sampling house
+    set -- threads products lookup sampling house
     # a command takes some ten seconds to start there, and so do a few hundred passes through a model
     chosen+=' and not test_a_command and not one_token_passes and not what_drafts_left
         and (not test_threads or avx512 or an_x86 or wheels_bring)'

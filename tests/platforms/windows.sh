@@ -73,7 +73,7 @@ changed=$(git status --short)
 # Wine 8 follows no links to folders
 chosen='not unknown_model_is_an_error_that_names and not any_working_directory'
 if ! (($#)); then
-    set -- house sampling lookup bundle utils threads explore_trace gpt2 encoder generation download cli cli_generation
+    set -- house sampling lookup bundle utils threads products explore_trace gpt2 encoder generation download cli cli_generation
     # Python takes a second or two to start there: of the 228 tests of test_cli.py and test_cli_generation.py, most of
     # which start it, those run that tell systems apart, and none of the 39 of test_house.py; nor do two tests
     # that each download thirty times
