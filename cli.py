@@ -32,7 +32,7 @@ CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a char
 LONGEST = 2**24  # bytes of a prompt: a line of a file that was packed may have any number
 # what the library's errors name without dashes, and where: not in what a user wrote
 OPTIONS = "n_tokens_to_generate|temperature|top_k|top_p|seed|repetition_penalty|no_repeat_ngram|logprobs|n_samples"
-OPTIONS += "|batch_size|sliding_window|backend|dtype|tensor_parallel|n_threads|num_workers|num_cpus|num_gpus"
+OPTIONS += "|batch_size|sliding_window|backend|dtype|tensor_parallel|n_threads|num_workers|num_cpus|num_gpus|block"
 OPTION = re.compile(rf"^(?:{OPTIONS})(?= must | needs | does | \d+ does | [一-鿿])")
 WITHIN = r"(?<=see )sliding_window(?=\)$)|(?<=add )temperature(?==1$)|(?<=加上 )temperature(?==1$)"
 WITHIN = re.compile(rf"{WITHIN}|(?<=，)(?:{OPTIONS})(?= [一-鿿])")

@@ -633,7 +633,7 @@ def test_out_writes_the_page_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--block=4"], "block must be a whole number from 0 to 3"),
+        (["--block=4"], "explore.py: --block must be a whole number from 0 to 3"),
         (["--model_size=none"], "no model 'none'"),
         (["--out", "no/such/folder/page.html"], "cannot be written"),
         (["--out", "page.html", "--text"], "do not go together"),
