@@ -308,9 +308,10 @@ def open_lines(path):
     One in .gz is unpacked as it is read. Ends with one line if it cannot be read.
     """
     try:
-        lines = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
         if path.lower().endswith(".gz"):
-            lines = io.BufferedReader(Unpacked(lines, path))
+            lines = io.BufferedReader(Unpacked(path))
+        else:
+            lines = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
         encoding = encoding_of(sys.stdin) if path == "-" else "utf-8"
         if lines.peek(3).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             encoding = "utf-16"  # as Windows' PowerShell writes what stands before >
@@ -326,10 +327,10 @@ def open_lines(path):
 class Unpacked(io.RawIOBase):
     """What a file of gzip holds, unpacked as it is read. Ends with one line where the file is damaged."""
 
-    def __init__(self, file, path):
+    def __init__(self, path):
         import gzip  # takes longer than all other imports here
 
-        self.file, self.path = gzip.GzipFile(fileobj=file), path
+        self.file, self.path = gzip.GzipFile(path), path
 
     def readable(self):
         return True
