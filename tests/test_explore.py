@@ -616,6 +616,7 @@ def test_the_command_serves_the_page_at_the_address_it_prints_until_ctrl_c():
         connection = http.client.HTTPConnection(url.netloc, timeout=60)
         connection.request("GET", "/")
         assert connection.getresponse().status == 200
+        connection.close()
         interrupt(process)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130

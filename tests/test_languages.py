@@ -120,6 +120,8 @@ def all_texts(path):
 
 def help_of(command):
     module, function = command
+    if module == "examples.generate_many":
+        pytest.importorskip("ray")
     function = getattr(importlib.import_module(module), function)
     return fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, f"{module}.py"))
 
