@@ -32,7 +32,7 @@ CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a char
 LONGEST = 2**24  # bytes of a prompt: a line of a file that was packed may have any number
 # what the library's errors name without dashes, and where: not in what a user wrote
 OPTIONS = "n_tokens_to_generate|temperature|top_k|top_p|seed|repetition_penalty|no_repeat_ngram|logprobs|n_samples"
-OPTIONS += "|batch_size|sliding_window|backend|dtype|tensor_parallel|n_threads|num_workers|num_cpus|num_gpus"
+OPTIONS += "|batch_size|sliding_window|backend|dtype|tensor_parallel|n_threads|num_workers|num_cpus|num_gpus|block"
 OPTION = re.compile(rf"^(?:{OPTIONS})(?= must | needs | does | \d+ does | [一-鿿])")
 WITHIN = r"(?<=see )sliding_window(?=\)$)|(?<=add )temperature(?==1$)|(?<=加上 )temperature(?==1$)"
 WITHIN = re.compile(rf"{WITHIN}|(?<=，)(?:{OPTIONS})(?= [一-鿿])")
@@ -314,9 +314,10 @@ def open_lines(path):
     One in .gz is unpacked as it is read. Ends with one line if it cannot be read.
     """
     try:
-        lines = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
         if path.lower().endswith(".gz"):
-            lines = io.BufferedReader(Unpacked(lines, path))
+            lines = io.BufferedReader(Unpacked(path))
+        else:
+            lines = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
         encoding = encoding_of(sys.stdin) if path == "-" else "utf-8"
         if lines.peek(3).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             encoding = "utf-16"  # as Windows' PowerShell writes what stands before >
@@ -332,10 +333,10 @@ def open_lines(path):
 class Unpacked(io.RawIOBase):
     """What a file of gzip holds, unpacked as it is read. Ends with one line where the file is damaged."""
 
-    def __init__(self, file, path):
+    def __init__(self, path):
         import gzip  # takes longer than all other imports here
 
-        self.file, self.path = gzip.GzipFile(fileobj=file), path
+        self.file, self.path = gzip.GzipFile(path), path
 
     def readable(self):
         return True

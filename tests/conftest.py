@@ -37,8 +37,8 @@ N = 20  # tokens that are generated where nothing else is said
 N_BLAS = threads.n_available()  # of commands, and of a test that sets them
 TIMEOUT = 300  # seconds: it ends what hangs, and nothing else
 
-# no example of a test is too slow: the machine may be busy
-hypothesis.settings.register_profile("busy", deadline=None)
+# no example of a test is too slow: the machine may be busy; and no run goes by what an earlier one left in its folder
+hypothesis.settings.register_profile("busy", deadline=None, database=None)
 hypothesis.settings.load_profile("busy")
 
 # tests read English, whatever the language of who runs them, and fetch models from nowhere but where they say

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import pathlib
 import random
 import re
 import socket
@@ -474,7 +475,7 @@ def test_another_source_goes_on_where_the_first_gave_up(server, folder):
 
 def test_a_record_that_is_damaged_never_spoils_the_file(server, folder):
     part, record = interrupted(server, folder)
-    good, half = open(record, "rb").read(), open(part, "rb").read()  # noqa: SIM115
+    good, half = (pathlib.Path(path).read_bytes() for path in (record, part))
     rng = random.Random(2)
     for i in range(30):
         bad = bytearray(good)

@@ -616,6 +616,7 @@ def test_the_command_serves_the_page_at_the_address_it_prints_until_ctrl_c():
         connection = http.client.HTTPConnection(url.netloc, timeout=60)
         connection.request("GET", "/")
         assert connection.getresponse().status == 200
+        connection.close()
         interrupt(process)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -633,7 +634,7 @@ def test_out_writes_the_page_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--block=4"], "block must be a whole number from 0 to 3"),
+        (["--block=4"], "explore.py: --block must be a whole number from 0 to 3"),
         (["--model_size=none"], "no model 'none'"),
         (["--out", "no/such/folder/page.html"], "cannot be written"),
         (["--out", "page.html", "--text"], "do not go together"),

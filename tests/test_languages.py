@@ -120,6 +120,8 @@ def all_texts(path):
 
 def help_of(command):
     module, function = command
+    if module == "examples.generate_many":
+        pytest.importorskip("ray")
     function = getattr(importlib.import_module(module), function)
     return fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, f"{module}.py"))
 
@@ -376,6 +378,11 @@ def test_a_mistake_is_one_line_in_chinese(flags, tiny):
     result = command(*flags.split(" "), env=CHINESE, **given)
     assert_one_line_error(result, MISTAKES[flags])
     assert result.stderr.startswith("gpt2.py: ")
+
+
+def test_a_flag_of_the_explorer_has_its_dashes_in_chinese_too(tiny):
+    result = command("--block=3", script="explore.py", model=tiny, env=CHINESE)
+    assert_one_line_error(result, "explore.py: --block 必须是 0 到 2 之间的整数，不能是 3")
 
 
 def test_the_text_that_is_generated_is_the_same_in_every_language(run):

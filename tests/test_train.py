@@ -155,8 +155,9 @@ def test_a_finished_run_is_lengthened_by_more_steps(models_dir, tmp_path, capfd)
     assert "the learning rate goes on as in a run of 150" in capfd.readouterr().err
 
 
-def test_a_loss_that_is_no_number_ends_the_run_in_one_line_and_is_never_the_best(tmp_path, recwarn):
-    settings = SETTINGS | {"learning_rate": 1e30, "weight_decay": 0, "evaluate_every": 5}
+@pytest.mark.parametrize("backend", ["numpy", "jax"])
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line_and_is_never_the_best(backend, tmp_path, recwarn):
+    settings = SETTINGS | {"learning_rate": 1e30, "weight_decay": 0, "evaluate_every": 5, "backend": backend}
     said = message(TEXT_FILE, name="small", models_dir=tmp_path, **settings)
     assert "the loss is no number any more at step 5: the --learning_rate is too high" in said
     assert np.isfinite(weights_of(tmp_path / "small")).all()
