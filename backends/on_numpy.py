@@ -3,13 +3,12 @@
 import collections
 import functools
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 from backends.arrays import namespace
 from backends.cache import Cache, empty_cache
 from backends.devices import check_memory
-from backends.products import sharing
-from backends.threads import Pace, blas_threads, each, has_small_kernels, thread_counts, ways
+from backends.products import most_rows, shared_by
+from backends.threads import Pace, blas_threads, each, has_small_kernels, pool_of, thread_counts
 
 PART = 64, 256  # ids of a prompt that a thread reads at a time: at least, so that products are fast, and at most
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
@@ -20,9 +19,12 @@ class Model:
 
     def __init__(self, gpt2, params, n_head, n_rows, n_slots):
         check_memory(params, n_rows, n_slots)
-        self.gpt2, self.params, self.n_head, self.counts = gpt2, params, n_head, thread_counts(params)
-        self.n_threads, self.paces = self.counts[0], {}  # {(texts, ids of each, whether these are a draft): Pace}
-        self.pool = ThreadPoolExecutor(self.n_threads)  # it starts a thread when one is needed
+        counts = thread_counts(params)
+        self.gpt2, self.params, self.n_head, self.n_threads = gpt2, params, n_head, counts[0]
+        self.paces = collections.defaultdict(functools.partial(Pace, counts))  # {shape of ids: Pace}
+        self.small_kernels = has_small_kernels()
+        shares_pay = 1 < n_rows <= most_rows(self.small_kernels) and self.n_threads > 1
+        self.pool = pool_of(self.n_threads - 1) if shares_pay else None
         self.kv_cache = empty_cache(params, n_head, n_rows, n_slots)
 
     def next_ids(self, rows, n_past, n_steps, sampler):
@@ -34,16 +36,9 @@ class Model:
         if self.n_threads > 1 and n_last == 1 and len(rows[0]) >= 2 * PART[0]:
             return self.read_in_parts(rows[0], n_past[0])
         caches = [cache.up_to(max(n_past) + len(rows[0])) for cache in self.kv_cache]
-        with blas_threads(), sharing(self.pool, has_small_kernels()):
-            return self.run(rows, caches, n_past, n_last, blocks=self.pace(rows, n_past).of(self.params["blocks"]))
-
-    def pace(self, rows, n_past):
-        is_draft = len(rows) == 1 and n_past[0] > 0
-        shape = len(rows), len(rows[0]), is_draft
-        if shape not in self.paces:
-            # BLAS's threads stay awake for a while behind a step of one text, and would be in the way of ours
-            self.paces[shape] = Pace(ways(self.counts, 1 if is_draft else len(rows) * len(rows[0])))
-        return self.paces[shape]
+        pace = self.paces[len(rows), len(rows[0])]
+        with blas_threads(), shared_by(self.pool, self.small_kernels):
+            return self.run(rows, caches, n_past, n_last, blocks=pace.of(self.params["blocks"]))
 
     def run(self, rows, caches, n_past, n_last, **params):
         """gpt2() on rows of one length, with caches that end behind them; params: in place of the model's."""

@@ -1,7 +1,7 @@
-"""The cores: how many this process has, and how they share the products of a block: by NumPy's BLAS, or by products.py.
+"""The cores: how many this process has, and how many threads share the products of a block: NumPy's BLAS's, or ours.
 
 Threads wait for each other in every product. While another process has one of the cores all of them wait, which costs
-far more than that core. So how many there are, and whose, follows from how long the blocks of the model take.
+far more than that core. So how many there are follows from how long the blocks of the model take.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ import threading
 import time
 
 from backends.arrays import is_numpy, n_weights
-from backends.products import FEW, here
+from backends.products import here
 
 SMALL = 2**24  # bytes of weights: those of smaller models stay in one core's cache
 LATELY = 32  # blocks whose times count most
 TRIAL = 512  # blocks after which other numbers of threads are tried again
-CLEARLY = 0.8  # another way must take less than this part of the first one's time: small leads come by chance
-SMALL_KERNELS = "SkylakeX", "Cooperlake", "SapphireRapids"  # OpenBLAS's kernels with those that products.py tells of
+CLEARLY = 0.8  # fewer threads must take less than this part of the time with all: small leads come by chance
+SMALL_KERNELS = "skylakex", "cooperlake", "sapphirerapids"  # OpenBLAS's kernels with those that products.py tells of
 
 wanted = None  # a number of threads; None: what is best
 
@@ -58,10 +58,24 @@ def read_text(*path, n_most=-1):
 
 @functools.cache
 def blas():
-    """(get, set) of the number of threads of NumPy's BLAS, and the name of its kernels.
+    """(get, set) of the number of threads of NumPy's BLAS; None unless it is an OpenBLAS with threads of its own."""
+    functions = openblas("get_parallel", "get_num_threads", "set_num_threads")
+    return functions[1:] if functions and functions[0]() == 1 else None
 
-    None unless it is an OpenBLAS with threads of its own.
-    """
+
+@functools.cache
+def has_small_kernels():
+    """Whether NumPy's BLAS is an OpenBLAS with kernels for small matrices: see products.py."""
+    import ctypes
+
+    if not (functions := openblas("get_corename")):
+        return False
+    functions[0].restype = ctypes.c_char_p
+    return functions[0]().decode().lower() in SMALL_KERNELS
+
+
+def openblas(*names):
+    """Functions of the OpenBLAS that NumPy has; () if it has another BLAS, or they are not in it."""
     import ctypes
 
     import numpy as np
@@ -69,19 +83,10 @@ def blas():
     # NumPy's, which finds what it is linked with, too; but not on Windows, where that lies beside
     libraries = glob.glob(os.path.join(glob.escape(os.path.dirname(np.__file__)) + ".libs", "*openblas*.dll"))
     library = ctypes.CDLL(libraries[0] if libraries else np._core._multiarray_umath.__file__)
-    for name in ("scipy_openblas_{}64_", "scipy_openblas_{}", "openblas_{}64_", "openblas_{}"):
+    for form in ("scipy_openblas_{}64_", "scipy_openblas_{}", "openblas_{}64_", "openblas_{}"):
         with contextlib.suppress(AttributeError):
-            if getattr(library, name.format("get_parallel"))() == 1:
-                get, set_, kernels = (
-                    getattr(library, name.format(do)) for do in ("get_num_threads", "set_num_threads", "get_corename")
-                )
-                kernels.restype = ctypes.c_char_p
-                return get, set_, kernels().decode()
-    return None
-
-
-def has_small_kernels():
-    return bool(blas()) and blas()[2] in SMALL_KERNELS
+            return tuple(getattr(library, form.format(name)) for name in names)
+    return ()
 
 
 def n_available():
@@ -112,12 +117,6 @@ def thread_counts(params):
         return [1]
     n = wanted or (1 if n_weights(params) * wte.itemsize < SMALL else n_available())
     return [n] if wanted else [n >> i for i in range(n.bit_length())]
-
-
-def ways(counts, n_rows):
-    """The ways to share products of n_rows: (threads of ours, BLAS's threads in each), that to prefer first."""
-    few = [(counts[0], 1)] if 1 < n_rows <= FEW and counts[0] > 1 else []
-    return few + [(1, n) for n in counts]
 
 
 def set_blas_threads(n):
@@ -163,53 +162,61 @@ def blas_threads(n=None):
         outside.leave()
 
 
-class Pace:
-    """Has each block of the model multiply in the first of several ways, or in another where that was clearly faster.
+def use(n):
+    """Has n threads multiply: BLAS's, or within shared_by() ours, with one of BLAS's in each."""
+    here.n, n_blas = (n, 1) if here.pool else (1, n)
+    set_blas_threads(n_blas)
 
-    ways: see ways(). Each keeps the mean time of the blocks that it was given: one that is untried gets two blocks, and
-    what is known of the others is forgotten in a while, so that each is tried again: the neighbours may have gone. A
-    single mishap says little: of the first two blocks the faster counts, later ones as four times the mean at most.
+
+class Pace:
+    """Gives each block of the model all threads, or fewer where those were clearly faster.
+
+    counts: the numbers to choose from, all first. Each count keeps the mean time of the blocks that it was given: one
+    that is untried gets two blocks, and what is known of the others is forgotten in a while, so that each is tried
+    again: the neighbours may have gone. A single mishap says little: of the first two blocks the faster counts, later
+    ones as four times the mean at most.
     """
 
-    def __init__(self, ways):
-        self.ways, self.taken = ways, {}  # {way: (blocks, mean seconds of a block)}
+    def __init__(self, counts):
+        self.counts, self.taken = counts, {}  # {count: (blocks, mean seconds of a block)}
 
     def of(self, blocks):
-        """Yields the blocks, as tqdm would, and times what is done with each. Within blas_threads() and sharing()."""
+        """Yields the blocks, as tqdm would, and times what is done with each. Within blas_threads()."""
         for block in blocks:
-            way = self.take_fastest()
+            n = self.fastest()
+            use(n)
             start = time.perf_counter()
             yield block
-            self.note(way, time.perf_counter() - start)
-        self.take_fastest()  # for what follows the blocks
+            self.note(n, time.perf_counter() - start)
+        use(self.fastest())  # for what follows the blocks
 
-    def take_fastest(self):
-        way = min(self.ways, key=self.seconds)
-        here.n, n_blas = way
-        set_blas_threads(n_blas)
-        return way
+    def fastest(self):
+        return min(self.counts, key=self.seconds)
 
-    def seconds(self, way):
-        n_blocks, mean = self.taken.get(way, (0, 0))
+    def seconds(self, n):
+        n_blocks, mean = self.taken.get(n, (0, 0))
         if n_blocks < 2:
             return 0  # untried: it comes first
-        return mean if way == self.ways[0] else mean / CLEARLY
+        return mean if n == self.counts[0] else mean / CLEARLY
 
-    def note(self, way, seconds):
-        n_blocks, mean = self.taken.get(way, (0, math.inf))
+    def note(self, n, seconds):
+        n_blocks, mean = self.taken.get(n, (0, math.inf))
         n_blocks, seconds = n_blocks + 1, min(seconds, 4 * mean)
         mean = min(mean, seconds) if n_blocks <= 2 else mean + (seconds - mean) / min(n_blocks, LATELY)
-        self.taken[way] = n_blocks, mean
+        self.taken[n] = n_blocks, mean
         if n_blocks % TRIAL == 0:
-            self.taken = {way: self.taken[way]}
+            self.taken = {n: self.taken[n]}
 
 
 def each(function, items, n_threads, n_blas=1):
     """[function(item), ...], by n_threads threads, which take one item after another; n_blas: of BLAS's in each."""
     if len(items) < 2:
         return [*map(function, items)]
+    with blas_threads(n_blas), pool_of(n_threads) as pool:
+        return list(pool.map(function, items))
 
+
+def pool_of(n_threads):
     from concurrent.futures import ThreadPoolExecutor  # only here: its import takes milliseconds
 
-    with blas_threads(n_blas), ThreadPoolExecutor(n_threads) as pool:
-        return list(pool.map(function, items))
+    return ThreadPoolExecutor(n_threads)

@@ -633,4 +633,5 @@ if __name__ == "__main__":
     else:
         import cli
 
+        cli.need("numpy", "regex", "tqdm")
         cli.run(main)

@@ -1,5 +1,6 @@
 """backends/products.py: products of a few rows, by several threads, are those of x @ w."""
 
+import contextlib
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from backends import products
-from backends.products import by_tiles, here, product, sharing
+from backends.products import by_tiles, here, product, shared_by
 
 
 def matrix(k, n, is_transposed):
@@ -24,17 +25,27 @@ def assert_product(y, x, w):
     np.testing.assert_allclose(y, x.astype(np.float64) @ w, rtol=0, atol=1e-6 * len(w))
 
 
+def shared(n, small_kernels=False, pool=None):
+    """Has products shared in n."""
+    stack = contextlib.ExitStack()
+    pool = pool or stack.enter_context(ThreadPoolExecutor(max(n - 1, 1), "ours"))
+    stack.enter_context(shared_by(pool, small_kernels))
+    here.n = n
+    return stack
+
+
 @pytest.mark.parametrize("small_kernels", [False, True])
 @pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize(("k", "n"), [(768, 2304), (3072, 768), (128, 50_257), (80, 240), (1, 500), (97, 89), (33, 1)])
-@pytest.mark.parametrize("n_shares", [2, 3, 16])
-def test_shares_of_any_matrix_make_its_product_with_2_to_33_rows(k, n, is_transposed, n_shares, small_kernels):
+@pytest.mark.parametrize(("k", "n"), [(768, 2304), (3072, 768), (128, 5027), (80, 240), (1, 500), (97, 89), (33, 1)])
+def test_shares_of_any_matrix_make_its_product_the_same_for_any_number_of_threads(k, n, is_transposed, small_kernels):
     w = matrix(k, n, is_transposed)
-    with ThreadPoolExecutor(n_shares) as pool, sharing(pool, small_kernels):
-        here.n = n_shares
-        for m in (1, 2, 4, 5, 32, 33):
-            x = rows(m, k)
-            assert_product(product(x, w), x, w)
+    for m in (1, 2, 4, 5, 24, 25):
+        x, ys = rows(m, k), []
+        for n_shares in (1, 2, 3, 16):
+            with shared(n_shares, small_kernels):
+                ys.append(product(x, w))
+        assert_product(ys[0], x, w)
+        assert all(np.array_equal(y, ys[0]) for y in ys)
 
 
 @pytest.fixture
@@ -51,60 +62,63 @@ def sharers(monkeypatch):
 
 
 def test_this_thread_takes_a_share_and_those_of_the_pool_the_others(sharers):
-    with ThreadPoolExecutor(2, "ours") as pool, sharing(pool, False):
-        here.n = 3
+    with shared(3):
         product(rows(2, 768), matrix(768, 768, False))
     assert sorted(sharers) == ["MainThread", "ours", "ours"]
 
 
-@pytest.mark.parametrize(("m", "n_shares"), [(1, 2), (33, 2), (2, 1)])
-def test_one_row_and_many_rows_and_one_share_are_left_to_blas(m, n_shares, sharers):
-    with ThreadPoolExecutor(2) as pool, sharing(pool, False):
-        here.n = n_shares
+@pytest.mark.parametrize(("m", "small_kernels"), [(1, False), (5, False), (1, True), (25, True)])
+def test_one_row_and_many_rows_are_left_to_blas(m, small_kernels, sharers):
+    with shared(2, small_kernels):
         product(rows(m, 768), matrix(768, 768, False))
     assert sharers == []
 
 
 def test_neither_another_thread_shares_nor_this_one_afterwards(sharers):
     x, w = rows(2, 768), matrix(768, 768, False)
-    with ThreadPoolExecutor(2) as pool, sharing(pool, False):
-        here.n = 2
+    with ThreadPoolExecutor(2) as pool, shared(2, pool=pool):
         pool.submit(product, x, w).result()
     product(x, w)
     assert sharers == []
 
 
 def test_an_error_in_a_share_is_the_callers(monkeypatch):
-    def fails(x, w, small_kernels):
+    def fails(*args):
         if threading.current_thread() is not threading.main_thread():
             raise MemoryError("no room")
-        return by_tiles(x, w, small_kernels)
+        return by_tiles(*args)
 
     monkeypatch.setattr(products, "by_tiles", fails)
     x, w = rows(2, 768), matrix(768, 768, False)
-    with ThreadPoolExecutor(1) as pool, sharing(pool, False):
-        here.n = 2
-        with pytest.raises(MemoryError, match="no room"):
-            product(x, w)
-    assert (here.n, here.pool) == (1, None)
+    with shared(2), pytest.raises(MemoryError, match="no room"):
+        product(x, w)
 
 
-@pytest.mark.parametrize(
-    ("m", "is_transposed", "small_kernels"), [(4, False, False), (8, False, True), (8, True, False)]
-)
-def test_tiles_are_read_where_they_lie(m, is_transposed, small_kernels):
-    x, w = rows(m, 768), matrix(768, 3072, is_transposed)
-    by_tiles(x, w, small_kernels)
-    tracemalloc.start()
-    by_tiles(x, w, small_kernels)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+@pytest.mark.parametrize("small_kernels", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_tiles_are_read_where_they_lie(is_transposed, small_kernels):
+    x, w = rows(4, 768), matrix(768, 3072, is_transposed)
+    with shared(1, small_kernels):
+        product(x, w)
+        tracemalloc.start()
+        product(x, w)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     assert peak < w.nbytes / 8
 
 
-def test_tiles_of_gpt2_are_small_enough_for_kernels_of_small_matrices():
-    """With 20 rows: m * k * n <= 100**3, and m * n <= 1200 for wte.T, as OpenBLAS has it."""
-    (height, width), m = products.TILE, 20
-    assert m * height * width <= 100**3
-    assert m * 1536 * products.TILE_T <= 100**3
-    assert m * products.TILE_T <= 1200
+@pytest.mark.parametrize("n_embd", [768, 1024, 1280, 1600])
+def test_tiles_of_every_gpt2_are_small_enough_for_the_kernels_for_small_matrices(n_embd, monkeypatch):
+    def checked(x, w, height, width, small_kernels):
+        m = len(x)
+        assert m * height * width <= 100**3
+        if w.strides[0] == w.itemsize:
+            assert m * width <= 1200
+            assert height >= 32
+        return by_tiles(x, w, height, width, small_kernels)
+
+    monkeypatch.setattr(products, "by_tiles", checked)
+    with shared(1, small_kernels=True):
+        for k, n in ((1, 3), (1, 1), (1, 4), (4, 1)):
+            product(rows(products.FEW, k * n_embd), np.ones((k * n_embd, n * n_embd), np.float32))
+        product(rows(products.FEW, n_embd), np.ones((500, n_embd), np.float32).T)

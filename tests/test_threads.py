@@ -1,5 +1,6 @@
 """The cores: counted as the machine allows, used as they are free, and prompts read by several threads at once."""
 
+import gc
 import os
 import pathlib
 import time
@@ -23,7 +24,7 @@ from conftest import (
 
 import gpt2
 from backends import arrays, on_numpy, threads, with_cache
-from backends.products import here
+from backends.products import here, shared_by
 
 N_HEAD = HPARAMS["n_head"]
 LONG = HPARAMS | {"n_ctx": 400}
@@ -166,39 +167,28 @@ def test_a_larger_one_may_take_all_cores_that_blas_may_use_or_fewer(
     n_cores, n_blas, expected, long_params, monkeypatch
 ):
     monkeypatch.setattr(threads, "SMALL", 0)
-    monkeypatch.setattr(threads, "blas", lambda: (None, None, "Haswell"))
+    monkeypatch.setattr(threads, "blas", lambda: (None, None))
     monkeypatch.setattr(threads, "n_cores", lambda: n_cores)
     monkeypatch.setattr(threads.outside, "n_blas", lambda: n_blas)
     assert threads.thread_counts(long_params) == expected
 
 
-@pytest.mark.parametrize(
-    ("counts", "n_rows", "expected"),
-    [
-        ([6, 3, 1], 1, [(1, 6), (1, 3), (1, 1)]),
-        ([6, 3, 1], 2, [(6, 1), (1, 6), (1, 3), (1, 1)]),
-        ([2], 32, [(2, 1), (1, 2)]),
-        ([2], 33, [(1, 2)]),
-        ([1], 8, [(1, 1)]),
-    ],
-)
-def test_products_of_a_few_rows_may_be_shared_by_threads_of_ours_with_one_of_blas_in_each(counts, n_rows, expected):
-    assert threads.ways(counts, n_rows) == expected
-
-
-@pytest.mark.parametrize(("kernels", "expected"), [("SkylakeX", True), ("Haswell", False)])
-def test_openblas_has_kernels_for_small_matrices_with_avx512_alone(kernels, expected, monkeypatch):
-    monkeypatch.setattr(threads, "blas", lambda: (None, None, kernels))
-    assert threads.has_small_kernels() == expected
-    monkeypatch.setattr(threads, "blas", lambda: None)
-    assert not threads.has_small_kernels()
-
-
-def test_the_kernels_are_those_that_openblas_says_it_has():
+def test_openblas_has_kernels_for_small_matrices_on_x86_where_it_takes_those_for_avx512():
     if os.name != "posix" or os.uname().machine != "x86_64" or not threads.blas():
         pytest.skip("there is no choice of kernels")
-    code = "from backends import threads; print(threads.blas()[2])"
-    assert command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": "Nehalem"}).stdout == "Nehalem\n"
+    code = "from backends import threads; print(*threads.openblas('get_corename'), threads.has_small_kernels())"
+    assert command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": "Nehalem"}).stdout.endswith("> False\n")
+    flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
+    if flags >= {"avx512f", "avx512dq", "avx512bw", "avx512vl"}:
+        assert command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": "SkylakeX"}).stdout.endswith("> True\n")
+
+
+@pytest.mark.parametrize(("name", "expected"), [(b"SkylakeX", True), (b"COOPERLAKE", True), (b"Zen", False)])
+def test_openblas_says_by_name_which_kernels_it_takes(name, expected, monkeypatch):
+    monkeypatch.setattr(threads, "openblas", lambda *_: (lambda: name,))
+    assert threads.has_small_kernels.__wrapped__() == expected
+    monkeypatch.setattr(threads, "openblas", lambda *_: ())
+    assert not threads.has_small_kernels.__wrapped__()
 
 
 @two_cores
@@ -260,11 +250,14 @@ class Clock:
         self.now, self.times, self.counts = 0.0, times, []
         monkeypatch.setattr(threads.time, "perf_counter", lambda: self.now)
 
+    def n_now(self):
+        return n_blas()
+
     def run(self, pace, n_blocks):
         with threads.blas_threads():
             for _ in pace.of(range(n_blocks)):
-                self.counts.append(n_blas())
-                self.now += self.times[n_blas()]
+                self.counts.append(self.n_now())
+                self.now += self.times[self.n_now()]
 
 
 @two_cores
@@ -273,14 +266,14 @@ class Clock:
 )
 def test_most_blocks_run_with_all_threads_or_with_fewer_where_those_are_clearly_faster(times, best, monkeypatch):
     clock = Clock(monkeypatch, times)
-    clock.run(threads.Pace([(1, 2), (1, 1)]), 2000)
+    clock.run(threads.Pace([2, 1]), 2000)
     assert clock.counts.count(best) > 0.95 * 2000
     assert {*clock.counts[1000:]} == {1, 2}  # the other is tried again
 
 
 @two_cores
 def test_when_a_neighbour_comes_or_goes_the_number_follows(monkeypatch):
-    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([(1, 2), (1, 1)])
+    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([2, 1])
     for slow, expected in ((40, 1), (2, 2)):
         clock.times[2] = slow
         clock.run(pace, 1000)
@@ -291,7 +284,7 @@ def test_when_a_neighbour_comes_or_goes_the_number_follows(monkeypatch):
 @two_cores
 @pytest.mark.parametrize("n_before", [0, 1, 10, 100])
 def test_a_single_mishap_changes_nothing(n_before, monkeypatch):
-    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([(1, 2), (1, 1)])
+    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([2, 1])
     for n_blocks, slow in ((n_before, 2), (1, 5000), (100, 2)):  # the machine slept
         clock.times[2] = slow
         clock.run(pace, n_blocks)
@@ -301,39 +294,68 @@ def test_a_single_mishap_changes_nothing(n_before, monkeypatch):
 
 @two_cores
 def test_a_neighbour_that_stays_is_not_taken_for_a_mishap(monkeypatch):
-    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([(1, 2), (1, 1)])
+    clock, pace = Clock(monkeypatch, {1: 3, 2: 2}), threads.Pace([2, 1])
     clock.run(pace, 100)
     clock.times[2] = 40
     clock.run(pace, 40)
     assert clock.counts[-10:] == [1] * 10
 
 
-class Ways:
-    """A stand-in for gpt2() that notes who shares its products, in the blocks and behind them."""
+class Sharing:
+    """A stand-in for gpt2() that notes how many threads share its products: (ours, BLAS's in each)."""
 
     def __init__(self):
-        self.seen = []
+        self.seen = set()
 
     def __call__(self, ids, blocks, **_):
         for _ in blocks:
-            self.seen.append((here.n, n_blas()))
-        self.seen.append((here.n, n_blas()))
+            self.seen.add((here.n, n_blas()))
+        self.seen.add((here.n, n_blas()))  # and behind the blocks
         return np.zeros((*ids.shape[:-1], 1, 1))
 
 
 @two_cores
 @pytest.mark.parametrize(
-    ("rows", "n_past", "is_shared"),
-    [([[1]] * 4, [3] * 4, True), ([[1] * 10], [0], True), ([[1]], [3], False), ([[1] * 10], [3], False)],
+    ("n_rows", "small_kernels", "expected"),
+    [(1, False, (1, 2)), (2, False, (2, 1)), (4, False, (2, 1)), (5, False, (1, 2)), (5, True, (2, 1))],
 )
-def test_threads_of_ours_share_products_of_a_batch_or_a_prompt_but_not_of_one_text_or_a_draft(
-    rows, n_past, is_shared, long_params, monkeypatch
-):
-    model = with_threads(2, monkeypatch, long_params, len(rows), 40, ways := Ways())
-    model.logits(rows, n_past)
-    assert ways.seen[0] == ((2, 1) if is_shared else (1, 2))
-    assert {n * n_threads for n, n_threads in ways.seen} == {2}
-    assert here.n == 1
+def test_threads_of_ours_share_the_products_of_a_few_texts(n_rows, small_kernels, expected, long_params, monkeypatch):
+    monkeypatch.setattr(on_numpy, "has_small_kernels", lambda: small_kernels)
+    model = with_threads(2, monkeypatch, long_params, n_rows, 40, sharing := Sharing())
+    model.logits([[1]] * n_rows, [3] * n_rows)
+    assert sharing.seen == {expected}
+    assert (here.n, here.pool) == (1, None)
+
+
+@two_cores
+def test_they_are_fewer_where_those_are_clearly_faster(monkeypatch):
+    clock, pace = Clock(monkeypatch, {1: 3}), threads.Pace([2, 1])
+    clock.times = {(2, 1): 40, (1, 1): 3}
+    monkeypatch.setattr(Clock, "n_now", lambda _: (here.n, n_blas()))
+    with shared_by("a pool", False):
+        clock.run(pace, 100)
+    assert clock.counts[4:] == [(1, 1)] * 96
+
+
+def test_the_threads_of_a_model_end_with_it(long_params, monkeypatch):
+    model = with_threads(3, monkeypatch, long_params, 2, 40)
+    model.logits([[1]] * 2, [3] * 2)
+    ours = [*model.pool._threads]
+    assert ours
+    del model
+    gc.collect()
+    for thread in ours:
+        thread.join(TIMEOUT)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("n_rows", [2, 4])
+def test_a_few_texts_have_the_logits_of_each_alone(n_rows, long_params, monkeypatch):
+    prompts = prompts_of_lengths(5, 30, 1, 12)[:n_rows]
+    logits = with_threads(3, monkeypatch, long_params, n_rows, 60).logits(prompts, [0] * n_rows)
+    for row, prompt in zip(logits, prompts, strict=True):
+        alone = gpt2.gpt2(prompt, **long_params, n_head=N_HEAD)
+        np.testing.assert_allclose(row[-1], alone[-1], rtol=0, atol=1e-5 * np.abs(alone).max())
 
 
 # parts of a prompt
