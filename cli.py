@@ -172,7 +172,7 @@ def call(function):
 
 
 def show_help(function):
-    import fire  # only here: its import takes as long as NumPy's
+    import fire  # only here: its import takes two thirds of NumPy's time
 
     name = os.path.basename(sys.argv[0])
     text = fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, name))

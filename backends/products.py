@@ -1,16 +1,16 @@
 """x @ w for a few rows, by threads of ours: those of a batch of a few texts.
 
 Before it multiplies more than one row, OpenBLAS copies w, part by part, into an order that suits many. For a few rows
-that takes longer than all else, and its threads are hardly faster than one. So each of ours has a share of w, and reads
-it as it lies, in tiles that stay in its core's cache:
+that takes longer than all else. So each thread of ours has a share of w, and reads it as it lies, in tiles that stay in
+its core's cache:
 
 - up to VECTORS rows, for one row at a time: the product of one row and a matrix copies nothing.
 - Where OpenBLAS has kernels for small matrices, which copy nothing either, up to FEW rows, for all at once. On x86
   those are for AVX-512, for m * k * n <= 100**3, and if w is transposed, as wte.T is, m * n <= 1200 and k >= 32 (its
   interface/gemm.c, kernel/x86_64/sgemm_small_kernel_permit_skylakex.c).
 
-With neither, `x @ w` is as fast. What comes out is the same for any number of threads. BLAS's own rest meanwhile:
-between two products they stay awake for a while, and would be in the way.
+With more, `x @ w` by BLAS's threads is as fast. What comes out is the same for any number of ours. BLAS's rest
+meanwhile: between two products they stay awake for a while, and would be in the way.
 """
 
 import contextlib
