@@ -7,8 +7,8 @@ import threading
 from backends.arrays import namespace
 from backends.cache import Cache, empty_cache
 from backends.devices import check_memory
-from backends.products import most_rows, shared_by
-from backends.threads import Pace, blas_threads, each, has_small_kernels, pool_of, thread_counts
+from backends.products import Helpers, most_rows, shared_by
+from backends.threads import Pace, blas_threads, each, has_small_kernels, thread_counts
 
 PART = 64, 256  # ids of a prompt that a thread reads at a time: at least, so that products are fast, and at most
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
@@ -24,7 +24,7 @@ class Model:
         self.paces = collections.defaultdict(functools.partial(Pace, counts))  # {shape of ids: Pace}
         self.small_kernels = has_small_kernels()
         shares_pay = 1 < n_rows <= most_rows(self.small_kernels) and self.n_threads > 1
-        self.pool = pool_of(self.n_threads - 1) if shares_pay else None
+        self.helpers = Helpers(self.n_threads - 1) if shares_pay else None
         self.kv_cache = empty_cache(params, n_head, n_rows, n_slots)
 
     def next_ids(self, rows, n_past, n_steps, sampler):
@@ -37,7 +37,7 @@ class Model:
             return self.read_in_parts(rows[0], n_past[0])
         caches = [cache.up_to(max(n_past) + len(rows[0])) for cache in self.kv_cache]
         pace = self.paces[len(rows), len(rows[0])]
-        with blas_threads(), shared_by(self.pool, self.small_kernels):
+        with blas_threads(), shared_by(self.helpers, self.small_kernels):
             return self.run(rows, caches, n_past, n_last, blocks=pace.of(self.params["blocks"]))
 
     def run(self, rows, caches, n_past, n_last, **params):

@@ -15,7 +15,9 @@ meanwhile: between two products they stay awake for a while, and would be in the
 
 import contextlib
 import functools
+import queue
 import threading
+import weakref
 
 VECTORS, FEW = 4, 24  # rows
 TILE = 96, 384  # rows and columns of w at most: 144 KiB, of which a core's second cache has room for two
@@ -23,23 +25,47 @@ TILE_T = 24  # columns of a transposed w, which lie one after another: 72 to 150
 LEAST = 16  # rows or columns of a tile: to call BLAS for fewer takes longer than the product
 
 
-class Shares(threading.local):
-    """How this thread multiplies a few rows, unless pool is None: in n shares, its own and those of pool's threads."""
+class Helpers:
+    """n threads that multiply shares, as long as somebody has this object, and no longer than the program runs."""
 
-    n, pool, small_kernels = 1, None, False
+    def __init__(self, n):
+        self.shares = queue.SimpleQueue()  # of (its number, where its product goes, arguments of by_tiles)
+        for _ in range(n):
+            threading.Thread(target=multiply, args=[self.shares], daemon=True).start()
+        weakref.finalize(self, stop, self.shares, n)
+
+
+def multiply(shares):
+    """Multiplies one share after another, until None comes."""
+    for number, products, share in iter(shares.get, None):
+        try:
+            products.put((number, by_tiles(*share)))
+        except Exception as error:
+            products.put((number, error))
+
+
+def stop(shares, n):
+    for _ in range(n):
+        shares.put(None)
+
+
+class Shares(threading.local):
+    """How this thread multiplies a few rows, unless helpers is None: in n shares, its own and those of helpers."""
+
+    n, helpers, small_kernels = 1, None, False
 
 
 here = Shares()
 
 
 @contextlib.contextmanager
-def shared_by(pool, small_kernels):
-    """Has this thread multiply a few rows in shares for a while, here.n of them; None for pool: as elsewhere."""
-    here.pool, here.small_kernels = pool, small_kernels
+def shared_by(helpers, small_kernels):
+    """Has this thread multiply a few rows in shares for a while, here.n of them; helpers=None: as elsewhere."""
+    here.helpers, here.small_kernels = helpers, small_kernels
     try:
         yield
     finally:
-        here.n, here.pool, here.small_kernels = 1, None, False
+        here.n, here.helpers, here.small_kernels = 1, None, False
 
 
 def most_rows(small_kernels):
@@ -49,7 +75,7 @@ def most_rows(small_kernels):
 
 def product(x, w):  # [m, k], [k, n] -> [m, n]
     """x @ w, of any library; of NumPy and a few rows, within shared_by(), in shares."""
-    if not here.pool or not 1 < len(x) <= most_rows(here.small_kernels):
+    if not here.helpers or not 1 < len(x) <= most_rows(here.small_kernels):
         return x @ w
     import numpy as np  # only here: gpt2.py imports this file before OpenBLAS is told which kernels to use
 
@@ -61,10 +87,21 @@ def product(x, w):  # [m, k], [k, n] -> [m, n]
         shares = [(x, w[:, part]) for part in parts(n, width)]
     else:  # shares of its rows, whose products add up
         shares = [(x[:, part], w[part]) for part in parts(k, height)]
-    futures = [here.pool.submit(by_tiles, *share, height, width, here.small_kernels) for share in shares[1:]]
-    first = by_tiles(*shares[0], height, width, here.small_kernels)
-    ys = [first] + [future.result() for future in futures]
+    ys = in_shares([(*share, height, width, here.small_kernels) for share in shares])
     return np.concatenate(ys, axis=2)[0] if is_transposed else np.concatenate(ys).sum(axis=0)
+
+
+def in_shares(shares):
+    """[by_tiles(*share), ...], the first by this thread, the others by its helpers."""
+    products = queue.SimpleQueue()
+    for number, share in enumerate(shares[1:], 1):
+        here.helpers.shares.put((number, products, share))
+    ys = {0: by_tiles(*shares[0])}
+    for number, y in (products.get() for _ in shares[1:]):
+        if isinstance(y, Exception):
+            raise y
+        ys[number] = y
+    return [ys[number] for number in range(len(shares))]
 
 
 def parts(n, tile):

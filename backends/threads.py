@@ -164,7 +164,7 @@ def blas_threads(n=None):
 
 def use(n):
     """Has n threads multiply: BLAS's, or within shared_by() ours, with one of BLAS's in each."""
-    here.n, n_blas = (n, 1) if here.pool else (1, n)
+    here.n, n_blas = (n, 1) if here.helpers else (1, n)
     set_blas_threads(n_blas)
 
 
@@ -212,11 +212,8 @@ def each(function, items, n_threads, n_blas=1):
     """[function(item), ...], by n_threads threads, which take one item after another; n_blas: of BLAS's in each."""
     if len(items) < 2:
         return [*map(function, items)]
-    with blas_threads(n_blas), pool_of(n_threads) as pool:
-        return list(pool.map(function, items))
 
-
-def pool_of(n_threads):
     from concurrent.futures import ThreadPoolExecutor  # only here: its import takes milliseconds
 
-    return ThreadPoolExecutor(n_threads)
+    with blas_threads(n_blas), ThreadPoolExecutor(n_threads) as pool:
+        return list(pool.map(function, items))

@@ -25,13 +25,12 @@ def assert_product(y, x, w):
     np.testing.assert_allclose(y, x.astype(np.float64) @ w, rtol=0, atol=1e-6 * len(w))
 
 
-def shared(n, small_kernels=False, pool=None):
+@contextlib.contextmanager
+def shared(n, small_kernels=False):
     """Has products shared in n."""
-    stack = contextlib.ExitStack()
-    pool = pool or stack.enter_context(ThreadPoolExecutor(max(n - 1, 1), "ours"))
-    stack.enter_context(shared_by(pool, small_kernels))
-    here.n = n
-    return stack
+    with shared_by(products.Helpers(n - 1), small_kernels):
+        here.n = n
+        yield
 
 
 @pytest.mark.parametrize("small_kernels", [False, True])
@@ -54,17 +53,18 @@ def sharers(monkeypatch):
     names = []
 
     def noted(*args):
-        names.append(threading.current_thread().name.partition("_")[0])
+        names.append(threading.current_thread())
         return by_tiles(*args)
 
     monkeypatch.setattr(products, "by_tiles", noted)
     return names
 
 
-def test_this_thread_takes_a_share_and_those_of_the_pool_the_others(sharers):
+def test_this_thread_takes_a_share_and_its_helpers_the_others(sharers):
     with shared(3):
         product(rows(2, 768), matrix(768, 768, False))
-    assert sorted(sharers) == ["MainThread", "ours", "ours"]
+    assert sharers.count(threading.main_thread()) == 1
+    assert len(sharers) == 3
 
 
 @pytest.mark.parametrize(("m", "small_kernels"), [(1, False), (5, False), (1, True), (25, True)])
@@ -76,7 +76,7 @@ def test_one_row_and_many_rows_are_left_to_blas(m, small_kernels, sharers):
 
 def test_neither_another_thread_shares_nor_this_one_afterwards(sharers):
     x, w = rows(2, 768), matrix(768, 768, False)
-    with ThreadPoolExecutor(2) as pool, shared(2, pool=pool):
+    with ThreadPoolExecutor(1) as pool, shared(2):
         pool.submit(product, x, w).result()
     product(x, w)
     assert sharers == []
@@ -90,8 +90,11 @@ def test_an_error_in_a_share_is_the_callers(monkeypatch):
 
     monkeypatch.setattr(products, "by_tiles", fails)
     x, w = rows(2, 768), matrix(768, 768, False)
-    with shared(2), pytest.raises(MemoryError, match="no room"):
-        product(x, w)
+    with shared(2):
+        with pytest.raises(MemoryError, match="no room"):
+            product(x, w)
+        monkeypatch.undo()
+        assert_product(product(x, w), x, w)  # its helper is there as before
 
 
 @pytest.mark.parametrize("small_kernels", [False, True])

@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import threading
 import time
 
 import numpy as np
@@ -324,7 +325,7 @@ def test_threads_of_ours_share_the_products_of_a_few_texts(n_rows, small_kernels
     model = with_threads(2, monkeypatch, long_params, n_rows, 40, sharing := Sharing())
     model.logits([[1]] * n_rows, [3] * n_rows)
     assert sharing.seen == {expected}
-    assert (here.n, here.pool) == (1, None)
+    assert (here.n, here.helpers) == (1, None)
 
 
 @two_cores
@@ -332,21 +333,36 @@ def test_they_are_fewer_where_those_are_clearly_faster(monkeypatch):
     clock, pace = Clock(monkeypatch, {1: 3}), threads.Pace([2, 1])
     clock.times = {(2, 1): 40, (1, 1): 3}
     monkeypatch.setattr(Clock, "n_now", lambda _: (here.n, n_blas()))
-    with shared_by("a pool", False):
+    with shared_by("helpers", False):
         clock.run(pace, 100)
     assert clock.counts[4:] == [(1, 1)] * 96
 
 
 def test_the_threads_of_a_model_end_with_it(long_params, monkeypatch):
+    before = {*threading.enumerate()}
     model = with_threads(3, monkeypatch, long_params, 2, 40)
     model.logits([[1]] * 2, [3] * 2)
-    ours = [*model.pool._threads]
-    assert ours
+    ours = {*threading.enumerate()} - before
+    assert len(ours) == 2
     del model
     gc.collect()
     for thread in ours:
         thread.join(TIMEOUT)
         assert not thread.is_alive()
+
+
+def test_a_thread_may_generate_a_few_texts_when_the_main_one_has_ended():
+    code = """
+import threading, gpt2, utils
+from backends import on_numpy
+on_numpy.thread_counts = lambda params: [2]
+_, hparams, params = utils.load_encoder_hparams_and_params("shakespeare", "models")
+def late():
+    threading.main_thread().join()
+    print([*map(len, gpt2.generate([[1], [2, 3]], params, hparams["n_head"], 3))])
+threading.Thread(target=late).start()
+"""
+    assert command(code=code, cwd=REPO).stdout == "[3, 3]\n"
 
 
 @pytest.mark.parametrize("n_rows", [2, 4])
