@@ -181,10 +181,10 @@ def test_parts_that_lack_answers_are_made_anew_and_the_others_are_not(cluster, t
     third.write_bytes(kept := whole[third].replace(b'{"prompt"', b'{"kept": 1, "prompt"'))
     done = command(*args, script=SCRIPT, model=tiny, n=3, env=cluster)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert done.stderr == "".join(
-        f"generate_many.py: {part.name} had {n} answers, which were not all, and is answered anew\n"
+    assert sorted(done.stderr.splitlines()) == [  # in the order in which Ray's tasks end
+        f"generate_many.py: {part.name} had {n} answers, which were not all, and is answered anew"
         for part, n in ((first, 0), (second, 3))
-    )
+    ]
     assert {part: part.read_bytes() for part in parts(out)} == whole | {third: kept}
 
 
