@@ -24,7 +24,8 @@ class Model:
         self.paces = collections.defaultdict(functools.partial(Pace, counts))  # {shape of ids: Pace}
         self.small_kernels = has_small_kernels()
         shares_pay = 1 < n_rows <= most_rows(self.small_kernels) and self.n_threads > 1
-        self.helpers = Helpers(self.n_threads - 1) if shares_pay else None
+        may_start = threading.main_thread().is_alive()  # else Python 3.12 starts no thread any more
+        self.helpers = Helpers(self.n_threads - 1) if shares_pay and may_start else None
         self.kv_cache = empty_cache(params, n_head, n_rows, n_slots)
 
     def next_ids(self, rows, n_past, n_steps, sampler):
