@@ -22,7 +22,7 @@ class Model:
         counts = thread_counts(params)
         self.gpt2, self.params, self.n_head, self.n_threads = gpt2, params, n_head, counts[0]
         self.paces = collections.defaultdict(functools.partial(Pace, counts))  # {shape of ids: Pace}
-        self.small_kernels = has_small_kernels()
+        self.small_kernels = n_rows > 1 and has_small_kernels()
         shares_pay = 1 < n_rows <= most_rows(self.small_kernels) and self.n_threads > 1
         may_start = threading.main_thread().is_alive()  # else Python 3.12 starts no thread any more
         self.helpers = Helpers(self.n_threads - 1) if shares_pay and may_start else None
