@@ -334,9 +334,14 @@ def test_a_named_checkpoint_that_is_not_there_is_an_error_that_says_what_is_miss
     assert "lacks model-7.index, model-7.data-00000-of-00001" in error_of(model_dir)
 
 
-@pytest.mark.parametrize(
-    "path", ["../tiny/model.ckpt", "/etc/model.ckpt", "a/b", "..", ".hidden", "C:\\x", "", 'x"y', "*"]
-)
+@pytest.mark.parametrize("folder", ["/content/run1/", "../tiny/", "C:\\\\runs\\\\1\\\\"])
+def test_where_a_checkpoint_was_trained_is_left_out_of_its_name(folder, model_dir, params):
+    rename_checkpoint(model_dir, "model-1000")
+    (model_dir / "checkpoint").write_text(f'model_checkpoint_path: "{folder}model-1000"\n')
+    assert_same(load(model_dir)[2], params)
+
+
+@pytest.mark.parametrize("path", ["..", "a/..", ".hidden", "/etc/", "C:x", "", 'x"y', "*", "a/*"])
 def test_the_file_checkpoint_leads_nowhere_outside_its_folder(path, model_dir):
     (model_dir / "checkpoint").write_text(f'model_checkpoint_path: "{path}"\n')
     assert f"{model_dir / 'checkpoint'} must begin with" in error_of(model_dir)
