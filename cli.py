@@ -63,6 +63,10 @@ def printable(text):
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
+if sys.version_info < (3, 10):  # noqa: UP036  (which knows what pyproject.toml asks for, not what runs)
+    fail(f"needs Python 3.10 or newer, and this is {sys.version.split()[0]}")
+
+
 @contextlib.contextmanager
 def mistakes(kind, where=""):
     """Turns errors of one kind, which are the user's, into one line on stderr and status 1."""
@@ -114,8 +118,6 @@ def run(function, stopped=""):
 
     stopped: what Ctrl-C says before it ends the program.
     """
-    if sys.version_info < (3, 10):  # noqa: UP036  (which knows what pyproject.toml asks for, not what runs)
-        fail(f"needs Python 3.10 or newer, and this is {sys.version.split()[0]}")
     try:
         with on_ctrl_c(functools.partial(end, stopped)):
             call(function)

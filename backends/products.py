@@ -14,7 +14,6 @@ meanwhile: between two products they stay awake for a while, and would be in the
 """
 
 import contextlib
-import functools
 import queue
 import threading
 import weakref
@@ -126,7 +125,6 @@ def by_tiles(x, w, height, width, small_kernels):  # [m, k], [k, n] -> [k/height
     return y if n_tiled == n else np.concatenate([y, (x @ w[:, n_tiled:])[None]], axis=2)
 
 
-@functools.cache
 def divisor(n, most):
     """The largest number, up to most, that divides n."""
     return next(i for i in range(most, 0, -1) if n % i == 0)

@@ -93,7 +93,7 @@ def between(literals, text):
     return [*parts, text[start:end]] if start <= end else None
 
 
-@functools.cache
+@functools.lru_cache(None)  # .cache is newer than Python 3.8, which is told here that it is too old
 def wordings():
     """[(literals, the kind of what is between each two, translation)], those with the longest literals first."""
     split = [(re.split(r"{([sw]?)}", QUOTED.sub(as_one_word, english)), text) for english, text in catalogue().items()]

@@ -33,7 +33,12 @@ import gpt2
 import utils
 from files import checkpoint
 
-OLD_PYTHON = next(pathlib.Path.home().glob(".pyenv/versions/3.9.*/bin/python"), None) or shutil.which("python3.9")
+
+def python(version):
+    """The path of a Python that is here, or None."""
+    here = pathlib.Path.home().glob(f".pyenv/versions/{version}.*/bin/python")
+    return next(here, None) or shutil.which(f"python{version}")
+
 
 # Text
 
@@ -346,10 +351,13 @@ cli.run(gpt2.main)
     assert_one_line_error(result, "gpt2.py: needs Python 3.10 or newer, and this is ")
 
 
-@pytest.mark.skipif(not OLD_PYTHON, reason="there is no Python 3.9 here")
-def test_python_3_9_says_that_it_is_too_old():
-    result = subprocess.run([OLD_PYTHON, REPO / "gpt2.py", "Hello"], capture_output=True, text=True, cwd="/")
-    assert_one_line_error(result, "gpt2.py: needs Python 3.10 or newer, and this is 3.9")
+@pytest.mark.parametrize("script", ["gpt2.py", "utils.py", "examples/finetune.py"])
+@pytest.mark.parametrize("version", ["3.8", "3.9"])
+def test_pythons_before_3_10_say_first_of_all_that_they_are_too_old(version, script):
+    if not (old := python(version)):
+        pytest.skip(f"there is no Python {version} here")
+    result = subprocess.run([old, REPO / script, "Hello"], capture_output=True, text=True, cwd="/")
+    assert_one_line_error(result, f"{pathlib.Path(script).name}: needs Python 3.10 or newer, and this is {version}")
 
 
 def test_cli_py_is_no_command_and_says_where_to_go():
