@@ -77,7 +77,10 @@ def mistakes(kind, where=""):
 
 
 def one_line(error):
-    return "not valid Unicode text" if isinstance(error, UnicodeError) else " ".join(str(error).split())
+    if not isinstance(error, UnicodeError):
+        return " ".join(str(error).split())
+    is_of_bytes = isinstance(error, UnicodeDecodeError) or "\udc80" <= error.object[error.start] <= "\udcff"
+    return "not valid Unicode text: save it as UTF-8" if is_of_bytes else "not valid Unicode text"
 
 
 def is_out_of_memory(error):
@@ -226,7 +229,7 @@ def arguments(argv, function):
     if first.kind is first.VAR_POSITIONAL:
         return words, values
     if len(words) > 1:
-        fail(f"more than one {first.name}, {words[0]!r} and {words[1]!r}: put quotes around one of several words")
+        fail(f"more than one {first.name}, {words[0]!r} and {words[1]!r}: put one of several words in double quotes")
     for name, option in options.items():
         if option.default is option.empty and name not in values and not (option is first and words):
             fail(f"--{name} is needed (see --help)")

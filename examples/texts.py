@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from cli import fail, mistakes, note, open_lines
+from cli import fail, mistakes, note, one_line, open_lines
 
 END = "<|endoftext|>"
 BAR = "|"  # parts the labels of a text in .csv, which has no lists
@@ -168,7 +168,7 @@ def read_structured(path, kinds):
         try:
             document = document_of(value, kinds)
         except ValueError as error:
-            faults[where] = "not valid Unicode text" if isinstance(error, UnicodeError) else error
+            faults[where] = one_line(error)
             continue
         pairs = pairs_of(document["messages"]) if "messages" in document else [document]
         documents += [pair | {"where": f"{path}, {where}"} for pair in pairs]

@@ -218,7 +218,7 @@ def test_a_text_is_printable_on_one_line():
 
 
 def test_words_without_quotes_around_them_are_an_error_that_says_so(run):
-    assert_one_line_error(run("Alan", "Turing"), "put quotes around")
+    assert_one_line_error(run("Alan", "Turing"), "in double quotes")
 
 
 def test_a_flag_without_its_value_is_an_error():

@@ -260,7 +260,7 @@ def test_a_line_that_cannot_be_continued_says_why_and_the_others_are(run, contin
     one, long, no_text, two = map(json.loads, result.stdout.splitlines())
     assert (one["text"], two["text"]) == (continuation("one"), continuation("two"))
     assert "more than the model's context" in long["error"]
-    assert no_text == {"prompt": "caf\ufffd", "error": "not valid Unicode text"}
+    assert no_text == {"prompt": "caf\ufffd", "error": "not valid Unicode text: save it as UTF-8"}
     assert result.stderr == 'gpt2.py: 2 of 4 prompts could not be continued: their lines have an "error"\n'
     assert result.returncode == 1
 

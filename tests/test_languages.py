@@ -298,12 +298,12 @@ def test_a_text_is_translated_and_what_stands_in_it_too_but_for_names_and_what_w
     ("english", "chinese"),
     [
         (
-            "more than one prompt, 'a and b' and 'c, d and e': put quotes around one of several words",
-            "prompt 只能有一个，却给了 'a and b' 和 'c, d and e'：文本里若有空格，请用引号括起来",
+            "more than one prompt, 'a and b' and 'c, d and e': put one of several words in double quotes",
+            "prompt 只能有一个，却给了 'a and b' 和 'c, d and e'：文本里若有空格，请用双引号括起来",
         ),
         (
-            "more than one prompt, \"it's a and b\" and 'a\\'s \" and c': put quotes around one of several words",
-            "prompt 只能有一个，却给了 \"it's a and b\" 和 'a\\'s \" and c'：文本里若有空格，请用引号括起来",
+            "more than one prompt, \"it's a and b\" and 'a\\'s \" and c': put one of several words in double quotes",
+            "prompt 只能有一个，却给了 \"it's a and b\" 和 'a\\'s \" and c'：文本里若有空格，请用双引号括起来",
         ),
         ("'a has b' cannot be read: 'it is empty'", "无法读取 'a has b'：'it is empty'"),
         ("'a' cannot be read: its header is no object", "无法读取 'a'：它的文件头不是对象"),
@@ -355,7 +355,7 @@ def test_a_text_of_more_than_2000_characters_is_as_it_was(in_chinese):
 MISTAKES = {
     "--nope": "没有 --nope 这个参数",
     "--temperatur 1": "是不是想写 --temperature？",
-    "hello world": "请用引号括起来",
+    "hello world": "请用双引号括起来",
     "a --top_k 3": "温度为 0 时总取最可能的词元，--top_k 不起作用",
     "a --temperature x": "temperature 必须是 0",
     "a --n_samples 2": "请加上 --temperature=1",
