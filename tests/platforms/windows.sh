@@ -8,7 +8,8 @@ set -euo pipefail
 repo=$(realpath "$(dirname "$0")/../..") folder=$(realpath -m "$1")
 shift
 unset ${!OPENBLAS_@} ${!PYTHON@} ${!PYTEST_@} ${!GPT2_@} DISPLAY
-export WINEPREFIX=$folder/wine WINEARCH=win64 WINEDEBUG=-all WINEDLLOVERRIDES='ucrtbase=n,b;mscoree,mshtml='
+# no mount manager, which Wine 8 asks about a file's volume whenever Python opens or looks for a file: it took most of a start
+export WINEPREFIX=$folder/wine WINEARCH=win64 WINEDEBUG=-all WINEDLLOVERRIDES='ucrtbase=n,b;mscoree,mshtml,mountmgr.sys='
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 c=$WINEPREFIX/drive_c
 
