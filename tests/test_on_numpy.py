@@ -5,12 +5,10 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from conftest import N_BLAS, REPO, command, link, wild_params
+from conftest import N_BLAS, REPO, command, link, optional, wild_params
 
 sys.path.insert(0, str(REPO / "examples"))
 import lora
-import on_jax
 import on_numpy
 import saving
 import training
@@ -18,6 +16,8 @@ import training
 from backends import threads
 from gpt2 import generate
 from utils import load_encoder_hparams_and_params
+
+torch, on_jax = optional("torch"), optional("on_jax", needs="optax")
 
 HPARAMS = {"n_vocab": 101, "n_ctx": 40, "n_embd": 15, "n_head": 3, "n_layer": 2}
 RECIPE = {"n_steps": 60, "batch_size": 4, "accumulate": 1, "learning_rate": 3e-3, "weight_decay": 0.1, "dropout": 0.0}
