@@ -174,7 +174,8 @@ def test_evaluate_prints_for_several_labels_what_scikit_learn_computes(bar, data
     lines, path = write_several(tmp_path / "a.jsonl", 40, seed=2), tmp_path / "a.jsonl"
     if bar:
         path = tmp_path / "a.csv"
-        path.write_text("text,label\n" + "\n".join(f"{line['text']},{'|'.join(line['label'])}" for line in lines))
+        rows = [f"{line['text']},{'|'.join(line['label'])}" for line in lines]
+        path.write_text("\n".join(["text,label", *rows]), "utf-8")
     answers, labels = predicted(data, lines, "unsure", capsys), sorted(WORDS)
     classify.evaluate(str(path), name="unsure", models_dir=str(data / "models"))
     *figures, _, first, second, third = capsys.readouterr().out.splitlines()
