@@ -46,7 +46,9 @@ def alone(model_dir):
             settle(model_dir)
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows removes no open file: there it stays, and locks nothing
+            if os.name == "nt":
+                f.close()  # Windows removes no file that is open, here or in another process
+            with contextlib.suppress(OSError):
                 os.remove(path)
 
 

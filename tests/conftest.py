@@ -111,6 +111,8 @@ def link(path, to):
     except OSError:
         needs_posix("symbolic links for everybody")
         raise
+    if not os.path.islink(path):
+        needs_posix("symbolic links where it is Wine 8, which makes none and says that it has")
 
 
 def wild_params(hparams, seed=0):

@@ -3,14 +3,9 @@
 import json
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 import pytest
-import sklearn.metrics
-import torch
-from conftest import REPO, assert_one_line_error, command, hugging_face, leaves, wild_params, write_tokenizer
+from conftest import REPO, assert_one_line_error, command, hugging_face, leaves, optional, wild_params, write_tokenizer
 
 sys.path.insert(0, str(REPO / "examples"))
 import classify
@@ -18,6 +13,9 @@ import training
 
 from files.checkpoint import save_checkpoint
 from utils import load_encoder_hparams_and_params
+
+jax, jnp, torch = optional("jax"), optional("jax.numpy"), optional("torch")
+image, metrics = optional("PIL.Image"), optional("sklearn.metrics")
 
 HPARAMS = {"n_vocab": 307, "n_ctx": 24, "n_embd": 35, "n_head": 5, "n_layer": 1}
 WORDS = {"colours": ["red", "green", "blue"], "numbers": ["one", "two", "three"], "ünits": ["mile", "foot", "inch"]}
@@ -85,7 +83,7 @@ def test_jax_finds_in_padded_batches_what_numpy_finds_one_by_one(words):
 def test_the_head_alone_leaves_the_weights_as_they_are_and_adapters_change_some(data):
     _, _, base = load_encoder_hparams_and_params("base", str(data / "models"))
     _, _, params, head, *_ = learn(data, "head", head_only=True)
-    for ours, theirs in zip(*map(jax.tree.leaves, (params, base)), strict=True):
+    for (_, ours), (_, theirs) in zip(leaves(params), leaves(base), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert head["b"].any()
 
@@ -104,10 +102,10 @@ def test_evaluate_prints_what_scikit_learn_computes_and_draws_a_confusion_matrix
     classify.evaluate(f"{data}/held_out.jsonl", name="poor", models_dir=str(data / "models"))
     first, _, *rows = capsys.readouterr().out.splitlines()
     right, labels = [line["label"] for line in lines], sorted(WORDS)
-    accuracy = sklearn.metrics.accuracy_score(right, found)
+    accuracy = metrics.accuracy_score(right, found)
     assert first == f"accuracy {accuracy:.3f}"
     assert accuracy < 1
-    columns = sklearn.metrics.precision_recall_fscore_support(right, found, labels=labels, zero_division=0)
+    columns = metrics.precision_recall_fscore_support(right, found, labels=labels, zero_division=0)
     for label, row, *expected in zip(labels, rows, *columns, strict=True):
         assert row.split()[0] == label
         np.testing.assert_allclose([*map(float, row.split()[1:])], expected, atol=6e-4)
@@ -176,7 +174,8 @@ def test_evaluate_prints_for_several_labels_what_scikit_learn_computes(bar, data
     lines, path = write_several(tmp_path / "a.jsonl", 40, seed=2), tmp_path / "a.jsonl"
     if bar:
         path = tmp_path / "a.csv"
-        path.write_text("text,label\n" + "\n".join(f"{line['text']},{'|'.join(line['label'])}" for line in lines))
+        rows = [f"{line['text']},{'|'.join(line['label'])}" for line in lines]
+        path.write_text("\n".join(["text,label", *rows]), "utf-8")
     answers, labels = predicted(data, lines, "unsure", capsys), sorted(WORDS)
     classify.evaluate(str(path), name="unsure", models_dir=str(data / "models"))
     *figures, _, first, second, third = capsys.readouterr().out.splitlines()
@@ -184,12 +183,12 @@ def test_evaluate_prints_for_several_labels_what_scikit_learn_computes(bar, data
     right = np.array([[label in line["label"] for label in labels] for line in lines], int)
     found = np.array([[*answer["probabilities"].values()] for answer in answers])
     chosen = (found > 0.5).astype(int)
-    accuracy = sklearn.metrics.accuracy_score(right, chosen)
-    nats = np.mean([sklearn.metrics.log_loss(y, p, labels=[0, 1]) for y, p in zip(right.T, found.T, strict=True)])
-    f1 = sklearn.metrics.f1_score(right, chosen, average="micro")
+    accuracy = metrics.accuracy_score(right, chosen)
+    nats = np.mean([metrics.log_loss(y, p, labels=[0, 1]) for y, p in zip(right.T, found.T, strict=True)])
+    f1 = metrics.f1_score(right, chosen, average="micro")
     assert figures == [f"micro F1 {f1:.3f}", f"exact matches {accuracy:.3f}", f"nats per label {nats:.4f}"]
     assert 0 < accuracy < 1
-    columns = sklearn.metrics.precision_recall_fscore_support(right, chosen, zero_division=0)
+    columns = metrics.precision_recall_fscore_support(right, chosen, zero_division=0)
     for label, row, *expected in zip(labels, [first, second, third], *columns, strict=True):
         assert row.split()[0] == label
         np.testing.assert_allclose([*map(float, row.split()[1:])], expected, atol=6e-4)
@@ -348,9 +347,10 @@ def test_a_damaged_head_is_told_in_one_line(change, said, data, words):
 
 
 def test_a_thousand_classes_are_drawn_as_pixels_without_a_font(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, "matplotlib.font_manager", None)
     classify.draw_confusion(tmp_path / "a.png", np.eye(1000, dtype=int), [f"L{i}" for i in range(1000)])
-    pixels = np.asarray(PIL.Image.open(tmp_path / "a.png"))
+    pixels = np.asarray(image.open(tmp_path / "a.png"))
     np.testing.assert_array_equal(pixels, 255 - 255 * np.eye(1000))
 
 
@@ -360,5 +360,6 @@ def test_labels_are_printed_without_what_a_terminal_would_obey():
 
 @pytest.mark.filterwarnings("error")
 def test_labels_in_any_script_and_with_signs_of_mathematics_can_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
     classify.draw_confusion(tmp_path / "a.png", np.eye(3, dtype=int), [r"$\frac{$", "爱情", "战争"])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 """tests/reference/compare.py, with a clone written here in TensorFlow 1's style and a docker that answers by rote."""
 
+import importlib.util
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPO, command
+from conftest import REPO, command, needs_posix
 
 import utils
 from encoder import bytes_to_unicode
@@ -169,12 +170,18 @@ def clone(tmp_path):
 @pytest.fixture
 def docker(tmp_path, monkeypatch):
     """A folder whose file answers, {prompt: text}, is what docker goes by and whose file calls it writes."""
+    needs_posix("programs that begin with #!")
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "docker").write_text(DOCKER_PY.format(python=sys.executable, folder=str(folder)))
     (folder / "docker").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     return folder
+
+
+def needs_tensorflow():
+    if not importlib.util.find_spec("tensorflow"):
+        pytest.skip("tensorflow is not installed")
 
 
 def compare(*arguments):
@@ -194,6 +201,7 @@ def continuation(models_dir, prompt, n=8):
 
 
 def test_clone_that_agrees_is_the_same_for_every_prompt_and_left_as_it_is(models_dir, clone, tmp_path):
+    needs_tensorflow()
     (tmp_path / "prompts.txt").write_text("\n日本 😀\n", encoding="utf-8")
     prompts_file = f"--prompts_file={tmp_path / 'prompts.txt'}"
     done = compare("--logits", "1984", "x\n    y", "--prompts=--hi", prompts_file, *flags(clone, models_dir))
@@ -213,6 +221,7 @@ def test_clone_that_agrees_is_the_same_for_every_prompt_and_left_as_it_is(models
 @pytest.fixture(scope="module")
 def wrong(models_dir, tmp_path_factory):
     """What comes of a clone that errs in the prompt Aha, in the fifth token after any, and in the scale of logits."""
+    needs_tensorflow()
     clone = write_clone(tmp_path_factory.mktemp("wrong"))
     for name, right, wrong in (
         ("encoder", "text.encode", "text.replace('A', 'a').encode"),
@@ -373,6 +382,8 @@ def test_engine_that_fails_is_one_line_with_its_own_words_and_what_to_do(
 
 
 def git(folder, *arguments):
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
     who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     return subprocess.run(["git", "-C", folder, *who, *arguments], capture_output=True, check=True, text=True).stdout
 
@@ -401,6 +412,7 @@ def test_clone_at_another_commit_is_noted_and_a_modified_one_warned_of(models_di
 
 
 def test_clone_that_results_are_stated_for_needs_no_word(models_dir, clone, tmp_path, monkeypatch):
+    needs_posix("programs that begin with #!")
     (clone / ".git").mkdir()
     (tmp_path / "git").write_text(f'#!/bin/sh\n[ "$4" = status ] || echo {COMMIT}\n')
     (tmp_path / "git").chmod(0o755)
@@ -429,8 +441,7 @@ def test_clone_without_git_in_a_repository_is_of_an_unknown_commit(models_dir, c
         (["hello", "--docker", "--logits"], "without --docker"),
     ],
 )
-def test_mistake_is_one_line(models_dir, clone, docker, arguments, what):
-    (docker / "answers").write_text("{}")
+def test_mistake_is_one_line(models_dir, clone, arguments, what):
     given = [flag for flag in flags(clone, models_dir) if flag.split("=")[0] not in " ".join(arguments)]
     assert_mistake(compare(*arguments, *given), what)
 

@@ -34,8 +34,7 @@ def encoder(models_dir):
 @pytest.fixture(scope="module")
 def log_probs(params):
     """The tiny model's log-probabilities of the token behind each of some ids, as transformers computes them."""
-    import torch
-
+    torch = conftest.optional("torch")
     model = conftest.hugging_face(HPARAMS, params)
 
     def log_probs(ids):  # [n_seq] -> [n_seq, n_vocab]
@@ -47,8 +46,7 @@ def log_probs(params):
 
 @pytest.fixture(scope="module")
 def jax_params(params):
-    import jax
-
+    jax = conftest.optional("jax")
     return jax.tree.map(jax.numpy.asarray, params)
 
 
@@ -115,6 +113,7 @@ def test_the_first_token_is_predicted_from_the_end_of_a_text(encoder, params, lo
 
 
 def test_jax_gives_the_same_figures_as_numpy(tiny, tmp_path):
+    pytest.importorskip("jax")
     (tmp_path / "text.txt").write_text(TEXT[:1000], encoding="utf-8")
     numpy, jax = (
         figures(command(tmp_path / "text.txt", "--stride=20", *flags, model=tiny, script=SCRIPT))
@@ -337,6 +336,7 @@ def test_a_bar_named_evaluating_shows_on_a_terminal(tiny, tmp_path):
 
 
 def test_a_file_whose_name_is_no_unicode_is_measured_and_shown(tiny, tmp_path):
+    conftest.needs_posix("names of any bytes")
     path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
     with open(path, "w") as f:
         f.write("one two")
@@ -346,8 +346,9 @@ def test_a_file_whose_name_is_no_unicode_is_measured_and_shown(tiny, tmp_path):
 
 def test_the_heatmap_shows_the_text_as_it_is_with_the_nats_of_every_token(tiny, encoder, params, tmp_path):
     text = 'To <b>be</b> &amp; "not"\nnaïve 東京 🙂'
-    (tmp_path / "<i>.txt").write_text(text, encoding="utf-8")
-    figures(command(tmp_path / "<i>.txt", "--heatmap", tmp_path / "a.html", model=tiny, script=SCRIPT))
+    path = tmp_path / ("i.txt" if os.name == "nt" else "<i>.txt")  # Windows has no such names
+    path.write_text(text, encoding="utf-8")
+    figures(command(path, "--heatmap", tmp_path / "a.html", model=tiny, script=SCRIPT))
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert set(re.findall(r"</?(\w+)", page)) == {"meta", "title", "style", "p", "pre", "span"}
     spans = re.findall(r'<span style="--nats:[\d.]+" title="([\d.]+)">(.*?)</span>', page.split("<pre>")[1], re.DOTALL)

@@ -257,7 +257,7 @@ def test_neither_importing_nor_a_message_changes_the_programs_locale():
         "assert languages.translated('it is empty') != 'it is empty'\n"
         "assert locale.setlocale(locale.LC_ALL) == before"
     )
-    result = command(code=code, env=CHINESE, cwd=REPO)
+    result = command(code=code, env=CHINESE | {"PYTHONIOENCODING": "utf-8"}, cwd=REPO)
     assert (result.returncode, result.stderr) == (0, "")
 
 

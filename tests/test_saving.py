@@ -7,15 +7,15 @@ import pathlib
 import signal
 import sys
 
-import jax
 import numpy as np
-import optax
 import pytest
-from conftest import REPO, assert_one_line_error, command, running
+from conftest import REPO, assert_one_line_error, command, optional, running
 
 sys.path.insert(0, str(REPO / "examples"))
 import saving
 import training
+
+jax, optax = optional("jax"), optional("optax")
 
 SETTINGS = {"n_steps": 4, "batch_size": 2, "evaluate_every": 2, "seed": 0, "dropout": 0.0}
 
@@ -300,7 +300,7 @@ def disk_is_full():
 def test_ctrl_c_while_a_run_saves_is_no_traceback_and_loses_nothing(step, run, tmp_path, monkeypatch):
     def write_and_press(run, folder):
         if run.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         write_state(run, folder)
 
     monkeypatch.setattr(training.Run, "write_state", write_and_press)
@@ -316,7 +316,7 @@ def test_ctrl_c_while_a_run_saves_is_no_traceback_and_loses_nothing(step, run, t
 
 def test_a_stopped_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
     def press(learner, rows, step):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return update(learner, rows, step)
 
     update = Learner.update
