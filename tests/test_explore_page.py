@@ -504,6 +504,28 @@ def test_a_token_or_a_head_of_the_open_block_that_is_chosen_keeps_the_focus(visi
     assert visit.page.locator(button).evaluate("e => e === document.activeElement && e.ariaPressed") == "true"
 
 
+@pytest.mark.parametrize(
+    "button",
+    [
+        "#habits tbody tr:nth-child(3) td button >> nth=1",
+        "#habits .chooser button >> nth=2",
+        "#blocks button >> nth=2",
+        "#tree .node >> text=block 2",
+        "#picture .chooser button >> nth=3",
+        "#code .value >> nth=2",
+        "#seen tbody tr:nth-child(4) td button >> nth=1",
+        "#reasons .bar button >> nth=0",
+        "#going .act >> nth=0",
+    ],
+)
+def test_what_was_pressed_keeps_the_focus_where_all_around_it_is_made_anew(visit, button):
+    visit.page.focus(button)
+    visit.page.keyboard.press("Enter")
+    visit.settle()
+    visit.page.wait_for_selector("#growing mark" if "#going" in button else "#growing")
+    assert visit.page.locator(button).evaluate("e => e === document.activeElement")
+
+
 def test_the_cache_says_with_which_settings_it_draws(visit):
     assert "Draws at temperature 1, top_k 0, top_p 1" in visit.texts("#going")[0]
     visit.page.fill("#controls .control:nth-child(1) input[type=number]", "0")
