@@ -155,7 +155,7 @@ def test_the_weights_of_a_head_are_numpys_and_a_row_sums_to_1(visit, model):
     run = trace.record(ids, **model[2], n_head=model[1]["n_head"])
     weights = run["block 2", "attention", "weights"][3]
     np.testing.assert_allclose(table_of(visit, "#head"), weights, rtol=6e-3, atol=1e-3)
-    assert "sum 1.000 " in visit.texts("#head .rowsum")[0]
+    assert "sum 1.000" in visit.texts("#head .rowsum")[0]
 
 
 def test_of_a_text_that_attention_takes_in_parts_each_row_has_the_name_of_its_token(visit, model):
@@ -177,6 +177,31 @@ def test_of_a_text_that_attention_takes_in_parts_each_row_has_the_name_of_its_to
         visit.page.keyboard.press(key)
     visit.page.wait_for_selector("#chips button[aria-pressed=true]")
     assert visit.page.locator("#chips button").nth(ends[0]).get_attribute("aria-pressed") == "true"
+
+
+def test_in_a_long_text_each_row_of_weights_has_all_colours_up_to_its_largest_number(visit, model):
+    text = " ".join(f"My lord {i}, the king {i}" for i in range(12))
+    visit.type(text)
+    ids = ids_of(model, text)
+    weights = trace.attention_weights(trace.record(ids, **model[2], n_head=model[1]["n_head"]), 0)[2]
+    assert weights[-1].max() < 0.1 < weights.max() / 9  # on one scale for all rows the last would be pale
+    visit.page.click("#thumbs button >> nth=2")
+    numbers = f"Float32Array.from({json.dumps(weights.ravel().tolist())})"
+    script = f"[...m.pixels({numbers}, {len(ids)}, {len(ids)}).getContext('2d').getImageData(0, 0, 999, 999).data]"
+    red = np.array(visit.import_("heat", script)).reshape(999, 999, 4)[: len(ids), : len(ids), 0]
+    shares = weights / weights.max(axis=-1, keepdims=True)
+    np.testing.assert_allclose(red, 255 + shares * (23 - 255), atol=0.6)  # from white to the blue of page.css
+    assert "the largest of its row" in visit.texts("#head .legend")[0]
+
+
+def test_a_row_of_the_stream_says_how_long_a_tokens_row_is_on_average(visit, model):
+    visit.type(TEXT)
+    run = trace.record(ids_of(model, TEXT), **model[2], n_head=model[1]["n_head"])
+    x = [value.array for value in run.root.values if value.name == "x"][1]
+    mean = np.linalg.norm(x, axis=-1).mean()
+    visit.page.wait_for_selector("#stream .rowsum")
+    assert visit.texts("#stream .rowsum") == [f"block 0: a token's row is {mean:.1f} long on average"]
+    assert visit.texts("#head .rowsum")[0].endswith(": sum 1.000")
 
 
 def test_the_source_stays_where_it_is_scrolled_to_while_its_lines_are_chosen(visit):

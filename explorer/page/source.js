@@ -186,9 +186,9 @@ function drawing(value, data) {
   if (inner.length === 1) return [...cut, skyline(part), oneRow(part)];
   const first = firstQuery(value, rows[1]);
   const [rowNames, columnNames] = [namesOf(rows, first), namesOf(columns, first)];
-  const about = `${value.name}, ${axesText(value.axes)}`;
-  const map = { data: part, n_rows: rows[1], n_columns: columns[1], first: rowNames && rows[0] !== "n_head" ? first : 0, rows: rowNames, columns: columnNames, about };
   const areTokens = rowNames && rows[0] !== "n_head";
+  const about = `${value.name}, ${axesText(value.axes)}`;
+  const map = { data: part, n_rows: rows[1], n_columns: columns[1], first: areTokens ? first : undefined, rows: rowNames, columns: columnNames, about };
   map.row = rows[0] === "n_head" ? app.head : 0;
   if (areTokens) map.row = app.token >= first && app.token < first + rows[1] ? app.token - first : undefined;
   if (areTokens) map.onrow = (row) => first + row !== app.token && change({ token: first + row });
