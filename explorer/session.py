@@ -336,9 +336,8 @@ class Session:
     def value(self, call, value, sizes):
         told = {"name": value.name, "line": value.line, "argument": value.is_argument}
         told["axes"] = [[name, n] for name, n in zip(axes_of(call, value, sizes), value.shape, strict=True)]
-        known = [names for names in value.statement.before if all(source.size_of(name, sizes) for name in names)]
-        if known and not value.is_argument:
-            told["before"] = [[name, source.size_of(name, sizes)] for name in known[0]]
+        if before := axes_before(call, value, sizes):
+            told["before"] = before
         if value.array is None or (value.is_weight and not self.weights_too):
             return told
         if not value.shape:
@@ -370,6 +369,23 @@ def axes_of(call, value, sizes):
         names = call.function.head.before[place : place + 1]
     over_keys = value.name in ("scores", "weights", "mask", "hidden") or call.function.name == "softmax"
     return source.named(value.shape, names[0] if names else [], sizes, over_keys)
+
+
+def axes_before(call, value, sizes):
+    """What a line makes an array from: [[name, n], ...] of its axes, as the comment says, or as it read them. Or none."""
+    if value.is_argument:
+        return []
+    for names in value.statement.before:
+        if all(source.size_of(name, sizes) for name in names):
+            return [[name, source.size_of(name, sizes)] for name in names]
+    if value.statement.before:
+        return []
+    earlier = [*itertools.takewhile(lambda other: other.statement is not value.statement, call.values)]
+    read = [other for other in earlier if other.name in value.statement.reads and other.shape]
+    after = [*zip(axes_of(call, value, sizes), value.shape, strict=True)]
+    before = [*zip(axes_of(call, read[-1], sizes), read[-1].shape, strict=True)] if read else []
+    is_part = len(before) == len(after) + 1 > 1 and {*after} < {*before}  # such as q, one of three along an axis of x
+    return [[*axis] for axis in before] if is_part else []
 
 
 def habits(weights, ids):

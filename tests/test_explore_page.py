@@ -222,6 +222,20 @@ def test_a_line_selects_its_picture_and_says_what_it_does_to_the_axes(visit, mod
     assert visit.page.locator(".line.here code").inner_text().strip().startswith("x = x.reshape")
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_the_line_that_takes_q_k_and_v_apart_shows_which_axis_goes_and_which_change_places(visit, name):
+    visit.page.click("#tree >> text=mha")
+    line = visit.page.locator(".line.ran", has_text="q, k, v = (x[..., i, :, :].swapaxes(-3, -2)")
+    line.locator(".value", has=visit.page.locator(f"b:text-is('{name}')")).click()
+    visit.page.wait_for_selector(f"#picture h3:has-text('{name}')")
+    boxes = visit.page.locator("#picture .change svg text").all_text_contents()
+    assert boxes == ["n_seq 12", "3", "n_head 5", "n_embd/n_head 32", "n_head 5", "n_seq 12", "n_embd/n_head 32"]
+    assert visit.page.locator("#picture .change rect.taken").count() == 1
+    assert visit.page.locator("#picture .change line").count() == 3
+    left = "[n_seq, n_head, n_embd/n_head], becomes [n_head, n_seq, n_embd/n_head]"
+    assert visit.texts("#picture .change p")[0].startswith(f"{name} is one of the 3 along the axis 3. What is left, {left}")
+
+
 def test_the_source_is_gpt2_py_as_it_stands_on_disk(visit):
     visit.page.check("#whole")
     lines = visit.page.locator("#code .line code").all_inner_texts()

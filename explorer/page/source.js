@@ -2,7 +2,7 @@
 
 import { app, callAt, change } from "./app.js";
 import { numbers } from "./api.js";
-import { axesText, choice, el, number, place, tokenText } from "./dom.js";
+import { axesText, choice, counted, el, number, place, tokenText } from "./dom.js";
 import { heatMap, skyline } from "./heat.js";
 import { t } from "./words.js";
 
@@ -236,16 +236,19 @@ function namesOf([name, n], first) {
 function changeOfAxes(value) {
   const before = value.before;
   if (!before || value.name === "return" || String(before) === String(value.axes) || before.length + value.axes.length < 4) return [];
+  const taken = takenAxis(before, value.axes);
+  const left = before.filter((axis) => axis !== taken);
   const product = (axes) => axes.reduce((total, [, n]) => total * n, 1);
-  if (product(before) !== product(value.axes)) return [];
+  if (product(left) !== product(value.axes)) return [];
   const names = (axes) => axes.map(([name]) => name);
-  const links = isSwap(before, value.axes) ? swapLinks(before, value.axes) : groupLinks(before, value.axes);
-  const sentence = isSwap(before, value.axes)
-    ? t("axesSwap", names(before).join(", "), names(value.axes).join(", "))
+  const links = isSwap(left, value.axes) ? swapLinks(before, value.axes) : groupLinks(before, value.axes);
+  const swap = [names(left).join(", "), names(value.axes).join(", ")];
+  const sentence = taken ? t("axesTaken", value.name, counted(taken[1]), taken[0], ...swap)
+    : isSwap(before, value.axes) ? t("axesSwap", ...swap)
     : groupLinks(before, value.axes).filter(([from, to]) => from.length !== to.length).map(([from, to]) => (from.length < to.length
       ? t("axesSplit", names(from.map((i) => before[i])).join(" × "), names(to.map((i) => value.axes[i])).join(" × "))
       : t("axesMerge", names(from.map((i) => before[i])).join(" × "), names(to.map((i) => value.axes[i])).join(" × ")))).join(" ");
-  return [el("div", { class: "change" }, axesDrawing(before, value.axes, links), el("p", {}, sentence))];
+  return [el("div", { class: "change" }, axesDrawing(before, value.axes, links, taken), el("p", {}, sentence))];
 }
 
 // Along which axis a function works that takes each row apart.
@@ -277,8 +280,14 @@ function svg(name, properties, ...children) {
   return element;
 }
 
+// Where all axes but one are still there, that one, of which a place was taken.
+function takenAxis(before, after) {
+  const gone = before.filter((axis) => !after.some((other) => String(other) === String(axis)));
+  return before.length === after.length + 1 && gone.length === 1 ? gone[0] : null;
+}
+
 const isSwap = (before, after) => String(before.map(String).sort()) === String(after.map(String).sort());
-const swapLinks = (before, after) => before.map((axis, i) => [[i], [after.findIndex((other) => String(other) === String(axis))]]);
+const swapLinks = (before, after) => before.map((axis, i) => [[i], after.flatMap((other, j) => (String(other) === String(axis) ? [j] : []))]);
 
 // Which axes become which, where they keep their order: groups of the same number of numbers.
 function groupLinks(before, after) {
@@ -296,7 +305,8 @@ function groupLinks(before, after) {
   return groups;
 }
 
-function axesDrawing(before, after, links) {
+// taken: the axis of which a place was taken, which leads nowhere, or null.
+function axesDrawing(before, after, links, taken) {
   const [width, box, row] = [420, 30, 34];
   const label = ([name, n]) => (name === String(n) ? name : `${name} ${n}`);
   const weight = (axis) => Math.max(4, label(axis).length + 1); // a box as wide as its name
@@ -305,7 +315,7 @@ function axesDrawing(before, after, links) {
   const wide = (axes, i) => (width * weight(axes[i])) / whole(axes);
   const middle = (axes, i) => left(axes, i) + wide(axes, i) / 2;
   const boxes = (axes, y) => axes.flatMap((axis, i) => [
-    svg("rect", { x: left(axes, i) + 3, y, width: wide(axes, i) - 6, height: box, rx: 4 }),
+    svg("rect", { x: left(axes, i) + 3, y, width: wide(axes, i) - 6, height: box, rx: 4, class: axis === taken ? "taken" : "" }),
     svg("text", { x: middle(axes, i), y: y + 20, "text-anchor": "middle" }, label(axis)),
   ]);
   const lines = links.flatMap(([from, to]) => from.flatMap((i) => to.map((j) => svg("line", { x1: middle(before, i), y1: box + 1, x2: middle(after, j), y2: box + row }))));
