@@ -179,6 +179,20 @@ def test_of_a_text_that_attention_takes_in_parts_each_row_has_the_name_of_its_to
     assert visit.page.locator("#chips button").nth(ends[0]).get_attribute("aria-pressed") == "true"
 
 
+def test_what_attention_2_is_of_a_long_text_is_said_where_it_is_met(visit):
+    attention = "#tree button:text-is('attention')"
+    visit.page.click(attention)
+    assert "queries" not in visit.texts("#code .what")[0]
+    visit.type("my lord " * 40)
+    n = visit.page.locator("#chips .token").count()
+    for call in (attention, "#tree button:text-is('attention #2')", "#tree button:text-is('causal_attention')"):
+        visit.page.click(call)
+        said = f"attention has those of the tokens 0 to 63; attention #2 has those of the tokens 64 to {n - 1}."
+        assert visit.texts("#code .what")[0].endswith(said)
+    visit.page.click("[data-language=zh]")
+    assert f"attention 是词元 0 到 63 的；attention #2 是词元 64 到 {n - 1} 的。" in visit.texts("#code .what")[0]
+
+
 def test_in_a_long_text_each_row_of_weights_has_all_colours_up_to_its_largest_number(visit, model):
     text = " ".join(f"My lord {i}, the king {i}" for i in range(12))
     visit.type(text)

@@ -72,12 +72,26 @@ function showCode() {
   const picture = document.getElementById("picture"); // which may be among the lines that go
   if (lines.length < all.length) rows[docFirst - first].querySelector("code").append(unfold(docLast - docFirst));
   place("code",
-    el("p", { class: "what" }, t(`about_${opened.function}`)),
+    el("p", { class: "what" }, t(`about_${opened.function}`), ...inParts(opened)),
     el("div", { class: "lines", role: "region", tabindex: "0", "aria-label": t("sourceOf", app.about.file, opened.function) }, ...rows),
     el("p", { class: "hint" }, el("label", {}, toggle, ` ${t("wholeFile", app.about.file)}`)));
   putPicture(picture);
   const top = wholeFile ? document.querySelector(`[data-line="${first}"]`).offsetTop - 40 : 0;
   document.querySelector("#code .lines").scrollTop = scrolled || top;
+}
+
+// Of a long text, which queries each call of attention has, where that is one of several.
+function inParts(opened) {
+  const whole = opened.function === "attention" ? callAt(app.path.slice(0, -1)) : opened;
+  const parts = whole.calls.filter((child) => child.function === "attention");
+  if (parts.length < 2) return [];
+  let first = 0;
+  const said = parts.map(({ label, values }) => {
+    const n = values.find((value) => value.name === "q").axes.at(-2)[1];
+    first += n;
+    return t("partHas", label, first - n, first - 1);
+  });
+  return [" ", t("inParts", said.join(t("semicolon")))];
 }
 
 // Beside the code; on a narrow screen, under the line whose picture it is.
