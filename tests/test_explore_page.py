@@ -698,6 +698,34 @@ def test_a_saved_page_says_what_it_had_no_room_for(browser, model, tmp_path, mon
     visit.context.close()
 
 
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_list_of_contents_leads_to_each_section_by_keyboard(browser, url, width):
+    visit = Visit(browser, url, width=width)
+    assert visit.page.locator("#contents").bounding_box()["height"] < 45  # one line
+    links = visit.page.locator("#contents a").all()
+    assert len(links) == visit.page.locator("section h2").count() == 9
+    for before, link, title in zip([None, *links], links, visit.texts("section h2"), strict=False):
+        visit.page.focus("[data-language=zh]") if before is None else before.focus()
+        visit.page.keyboard.press("Tab")
+        assert link.evaluate("e => e === document.activeElement")
+        box = link.bounding_box()
+        assert 0 <= box["x"]
+        assert box["x"] + box["width"] <= width
+        visit.page.keyboard.press("Enter")
+        assert visit.page.evaluate("document.activeElement.innerText") == title
+        assert 0 <= visit.page.locator("h2:focus").bounding_box()["y"] < 900
+    visit.context.close()
+
+
+@pytest.mark.parametrize("link", [".skip", "#contents a >> nth=1"])
+def test_a_page_that_is_loaded_anew_after_a_link_within_it_still_has_its_key(visit, link):
+    visit.page.focus(link)
+    visit.page.keyboard.press("Enter")
+    visit.page.reload()
+    visit.settle()
+    assert visit.page.locator("#chips .token").count() == 12
+
+
 @pytest.mark.parametrize("width", [360, 640, 1280])
 def test_the_page_is_never_wider_than_the_screen(browser, url, width):
     visit = Visit(browser, url, width=width)

@@ -177,6 +177,18 @@ document.getElementById("prompt").addEventListener("keydown", (event) => {
 document.getElementById("start").addEventListener("click", () => walk(0));
 document.addEventListener("keydown", (event) => event.key === "Escape" && !document.getElementById("walk").hidden && walk(-1));
 
+// Within the page a link scrolls, and leaves the address alone: behind its # is the key, which is needed when it is loaded anew.
+for (const link of document.querySelectorAll("a[href^='#']")) {
+  link.addEventListener("click", (event) => {
+    event.preventDefault();
+    const heading = document.querySelector(`${link.getAttribute("href")} h2`);
+    heading.parentElement.scrollIntoView();
+    heading.tabIndex = -1;
+    heading.focus({ preventScroll: true });
+  });
+  link.addEventListener("focus", () => link.scrollIntoView({ block: "nearest" })); // on a narrow screen not all are in view
+}
+
 for (const button of document.querySelectorAll("[data-language]")) {
   button.addEventListener("click", () => {
     setLanguage(button.dataset.language);
