@@ -608,9 +608,28 @@ def test_the_walk_has_ten_steps_and_can_be_left(visit):
     assert visit.page.locator("#walk").is_hidden()
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_the_walk_shows_what_each_step_is_about_above_its_card(browser, url, width):
-    visit = Visit(browser, url, width=width)
+def test_on_a_narrow_screen_the_card_of_the_walk_stands_before_what_it_is_about_and_covers_nothing(browser, url):
+    visit = Visit(browser, url, width=360)
+    visit.page.set_viewport_size({"width": 360, "height": 640})
+    visit.page.click("#start")
+    for i in range(1, 11):
+        visit.settle()
+        card, subject = (visit.page.locator(what).bounding_box() for what in ("#walk", ".walked"))
+        assert -1 <= card["y"] <= 20, i
+        assert 0 <= subject["y"] - card["y"] - card["height"] < 30, i
+        visit.page.evaluate("scrollBy(0, 300)")
+        assert visit.page.locator("#walk").bounding_box()["y"] == pytest.approx(card["y"] - 300, abs=1)
+        if i == 6:  # another line: the card stays where it was
+            visit.page.locator(".line.ran .value").first.click()
+            visit.settle()
+            assert visit.page.evaluate("document.querySelector('#walk + [data-line] code').innerText.includes('softmax')")
+        visit.page.click("#walk .act")
+    assert visit.page.locator("#walk").is_hidden()
+    visit.context.close()
+
+
+def test_the_walk_shows_what_each_step_is_about_above_its_card(browser, url):
+    visit = Visit(browser, url)
     visit.page.click("#start")
     for i in range(1, 11):
         visit.settle()

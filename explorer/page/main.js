@@ -10,7 +10,7 @@ import { lookThrough } from "./lens.js";
 import { makeControls, showNext } from "./next.js";
 import { narrow, openCall, showPicture, showSource } from "./source.js";
 import { showChips, showToken } from "./tokens.js";
-import { showWalk, walk } from "./walk.js";
+import { placeWalk, showWalk, walk } from "./walk.js";
 import { showWhy } from "./why.js";
 import { language, setLanguage, t, translate } from "./words.js";
 
@@ -127,6 +127,7 @@ async function begin() {
   makeControls();
   makeExperiments();
   when(["path", "value"], showSource);
+  when(["path", "value"], placeWalk); // which may stand among the lines that were shown
   when(["value", "head", "token"], showPicture);
   when(["run"], showChips);
   when(["run", "token"], showToken);
@@ -175,7 +176,7 @@ document.getElementById("prompt").addEventListener("keydown", (event) => {
 });
 
 document.getElementById("start").addEventListener("click", () => walk(0));
-document.addEventListener("keydown", (event) => event.key === "Escape" && !document.getElementById("walk").hidden && walk(-1));
+document.addEventListener("keydown", (event) => event.key === "Escape" && document.body.classList.contains("walking") && walk(-1));
 
 // Within the page a link scrolls, and leaves the address alone: behind its # is the key, which is needed when it is loaded anew.
 for (const link of document.querySelectorAll("a[href^='#']")) {
