@@ -113,8 +113,8 @@ class Session:
         others = [i for i in range(self.n_layer) if i != self.block]
         if n_blocks > 1:
             run |= self.recorded(run["ids"], [self.block, *others[: n_blocks - 1]])
-        lens = self.lens(run["ids"], [*range(len(run["ids"]))][-8:])
-        return {"about": self.about(), "first": self.first(), "run": run, "lens": lens, "why": self.why(run["ids"])}
+        answers = {"about": self.about(), "first": self.first(), "run": run, "why": self.why(run["ids"])}
+        return answers | {"lens": self.lens_of_all(run["ids"])}
 
     def recorded(self, ids, blocks, off=()):
         params = self.switched_off(off)
@@ -154,6 +154,15 @@ class Session:
         return {
             "positions": positions,
             "rows": [[view(row, i) for row, i in zip(rows, final, strict=True)] for rows in logits],
+        }
+
+    def lens_of_all(self, ids):
+        """What the lens sees at every position."""
+        starts = range(0, len(ids), N_LENS)
+        parts = [self.lens(ids, [*range(len(ids))][start : start + N_LENS])["rows"] for start in starts]
+        return {
+            "positions": [*range(len(ids))],
+            "rows": [[*itertools.chain(*rows)] for rows in zip(*parts, strict=True)],
         }
 
     def why(self, ids, token=None, other=None):
@@ -372,7 +381,7 @@ def axes_of(call, value, sizes):
 
 
 def axes_before(call, value, sizes):
-    """What a line makes an array from: [[name, n], ...] of its axes, as the comment says, or as it read them. Or none."""
+    """The axes of what a line makes an array from, [[name, n], ...]: those of its comment, or of what it read; or none."""
     if value.is_argument:
         return []
     for names in value.statement.before:

@@ -247,7 +247,9 @@ def test_the_line_that_takes_q_k_and_v_apart_shows_which_axis_goes_and_which_cha
     assert visit.page.locator("#picture .change rect.taken").count() == 1
     assert visit.page.locator("#picture .change line").count() == 3
     left = "[n_seq, n_head, n_embd/n_head], becomes [n_head, n_seq, n_embd/n_head]"
-    assert visit.texts("#picture .change p")[0].startswith(f"{name} is one of the 3 along the axis 3. What is left, {left}")
+    assert visit.texts("#picture .change p")[0].startswith(
+        f"{name} is one of the 3 along the axis 3. What is left, {left}"
+    )
 
 
 def test_the_source_is_gpt2_py_as_it_stands_on_disk(visit):
@@ -622,7 +624,9 @@ def test_on_a_narrow_screen_the_card_of_the_walk_stands_before_what_it_is_about_
         if i == 6:  # another line: the card stays where it was
             visit.page.locator(".line.ran .value").first.click()
             visit.settle()
-            assert visit.page.evaluate("document.querySelector('#walk + [data-line] code').innerText.includes('softmax')")
+            assert visit.page.evaluate(
+                "document.querySelector('#walk + [data-line] code').innerText.includes('softmax')"
+            )
         visit.page.click("#walk .act")
     assert visit.page.locator("#walk").is_hidden()
     visit.context.close()
@@ -707,12 +711,68 @@ def test_a_saved_page_opens_from_disk_with_no_request_at_all(browser, model, tmp
     visit.context.close()
 
 
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "page.html"
+    path.write_text(single_file.page(Session("shakespeare", *model, TEXT)), "utf-8")
+    return path.as_uri()
+
+
+@pytest.mark.parametrize(
+    ("locale", "promises"),
+    [
+        ("en-US", ["Type a text", "Enter runs", "to take it", "Now take a token", "switched off", "Change it", "Draw"]),
+        ("zh-CN", ["输入一段文字", "回车运行", "就选它", "现在选一个词元", "关掉", "随时可以改", "抽一个"]),
+    ],
+)
+def test_a_saved_page_promises_nothing_that_needs_the_program(browser, url, saved, locale, promises):
+    said = []
+    for address in (url, saved):
+        visit = Visit(browser, address, locale=locale)
+        said.append(visit.page.inner_text("body"))
+        visit.page.click("#start")
+        for _ in range(8):
+            said[-1] += visit.page.inner_text("#walk")
+            visit.page.click("#walk .act")
+        visit.context.close()
+    assert [text in said[0] for text in promises] == [True] * len(promises)
+    assert [text for text in promises if text in said[1]] == []
+    assert "python explore.py" in said[1]
+
+
+def test_a_saved_page_takes_no_other_text_and_says_why_in_either_language(browser, saved):
+    visit = Visit(browser, saved)
+    visit.page.focus("#prompt")
+    visit.page.keyboard.type("Another text")
+    visit.page.keyboard.press("Enter")
+    assert visit.page.input_value("#prompt") == TEXT
+    assert visit.page.locator("#run").is_hidden()
+    assert "Another text or an experiment needs python explore.py" in visit.texts("#status")[0]
+    visit.page.click("[data-language=zh]")
+    assert "换一段文字或做实验，要运行 python explore.py" in visit.texts("#status")[0]
+    assert visit.errors == []
+    visit.context.close()
+
+
+def test_the_lens_of_a_saved_page_goes_to_any_token(browser, saved, model):
+    visit = Visit(browser, saved)
+    visit.page.click("#chips button >> nth=1")
+    visit.settle()
+    session = Session("shakespeare", *model)
+    session.answer("run", {"text": TEXT})
+    rows = session.answer("lens", {"ids": ids_of(model, TEXT), "positions": [1]})["rows"]
+    cells = [cell.removeprefix("✓ ").split("\n")[0] for cell in visit.texts("#seen td.here")]
+    assert cells == [readable(model, row[0]["id"]) for row in rows]
+    visit.context.close()
+
+
 def test_a_saved_page_says_what_it_had_no_room_for(browser, model, tmp_path, monkeypatch):
     monkeypatch.setattr(single_file, "N_BYTES", 40_000)
     (tmp_path / "page.html").write_text(single_file.page(Session("shakespeare", *model, TEXT)), "utf-8")
     visit = Visit(browser, (tmp_path / "page.html").as_uri(), offline=True)
     visit.page.click("#tree >> text=gelu")
-    assert visit.texts("#picture .hint") == ["Only the shape is known here: values are kept for the open block."]
+    said = "Only the shape is known here: the file had no room for the numbers. python explore.py has them."
+    assert visit.texts("#picture .hint") == [said]
     assert visit.errors == []
     visit.context.close()
 
@@ -728,7 +788,7 @@ def test_the_list_of_contents_leads_to_each_section_by_keyboard(browser, url, wi
         visit.page.keyboard.press("Tab")
         assert link.evaluate("e => e === document.activeElement")
         box = link.bounding_box()
-        assert 0 <= box["x"]
+        assert box["x"] >= 0
         assert box["x"] + box["width"] <= width
         visit.page.keyboard.press("Enter")
         assert visit.page.evaluate("document.activeElement.innerText") == title

@@ -108,7 +108,7 @@ export function markHead() {
 export async function showHead() {
   const { key, n, of, isCurrent } = await weights();
   if (!isCurrent) return;
-  if (key === null) return place("head", el("p", { class: "hint" }, t("notKept")));
+  if (key === null) return place("head", el("p", { class: "hint" }, t(isFile ? "notSaved" : "notKept")));
   const names = app.run.ids.map(tokenText);
   const about = t("weightsOf", app.block, app.head);
   const map = { data: of(app.head), n_rows: n, n_columns: n, rows: names, first: 0, columns: names, row: app.token, about, onrow: (token) => change({ token }) };

@@ -114,6 +114,8 @@ async function goTo({ detail: { block, path, pick } }) {
 
 async function begin() {
   setLanguage(language());
+  document.body.classList.toggle("file", isFile);
+  document.getElementById("prompt").readOnly = isFile;
   let first;
   try {
     [app.about, first] = await Promise.all([ask("about"), ask("first")]);
@@ -121,8 +123,6 @@ async function begin() {
     return say(error.message, true);
   }
   document.getElementById("model").textContent = app.about.model;
-  document.body.classList.toggle("file", isFile);
-  document.getElementById("run").disabled = isFile;
   document.getElementById("calls").open = !narrow.matches;
   makeControls();
   makeExperiments();
@@ -169,7 +169,7 @@ function fitPrompt() {
 
 document.getElementById("prompt").addEventListener("input", fitPrompt);
 document.getElementById("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !isFile) {
     event.preventDefault();
     document.getElementById("ask").requestSubmit();
   }
@@ -200,7 +200,7 @@ for (const button of document.querySelectorAll("[data-language]")) {
     change({ run: app.run, value: app.value });
     showCache();
     showWalk();
-    say("");
+    say(isFile ? isSaved() : "");
   });
 }
 

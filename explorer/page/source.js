@@ -1,7 +1,7 @@
 // gpt2.py as it stands on disk, each line that ran beside what it made; the way about; the picture of one value.
 
 import { app, callAt, change } from "./app.js";
-import { numbers } from "./api.js";
+import { isFile, numbers } from "./api.js";
 import { axesText, choice, counted, el, number, place, tokenText } from "./dom.js";
 import { heatMap, skyline } from "./heat.js";
 import { t } from "./words.js";
@@ -177,7 +177,7 @@ export async function showPicture() {
     ...axisOfWork(value),
   ];
   if (value.number !== undefined) return place("picture", ...head, el("p", { class: "big" }, number(value.number)));
-  if (value.key === undefined) return place("picture", ...head, el("p", { class: "hint" }, t("notKept")));
+  if (value.key === undefined) return place("picture", ...head, el("p", { class: "hint" }, t(isFile ? "notSaved" : "notKept")));
   const data = await numbers(value.key);
   if (value === app.value) place("picture", ...head, ...drawing(value, data));
 }

@@ -74,6 +74,6 @@ export function showWalk() {
   walkCard.replaceChildren(
     el("p", { class: "hint" }, t("stepOf", at + 1, STEPS.length)),
     el("h2", {}, t(`walk${at + 1}`)),
-    el("p", {}, t(`walk${at + 1}text`), at === 0 && !isFile ? ` ${t("changeIt")}` : ""),
+    el("p", {}, t(`walk${at + 1}text`), isFile ? "" : ` ${t(`walk${at + 1}live`)}`),
     el("p", { class: "turns" }, ...(at > 0 ? [button(t("back"), at - 1, "plain")] : []), at < STEPS.length - 1 ? button(t("onward"), at + 1, "act") : button(t("finish"), -1, "act"), ...(at < STEPS.length - 1 ? [button(t("leave"), -1, "plain")] : [])));
 }
