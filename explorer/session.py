@@ -381,7 +381,7 @@ def axes_of(call, value, sizes):
 
 
 def axes_before(call, value, sizes):
-    """The axes of what a line makes an array from, [[name, n], ...]: those of its comment, or of what it read; or none."""
+    """The axes of what a line makes an array from, [[name, n], ...]: by its comment, or as it read them; or none."""
     if value.is_argument:
         return []
     for names in value.statement.before:
