@@ -113,8 +113,8 @@ class Session:
         others = [i for i in range(self.n_layer) if i != self.block]
         if n_blocks > 1:
             run |= self.recorded(run["ids"], [self.block, *others[: n_blocks - 1]])
-        lens = self.lens(run["ids"], [*range(len(run["ids"]))][-8:])
-        return {"about": self.about(), "first": self.first(), "run": run, "lens": lens, "why": self.why(run["ids"])}
+        answers = {"about": self.about(), "first": self.first(), "run": run, "why": self.why(run["ids"])}
+        return answers | {"lens": self.lens_of_all(run["ids"])}
 
     def recorded(self, ids, blocks, off=()):
         params = self.switched_off(off)
@@ -154,6 +154,15 @@ class Session:
         return {
             "positions": positions,
             "rows": [[view(row, i) for row, i in zip(rows, final, strict=True)] for rows in logits],
+        }
+
+    def lens_of_all(self, ids):
+        """What the lens sees at every position."""
+        starts = range(0, len(ids), N_LENS)
+        parts = [self.lens(ids, [*range(len(ids))][start : start + N_LENS])["rows"] for start in starts]
+        return {
+            "positions": [*range(len(ids))],
+            "rows": [[*itertools.chain(*rows)] for rows in zip(*parts, strict=True)],
         }
 
     def why(self, ids, token=None, other=None):
@@ -336,9 +345,8 @@ class Session:
     def value(self, call, value, sizes):
         told = {"name": value.name, "line": value.line, "argument": value.is_argument}
         told["axes"] = [[name, n] for name, n in zip(axes_of(call, value, sizes), value.shape, strict=True)]
-        known = [names for names in value.statement.before if all(source.size_of(name, sizes) for name in names)]
-        if known and not value.is_argument:
-            told["before"] = [[name, source.size_of(name, sizes)] for name in known[0]]
+        if before := axes_before(call, value, sizes):
+            told["before"] = before
         if value.array is None or (value.is_weight and not self.weights_too):
             return told
         if not value.shape:
@@ -370,6 +378,23 @@ def axes_of(call, value, sizes):
         names = call.function.head.before[place : place + 1]
     over_keys = value.name in ("scores", "weights", "mask", "hidden") or call.function.name == "softmax"
     return source.named(value.shape, names[0] if names else [], sizes, over_keys)
+
+
+def axes_before(call, value, sizes):
+    """The axes of what a line makes an array from, [[name, n], ...]: by its comment, or as it read them; or none."""
+    if value.is_argument:
+        return []
+    for names in value.statement.before:
+        if all(source.size_of(name, sizes) for name in names):
+            return [[name, source.size_of(name, sizes)] for name in names]
+    if value.statement.before:
+        return []
+    earlier = [*itertools.takewhile(lambda other: other.statement is not value.statement, call.values)]
+    read = [other for other in earlier if other.name in value.statement.reads and other.shape]
+    after = [*zip(axes_of(call, value, sizes), value.shape, strict=True)]
+    before = [*zip(axes_of(call, read[-1], sizes), read[-1].shape, strict=True)] if read else []
+    is_part = len(before) == len(after) + 1 > 1 and {*after} < {*before}  # such as q, one of three along an axis of x
+    return [[*axis] for axis in before] if is_part else []
 
 
 def habits(weights, ids):

@@ -19,6 +19,7 @@ class Statement:
     calls: list  # (function, what tells it from other calls of the same function), in the order of the text
     before: list  # axes named left of the arrow in its comment, a list of names each
     after: list  # and right of it
+    reads: list  # the names that it reads
     body: range = range(0)  # the lines that a loop repeats
 
 
@@ -46,15 +47,16 @@ def functions(source):
 def function(node, comments):
     calls = [call for part in node.body for call in calls_in(part)]
     often = {name for name, n in collections.Counter(name for name, _ in calls).items() if n > 1}
-    head = statement(node.lineno, node.body[0].lineno - 1, [], [], comments)
+    head = statement(node.lineno, node.body[0].lineno - 1, [], [], [], comments)
     statements = {}
     for part in ast.walk(ast.Module(node.body, [])):
         if isinstance(part, ast.stmt):
             last = part.body[0].lineno - 1 if hasattr(part, "body") else part.end_lineno
             inside = [child for child in ast.iter_child_nodes(part) if not isinstance(child, ast.stmt)]
-            names = [name for child in inside for name in stored_names(child)]
+            names = [name for child in inside for name in names_in(child, ast.Store)]
+            reads = [name for child in inside for name in names_in(child, ast.Load)]
             known = [(name, hint if name in often else "") for child in inside for name, hint in calls_in(child)]
-            made = statement(part.lineno, last, names, known, comments)
+            made = statement(part.lineno, last, names, known, reads, comments)
             if isinstance(part, ast.For):
                 made.body = range(part.body[0].lineno, part.body[-1].end_lineno + 1)
             statements |= dict.fromkeys(range(part.lineno, last + 1), made)
@@ -62,14 +64,15 @@ def function(node, comments):
     return Function(node.name, node.lineno, node.end_lineno, doc, head, statements)
 
 
-def statement(first, last, names, calls, comments):
+def statement(first, last, names, calls, reads, comments):
     comment = next((comments[line] for line in range(first, last + 1) if line in comments), "")
     before, _, after = comment.rpartition("->")
-    return Statement(first, last, names, calls, axes_in(before), axes_in(after))
+    return Statement(first, last, names, calls, axes_in(before), axes_in(after), reads)
 
 
-def stored_names(node):
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+def names_in(node, context):
+    """The names that are stored or loaded there, each as often as it stands."""
+    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, context)]
 
 
 def calls_in(node):

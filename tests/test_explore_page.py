@@ -155,7 +155,7 @@ def test_the_weights_of_a_head_are_numpys_and_a_row_sums_to_1(visit, model):
     run = trace.record(ids, **model[2], n_head=model[1]["n_head"])
     weights = run["block 2", "attention", "weights"][3]
     np.testing.assert_allclose(table_of(visit, "#head"), weights, rtol=6e-3, atol=1e-3)
-    assert "sum 1.000 " in visit.texts("#head .rowsum")[0]
+    assert "sum 1.000" in visit.texts("#head .rowsum")[0]
 
 
 def test_of_a_text_that_attention_takes_in_parts_each_row_has_the_name_of_its_token(visit, model):
@@ -179,6 +179,45 @@ def test_of_a_text_that_attention_takes_in_parts_each_row_has_the_name_of_its_to
     assert visit.page.locator("#chips button").nth(ends[0]).get_attribute("aria-pressed") == "true"
 
 
+def test_what_attention_2_is_of_a_long_text_is_said_where_it_is_met(visit):
+    attention = "#tree button:text-is('attention')"
+    visit.page.click(attention)
+    assert "queries" not in visit.texts("#code .what")[0]
+    visit.type("my lord " * 40)
+    n = visit.page.locator("#chips .token").count()
+    for call in (attention, "#tree button:text-is('attention #2')", "#tree button:text-is('causal_attention')"):
+        visit.page.click(call)
+        said = f"attention has those of the tokens 0 to 63; attention #2 has those of the tokens 64 to {n - 1}."
+        assert visit.texts("#code .what")[0].endswith(said)
+    visit.page.click("[data-language=zh]")
+    assert f"attention 是词元 0 到 63 的；attention #2 是词元 64 到 {n - 1} 的。" in visit.texts("#code .what")[0]
+
+
+def test_in_a_long_text_each_row_of_weights_has_all_colours_up_to_its_largest_number(visit, model):
+    text = " ".join(f"My lord {i}, the king {i}" for i in range(12))
+    visit.type(text)
+    ids = ids_of(model, text)
+    weights = trace.attention_weights(trace.record(ids, **model[2], n_head=model[1]["n_head"]), 0)[2]
+    assert weights[-1].max() < 0.1 < weights.max() / 9  # on one scale for all rows the last would be pale
+    visit.page.click("#thumbs button >> nth=2")
+    numbers = f"Float32Array.from({json.dumps(weights.ravel().tolist())})"
+    script = f"[...m.pixels({numbers}, {len(ids)}, {len(ids)}).getContext('2d').getImageData(0, 0, 999, 999).data]"
+    red = np.array(visit.import_("heat", script)).reshape(999, 999, 4)[: len(ids), : len(ids), 0]
+    shares = weights / weights.max(axis=-1, keepdims=True)
+    np.testing.assert_allclose(red, 255 + shares * (23 - 255), atol=0.6)  # from white to the blue of page.css
+    assert "the largest of its row" in visit.texts("#head .legend")[0]
+
+
+def test_a_row_of_the_stream_says_how_long_a_tokens_row_is_on_average(visit, model):
+    visit.type(TEXT)
+    run = trace.record(ids_of(model, TEXT), **model[2], n_head=model[1]["n_head"])
+    x = [value.array for value in run.root.values if value.name == "x"][1]
+    mean = np.linalg.norm(x, axis=-1).mean()
+    visit.page.wait_for_selector("#stream .rowsum")
+    assert visit.texts("#stream .rowsum") == [f"block 0: a token's row is {mean:.1f} long on average"]
+    assert visit.texts("#head .rowsum")[0].endswith(": sum 1.000")
+
+
 def test_the_source_stays_where_it_is_scrolled_to_while_its_lines_are_chosen(visit):
     visit.page.click("#tree >> text=mha")
     visit.page.evaluate("document.querySelector('#code .lines').scrollTop = 200")
@@ -195,6 +234,22 @@ def test_a_line_selects_its_picture_and_says_what_it_does_to_the_axes(visit, mod
     assert "3*n_embd is split into 3 × n_head × n_embd/n_head" in visit.texts("#picture .change p")[0]
     assert "n_seq = 12 × 3 × n_head = 5 × n_embd/n_head = 32" in visit.texts("#picture .axes")[0]
     assert visit.page.locator(".line.here code").inner_text().strip().startswith("x = x.reshape")
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_the_line_that_takes_q_k_and_v_apart_shows_which_axis_goes_and_which_change_places(visit, name):
+    visit.page.click("#tree >> text=mha")
+    line = visit.page.locator(".line.ran", has_text="q, k, v = (x[..., i, :, :].swapaxes(-3, -2)")
+    line.locator(".value", has=visit.page.locator(f"b:text-is('{name}')")).click()
+    visit.page.wait_for_selector(f"#picture h3:has-text('{name}')")
+    boxes = visit.page.locator("#picture .change svg text").all_text_contents()
+    assert boxes == ["n_seq 12", "3", "n_head 5", "n_embd/n_head 32", "n_head 5", "n_seq 12", "n_embd/n_head 32"]
+    assert visit.page.locator("#picture .change rect.taken").count() == 1
+    assert visit.page.locator("#picture .change line").count() == 3
+    left = "[n_seq, n_head, n_embd/n_head], becomes [n_head, n_seq, n_embd/n_head]"
+    assert visit.texts("#picture .change p")[0].startswith(
+        f"{name} is one of the 3 along the axis 3. What is left, {left}"
+    )
 
 
 def test_the_source_is_gpt2_py_as_it_stands_on_disk(visit):
@@ -504,6 +559,28 @@ def test_a_token_or_a_head_of_the_open_block_that_is_chosen_keeps_the_focus(visi
     assert visit.page.locator(button).evaluate("e => e === document.activeElement && e.ariaPressed") == "true"
 
 
+@pytest.mark.parametrize(
+    "button",
+    [
+        "#habits tbody tr:nth-child(3) td button >> nth=1",
+        "#habits .chooser button >> nth=2",
+        "#blocks button >> nth=2",
+        "#tree .node >> text=block 2",
+        "#picture .chooser button >> nth=3",
+        "#code .value >> nth=2",
+        "#seen tbody tr:nth-child(4) td button >> nth=1",
+        "#reasons .bar button >> nth=0",
+        "#going .act >> nth=0",
+    ],
+)
+def test_what_was_pressed_keeps_the_focus_where_all_around_it_is_made_anew(visit, button):
+    visit.page.focus(button)
+    visit.page.keyboard.press("Enter")
+    visit.settle()
+    visit.page.wait_for_selector("#growing mark" if "#going" in button else "#growing")
+    assert visit.page.locator(button).evaluate("e => e === document.activeElement")
+
+
 def test_the_cache_says_with_which_settings_it_draws(visit):
     assert "Draws at temperature 1, top_k 0, top_p 1" in visit.texts("#going")[0]
     visit.page.fill("#controls .control:nth-child(1) input[type=number]", "0")
@@ -533,9 +610,30 @@ def test_the_walk_has_ten_steps_and_can_be_left(visit):
     assert visit.page.locator("#walk").is_hidden()
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_the_walk_shows_what_each_step_is_about_above_its_card(browser, url, width):
-    visit = Visit(browser, url, width=width)
+def test_on_a_narrow_screen_the_card_of_the_walk_stands_before_what_it_is_about_and_covers_nothing(browser, url):
+    visit = Visit(browser, url, width=360)
+    visit.page.set_viewport_size({"width": 360, "height": 640})
+    visit.page.click("#start")
+    for i in range(1, 11):
+        visit.settle()
+        card, subject = (visit.page.locator(what).bounding_box() for what in ("#walk", ".walked"))
+        assert -1 <= card["y"] <= 20, i
+        assert 0 <= subject["y"] - card["y"] - card["height"] < 30, i
+        visit.page.evaluate("scrollBy(0, 300)")
+        assert visit.page.locator("#walk").bounding_box()["y"] == pytest.approx(card["y"] - 300, abs=1)
+        if i == 6:  # another line: the card stays where it was
+            visit.page.locator(".line.ran .value").first.click()
+            visit.settle()
+            assert visit.page.evaluate(
+                "document.querySelector('#walk + [data-line] code').innerText.includes('softmax')"
+            )
+        visit.page.click("#walk .act")
+    assert visit.page.locator("#walk").is_hidden()
+    visit.context.close()
+
+
+def test_the_walk_shows_what_each_step_is_about_above_its_card(browser, url):
+    visit = Visit(browser, url)
     visit.page.click("#start")
     for i in range(1, 11):
         visit.settle()
@@ -613,14 +711,98 @@ def test_a_saved_page_opens_from_disk_with_no_request_at_all(browser, model, tmp
     visit.context.close()
 
 
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "page.html"
+    path.write_text(single_file.page(Session("shakespeare", *model, TEXT)), "utf-8")
+    return path.as_uri()
+
+
+@pytest.mark.parametrize(
+    ("locale", "promises"),
+    [
+        ("en-US", ["Type a text", "Enter runs", "to take it", "Now take a token", "switched off", "Change it", "Draw"]),
+        ("zh-CN", ["输入一段文字", "回车运行", "就选它", "现在选一个词元", "关掉", "随时可以改", "抽一个"]),
+    ],
+)
+def test_a_saved_page_promises_nothing_that_needs_the_program(browser, url, saved, locale, promises):
+    said = []
+    for address in (url, saved):
+        visit = Visit(browser, address, locale=locale)
+        said.append(visit.page.inner_text("body"))
+        visit.page.click("#start")
+        for _ in range(8):
+            said[-1] += visit.page.inner_text("#walk")
+            visit.page.click("#walk .act")
+        visit.context.close()
+    assert [text in said[0] for text in promises] == [True] * len(promises)
+    assert [text for text in promises if text in said[1]] == []
+    assert "python explore.py" in said[1]
+
+
+def test_a_saved_page_takes_no_other_text_and_says_why_in_either_language(browser, saved):
+    visit = Visit(browser, saved)
+    visit.page.focus("#prompt")
+    visit.page.keyboard.type("Another text")
+    visit.page.keyboard.press("Enter")
+    assert visit.page.input_value("#prompt") == TEXT
+    assert visit.page.locator("#run").is_hidden()
+    assert "Another text or an experiment needs python explore.py" in visit.texts("#status")[0]
+    visit.page.click("[data-language=zh]")
+    assert "换一段文字或做实验，要运行 python explore.py" in visit.texts("#status")[0]
+    assert visit.errors == []
+    visit.context.close()
+
+
+def test_the_lens_of_a_saved_page_goes_to_any_token(browser, saved, model):
+    visit = Visit(browser, saved)
+    visit.page.click("#chips button >> nth=1")
+    visit.settle()
+    session = Session("shakespeare", *model)
+    session.answer("run", {"text": TEXT})
+    rows = session.answer("lens", {"ids": ids_of(model, TEXT), "positions": [1]})["rows"]
+    cells = [cell.removeprefix("✓ ").split("\n")[0] for cell in visit.texts("#seen td.here")]
+    assert cells == [readable(model, row[0]["id"]) for row in rows]
+    visit.context.close()
+
+
 def test_a_saved_page_says_what_it_had_no_room_for(browser, model, tmp_path, monkeypatch):
     monkeypatch.setattr(single_file, "N_BYTES", 40_000)
     (tmp_path / "page.html").write_text(single_file.page(Session("shakespeare", *model, TEXT)), "utf-8")
     visit = Visit(browser, (tmp_path / "page.html").as_uri(), offline=True)
     visit.page.click("#tree >> text=gelu")
-    assert visit.texts("#picture .hint") == ["Only the shape is known here: values are kept for the open block."]
+    said = "Only the shape is known here: the file had no room for the numbers. python explore.py has them."
+    assert visit.texts("#picture .hint") == [said]
     assert visit.errors == []
     visit.context.close()
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_list_of_contents_leads_to_each_section_by_keyboard(browser, url, width):
+    visit = Visit(browser, url, width=width)
+    assert visit.page.locator("#contents").bounding_box()["height"] < 45  # one line
+    links = visit.page.locator("#contents a").all()
+    assert len(links) == visit.page.locator("section h2").count() == 9
+    for before, link, title in zip([None, *links], links, visit.texts("section h2"), strict=False):
+        visit.page.focus("[data-language=zh]") if before is None else before.focus()
+        visit.page.keyboard.press("Tab")
+        assert link.evaluate("e => e === document.activeElement")
+        box = link.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+        visit.page.keyboard.press("Enter")
+        assert visit.page.evaluate("document.activeElement.innerText") == title
+        assert 0 <= visit.page.locator("h2:focus").bounding_box()["y"] < 900
+    visit.context.close()
+
+
+@pytest.mark.parametrize("link", [".skip", "#contents a >> nth=1"])
+def test_a_page_that_is_loaded_anew_after_a_link_within_it_still_has_its_key(visit, link):
+    visit.page.focus(link)
+    visit.page.keyboard.press("Enter")
+    visit.page.reload()
+    visit.settle()
+    assert visit.page.locator("#chips .token").count() == 12
 
 
 @pytest.mark.parametrize("width", [360, 640, 1280])

@@ -34,6 +34,10 @@ COMMANDS = [
     ("examples.classify", "train"),
     ("examples.classify", "evaluate"),
     ("examples.classify", "predict"),
+    ("benchmarks.bench", "main"),
+    ("benchmarks.gpu", "main"),
+    ("benchmarks.explorer", "main"),
+    ("reference.compare", "main"),
 ]
 
 

@@ -173,6 +173,29 @@ def test_the_chinese_notebook_has_the_same_code_but_for_its_model_and_other_word
             assert re.search("[\u4e00-\u9fff]{4}", theirs.source)
 
 
+def words_in_pictures(node):
+    """Yields the texts of titles and labels, but for those that either() has in both languages."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("either", "readable"):
+        return
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from words_in_pictures(child)
+
+
+def test_words_in_pictures_are_chinese_where_the_model_is(english):
+    titles = {"title", "xlabel", "ylabel", "text", "set_title", "set_xlabel", "set_ylabel", "set_xticks", "set_yticks"}
+    found = []
+    for cell in code_cells(english):
+        for call in [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]:
+            shown = [k.value for k in call.keywords if k.arg in ("title", "xlabel", "ylabel", "label")]
+            if getattr(call.func, "attr", None) in titles | {"xticks", "yticks"}:
+                shown += call.args
+            found += [text for node in shown for text in words_in_pictures(node)]
+    assert [text for text in found if re.search("[A-Za-z]{3}", text)] == ["GELU", "ReLU"]
+
+
 def test_the_file_is_smaller_than_2_mb(path):
     assert path.stat().st_size < 2_000_000
 

@@ -108,10 +108,10 @@ export function markHead() {
 export async function showHead() {
   const { key, n, of, isCurrent } = await weights();
   if (!isCurrent) return;
-  if (key === null) return place("head", el("p", { class: "hint" }, t("notKept")));
+  if (key === null) return place("head", el("p", { class: "hint" }, t(isFile ? "notSaved" : "notKept")));
   const names = app.run.ids.map(tokenText);
   const about = t("weightsOf", app.block, app.head);
-  const map = { data: of(app.head), n_rows: n, n_columns: n, rows: names, columns: names, row: app.token, about, onrow: (token) => change({ token }) };
+  const map = { data: of(app.head), n_rows: n, n_columns: n, rows: names, first: 0, columns: names, row: app.token, about, onrow: (token) => change({ token }) };
   const off = el("button", { type: "button", class: "act", onclick: () => switchOff(app.block, app.head) }, t("switchOff", app.block, app.head));
   const see = el("button", { type: "button", class: "plain", onclick: () => openWeights() }, t("seeLine"));
   place("head", el("h3", {}, about), el("p", { class: "hint" }, t("readHead")), heatMap(map), el("p", {}, ...(isFile ? [] : [off, " "]), see));
@@ -172,6 +172,8 @@ export function showStream() {
   const { norms, ids } = app.run;
   const data = Float32Array.from(norms.flat());
   const rows = norms.map((_, i) => (i ? `${t("block")} ${i - 1}` : t("embeddings")));
-  const map = { data, n_rows: norms.length, n_columns: ids.length, rows, columns: ids.map(tokenText), row: app.block + 1, about: t("streamAbout"), onrow: (row) => row > 0 && go(["gpt2", `block ${row - 1}`]) };
+  const map = { data, n_rows: norms.length, n_columns: ids.length, rows, columns: ids.map(tokenText), row: app.block + 1, about: t("streamAbout"), told: meanLength, onrow: (row) => row > 0 && go(["gpt2", `block ${row - 1}`]) };
   place("stream", heatMap(map));
 }
+
+const meanLength = (row) => t("meanLength", number(row.reduce((sum, x) => sum + x, 0) / row.length));

@@ -18,7 +18,17 @@ export function el(name, properties = {}, ...children) {
 export const choice = (text, chosen, onclick, properties = {}) =>
   el("button", { type: "button", class: "choice", "aria-pressed": String(Boolean(chosen)), onclick, ...properties }, text);
 
-export const place = (id, ...children) => document.getElementById(id).replaceChildren(...children);
+// Whoever works without a mouse stays where he was: the control that had the focus has it again, made anew.
+export function place(id, ...children) {
+  const box = document.getElementById(id);
+  const focused = box.contains(document.activeElement) ? document.activeElement : null;
+  const nth = focused && alike(box, focused).indexOf(focused);
+  box.replaceChildren(...children);
+  if (focused) alike(box, focused)[nth]?.focus({ preventScroll: true });
+}
+
+// Of the controls in a box those that read as this one does.
+const alike = (box, control) => [...box.querySelectorAll(control.localName)].filter((other) => (control.id ? other.id === control.id : other.textContent === control.textContent));
 
 // A table that may be wider than its place: it scrolls within itself, and where it does, a line says so.
 export function scroller(label, table) {

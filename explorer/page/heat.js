@@ -17,9 +17,10 @@ function readTheme() {
 readTheme();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", readTheme); // before main.js hears of it
 
-// { data, n_rows, n_columns, first: the number of the first row, 0 unless given, rows: names or null, columns: names or null, row: the chosen one, onrow, about }
+// { data, n_rows, n_columns, rows: names or null, first: where they are tokens, the place of the first, columns: names or null, row: the chosen one, onrow, about,
+//   told: what is said of a row's numbers, its sum and length unless given }
 export function heatMap(map) {
-  map.scale = scaleOf(map.data);
+  map.scale = scaleOf(map.data, map.n_columns);
   map.isHidden = map.data.includes(-Infinity);
   Object.assign(map, layout(map));
   const readout = el("p", { class: "readout", "aria-live": "polite" }, t("pointAt"));
@@ -31,7 +32,7 @@ export function heatMap(map) {
   const point = (row, column) => {
     cell = [clamp(row, map.n_rows), clamp(column, map.n_columns)];
     const x = map.data[cell[0] * map.n_columns + cell[1]];
-    readout.textContent = `${name(map.rows, cell[0], t("row"), map.first)} → ${name(map.columns, cell[1], t("column"))}: ${number(x)}`;
+    readout.textContent = `${name(map.rows, cell[0], t("row"), map.first)} → ${name(map.columns, cell[1], t("column"), 0)}: ${number(x)}`;
   };
   const choose = (row) => {
     map.row = row;
@@ -57,10 +58,11 @@ export function heatMap(map) {
 }
 
 const clamp = (i, n) => Math.max(0, Math.min(n - 1, i));
-const name = (names, i, kind, first = 0) => (names ? `${names[i]} (${first + i})` : `${kind} ${i}`);
+const name = (names, i, kind, first) => (names ? `${names[i]}${first === undefined ? "" : ` (${first + i})`}` : `${kind} ${i}`);
 
-// How a map is coloured: from 0 up in one direction, or to both sides of 0.
-export function scaleOf(data) {
+// How a map is coloured: from 0 up in one direction, or to both sides of 0. Shares of 1, such as the weights of attention,
+// are the smaller the more share in them, so that each row has a scale of its own, up to its largest.
+export function scaleOf(data, n_columns) {
   let least = 0;
   let most = 0;
   for (const x of data) {
@@ -68,7 +70,7 @@ export function scaleOf(data) {
     least = Math.min(least, x);
     most = Math.max(most, x);
   }
-  if (least >= 0) return { low: 0, high: most, ends: most };
+  if (least >= 0) return { low: 0, high: most, ends: most, byRow: areShares(data, n_columns) };
   const every = Math.ceil(data.length / 5000); // of many numbers, some will do
   const some = Float32Array.from({ length: Math.ceil(data.length / every) }, (_, i) => Math.abs(data[i * every]));
   const sizes = some.filter(Number.isFinite).sort();
@@ -76,13 +78,17 @@ export function scaleOf(data) {
   return { low: least, high: most, ends, signed: true };
 }
 
+const areShares = (data, n_columns) => rowsOf(data, n_columns).every((row) => Math.abs(row.reduce((sum, x) => sum + x, -1)) < 0.01);
+const rowsOf = (data, n_columns) => Array.from({ length: data.length / n_columns }, (_, i) => data.subarray(i * n_columns, (i + 1) * n_columns));
+
 // The data as pixels, one a number.
-export function pixels(data, n_rows, n_columns, scale = scaleOf(data)) {
+export function pixels(data, n_rows, n_columns, scale = scaleOf(data, n_columns)) {
   const [zero, more, less] = [theme.zero, theme.more, theme.less].map((colour) => colour.split(" ").map(Number));
   const image = new ImageData(n_columns, n_rows);
+  const ends = rowsOf(data, n_columns).map((row) => (scale.byRow ? row.reduce((most, x) => Math.max(most, x)) : scale.ends));
   for (let i = 0; i < n_rows * n_columns; i++) {
     const x = data[i];
-    const share = Number.isFinite(x) ? Math.min(1, Math.abs(x) / (scale.ends || 1)) : 0;
+    const share = Number.isFinite(x) ? Math.min(1, Math.abs(x) / (ends[Math.floor(i / n_columns)] || 1)) : 0;
     const to = x < 0 ? less : more;
     for (let c = 0; c < 3; c++) image.data[4 * i + c] = zero[c] + share * (to[c] - zero[c]);
     image.data[4 * i + 3] = x === -Infinity ? 0 : 255; // what is hidden is left to the pattern behind
@@ -106,7 +112,7 @@ const rowHeight = (map) => (map.n_rows <= 24 ? 26 : Math.max(6, 520 / map.n_rows
 // Where the cells are: what is left of them, above and below, and their height.
 function layout(map) {
   const labels = (names) => Math.min(110, Math.max(...names.map((text) => 9.7 * [...text].length)) + 14);
-  return { left: map.rows ? labels(map.rows) : 36, top: 2, foot: map.columns ? labels(map.columns) : 26, height: rowHeight(map) * map.n_rows };
+  return { left: map.rows ? labels(map.rows) : 36, top: Math.max(2, (LABEL - rowHeight(map)) / 2), foot: map.columns ? labels(map.columns) : 26, height: rowHeight(map) * map.n_rows };
 }
 
 const widthOf = (canvas, map) => Math.max(40, canvas.clientWidth - map.left - 2);
@@ -180,7 +186,7 @@ const shortened = (text) => ([...text].length > 10 ? `${[...text].slice(0, 9).jo
 
 function legend({ isHidden, scale }) {
   const from = scale.signed ? `≤ ${number(-scale.ends)}` : "0";
-  const to = `${scale.signed && scale.high > scale.ends ? "≥ " : ""}${number(scale.ends)}`;
+  const to = scale.byRow ? t("rowsLargest") : `${scale.signed && scale.high > scale.ends ? "≥ " : ""}${number(scale.ends)}`;
   const hidden = isHidden ? el("span", {}, " · ", el("span", { class: "hatch" }), ` ${t("hidden")}`) : "";
   return el("figcaption", { class: "legend" }, el("span", {}, from), el("span", { class: scale.signed ? "ramp signed" : "ramp" }), el("span", {}, to), hidden);
 }
@@ -190,15 +196,17 @@ function rowBars(map) {
   if (map.row === undefined || map.row >= map.n_rows) return [];
   const row = map.data.slice(map.row * map.n_columns, (map.row + 1) * map.n_columns);
   const seen = row.filter(Number.isFinite);
-  const sum = seen.reduce((total, x) => total + x, 0);
-  const size = Math.sqrt(seen.reduce((total, x) => total + x * x, 0));
-  const said = `${name(map.rows, map.row, t("row"), map.first)}: ${t("sumIs")} ${sum.toFixed(3).replace("-", "−")} · ${t("sizeIs")} ${number(size)} (${t("rootOfSquares")})`;
-  const heading = el("p", { class: "rowsum" }, said);
+  const told = map.told ?? (map.scale.byRow ? sumOf : sumAndLength);
+  const heading = el("p", { class: "rowsum" }, `${name(map.rows, map.row, t("row"), map.first)}: ${told(seen)}`);
   if (!map.columns || row.length === 1) return [heading, skyline(row)];
   const order = Array.from(seen.keys()).sort((i, j) => Math.abs(row[j]) - Math.abs(row[i])).slice(0, 6);
   const most = Math.abs(row[order[0]]) || 1;
   return [heading, el("ol", { class: "bars" }, ...order.map((i) => bar(`${map.columns[i]} (${i})`, number(row[i]), Math.abs(row[i]) / most)))];
 }
+
+const sumOf = (row) => `${t("sumIs")} ${total(row).toFixed(3).replace("-", "−")}`;
+const sumAndLength = (row) => `${sumOf(row)} · ${t("sizeIs")} ${number(Math.sqrt(total(row.map((x) => x * x))))} (${t("rootOfSquares")})`;
+const total = (row) => row.reduce((sum, x) => sum + x, 0);
 
 // A line with a bar: its name, its length from 0 to 1, its number.
 export function bar(name, text, length, kind = "") {
@@ -231,7 +239,7 @@ function table(map) {
   const fill = () => {
     const last = Math.min(first + COLUMNS, map.n_columns);
     const columns = Array.from({ length: last - first }, (_, i) => first + i);
-    const head = el("tr", {}, el("td", {}), ...columns.map((i) => el("th", { scope: "col" }, name(map.columns, i, ""))));
+    const head = el("tr", {}, el("td", {}), ...columns.map((i) => el("th", { scope: "col" }, name(map.columns, i, "", 0))));
     const rows = Array.from({ length: map.n_rows }, (_, r) =>
       el("tr", {}, el("th", { scope: "row" }, name(map.rows, r, "", map.first)), ...columns.map((i) => el("td", {}, number(map.data[r * map.n_columns + i])))));
     const turn = (by) => el("button", { type: "button", onclick: () => { first += by; fill(); }, disabled: first + by < 0 || first + by >= map.n_columns }, by < 0 ? "←" : "→");

@@ -18,7 +18,8 @@ export async function lookThrough() {
     const { ids } = app.run;
     const answer = await ask("lens", { ids, positions });
     if (!isOfRun(ids) || !positions.includes(app.token)) return; // another text has run, or place was chosen, meanwhile
-    seen = { ...answer, ids };
+    const columns = positions.map((position) => answer.positions.indexOf(position)); // a file answers for all positions
+    seen = { ids, positions, rows: answer.rows.map((row) => columns.map((column) => row[column])) };
   }
   showLens();
 }

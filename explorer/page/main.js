@@ -10,7 +10,7 @@ import { lookThrough } from "./lens.js";
 import { makeControls, showNext } from "./next.js";
 import { narrow, openCall, showPicture, showSource } from "./source.js";
 import { showChips, showToken } from "./tokens.js";
-import { showWalk, walk } from "./walk.js";
+import { placeWalk, showWalk, walk } from "./walk.js";
 import { showWhy } from "./why.js";
 import { language, setLanguage, t, translate } from "./words.js";
 
@@ -114,6 +114,8 @@ async function goTo({ detail: { block, path, pick } }) {
 
 async function begin() {
   setLanguage(language());
+  document.body.classList.toggle("file", isFile);
+  document.getElementById("prompt").readOnly = isFile;
   let first;
   try {
     [app.about, first] = await Promise.all([ask("about"), ask("first")]);
@@ -121,12 +123,11 @@ async function begin() {
     return say(error.message, true);
   }
   document.getElementById("model").textContent = app.about.model;
-  document.body.classList.toggle("file", isFile);
-  document.getElementById("run").disabled = isFile;
   document.getElementById("calls").open = !narrow.matches;
   makeControls();
   makeExperiments();
   when(["path", "value"], showSource);
+  when(["path", "value"], placeWalk); // which may stand among the lines that were shown
   when(["value", "head", "token"], showPicture);
   when(["run"], showChips);
   when(["run", "token"], showToken);
@@ -168,14 +169,26 @@ function fitPrompt() {
 
 document.getElementById("prompt").addEventListener("input", fitPrompt);
 document.getElementById("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !isFile) {
     event.preventDefault();
     document.getElementById("ask").requestSubmit();
   }
 });
 
 document.getElementById("start").addEventListener("click", () => walk(0));
-document.addEventListener("keydown", (event) => event.key === "Escape" && !document.getElementById("walk").hidden && walk(-1));
+document.addEventListener("keydown", (event) => event.key === "Escape" && document.body.classList.contains("walking") && walk(-1));
+
+// Within the page a link scrolls, and leaves the address alone: behind its # is the key, which is needed when it is loaded anew.
+for (const link of document.querySelectorAll("a[href^='#']")) {
+  link.addEventListener("click", (event) => {
+    event.preventDefault();
+    const heading = document.querySelector(`${link.getAttribute("href")} h2`);
+    heading.parentElement.scrollIntoView();
+    heading.tabIndex = -1;
+    heading.focus({ preventScroll: true });
+  });
+  link.addEventListener("focus", () => link.scrollIntoView({ block: "nearest" })); // on a narrow screen not all are in view
+}
 
 for (const button of document.querySelectorAll("[data-language]")) {
   button.addEventListener("click", () => {
@@ -187,7 +200,7 @@ for (const button of document.querySelectorAll("[data-language]")) {
     change({ run: app.run, value: app.value });
     showCache();
     showWalk();
-    say("");
+    say(isFile ? isSaved() : "");
   });
 }
 

@@ -1,8 +1,8 @@
 // gpt2.py as it stands on disk, each line that ran beside what it made; the way about; the picture of one value.
 
 import { app, callAt, change } from "./app.js";
-import { numbers } from "./api.js";
-import { axesText, choice, el, number, place, tokenText } from "./dom.js";
+import { isFile, numbers } from "./api.js";
+import { axesText, choice, counted, el, number, place, tokenText } from "./dom.js";
 import { heatMap, skyline } from "./heat.js";
 import { t } from "./words.js";
 
@@ -72,12 +72,26 @@ function showCode() {
   const picture = document.getElementById("picture"); // which may be among the lines that go
   if (lines.length < all.length) rows[docFirst - first].querySelector("code").append(unfold(docLast - docFirst));
   place("code",
-    el("p", { class: "what" }, t(`about_${opened.function}`)),
+    el("p", { class: "what" }, t(`about_${opened.function}`), ...inParts(opened)),
     el("div", { class: "lines", role: "region", tabindex: "0", "aria-label": t("sourceOf", app.about.file, opened.function) }, ...rows),
     el("p", { class: "hint" }, el("label", {}, toggle, ` ${t("wholeFile", app.about.file)}`)));
   putPicture(picture);
   const top = wholeFile ? document.querySelector(`[data-line="${first}"]`).offsetTop - 40 : 0;
   document.querySelector("#code .lines").scrollTop = scrolled || top;
+}
+
+// Of a long text, which queries each call of attention has, where that is one of several.
+function inParts(opened) {
+  const whole = opened.function === "attention" ? callAt(app.path.slice(0, -1)) : opened;
+  const parts = whole.calls.filter((child) => child.function === "attention");
+  if (parts.length < 2) return [];
+  let first = 0;
+  const said = parts.map(({ label, values }) => {
+    const n = values.find((value) => value.name === "q").axes.at(-2)[1];
+    first += n;
+    return t("partHas", label, first - n, first - 1);
+  });
+  return [" ", t("inParts", said.join(t("semicolon")))];
 }
 
 // Beside the code; on a narrow screen, under the line whose picture it is.
@@ -163,7 +177,7 @@ export async function showPicture() {
     ...axisOfWork(value),
   ];
   if (value.number !== undefined) return place("picture", ...head, el("p", { class: "big" }, number(value.number)));
-  if (value.key === undefined) return place("picture", ...head, el("p", { class: "hint" }, t("notKept")));
+  if (value.key === undefined) return place("picture", ...head, el("p", { class: "hint" }, t(isFile ? "notSaved" : "notKept")));
   const data = await numbers(value.key);
   if (value === app.value) place("picture", ...head, ...drawing(value, data));
 }
@@ -186,9 +200,9 @@ function drawing(value, data) {
   if (inner.length === 1) return [...cut, skyline(part), oneRow(part)];
   const first = firstQuery(value, rows[1]);
   const [rowNames, columnNames] = [namesOf(rows, first), namesOf(columns, first)];
-  const about = `${value.name}, ${axesText(value.axes)}`;
-  const map = { data: part, n_rows: rows[1], n_columns: columns[1], first: rowNames && rows[0] !== "n_head" ? first : 0, rows: rowNames, columns: columnNames, about };
   const areTokens = rowNames && rows[0] !== "n_head";
+  const about = `${value.name}, ${axesText(value.axes)}`;
+  const map = { data: part, n_rows: rows[1], n_columns: columns[1], first: areTokens ? first : undefined, rows: rowNames, columns: columnNames, about };
   map.row = rows[0] === "n_head" ? app.head : 0;
   if (areTokens) map.row = app.token >= first && app.token < first + rows[1] ? app.token - first : undefined;
   if (areTokens) map.onrow = (row) => first + row !== app.token && change({ token: first + row });
@@ -236,16 +250,19 @@ function namesOf([name, n], first) {
 function changeOfAxes(value) {
   const before = value.before;
   if (!before || value.name === "return" || String(before) === String(value.axes) || before.length + value.axes.length < 4) return [];
+  const taken = takenAxis(before, value.axes);
+  const left = before.filter((axis) => axis !== taken);
   const product = (axes) => axes.reduce((total, [, n]) => total * n, 1);
-  if (product(before) !== product(value.axes)) return [];
+  if (product(left) !== product(value.axes)) return [];
   const names = (axes) => axes.map(([name]) => name);
-  const links = isSwap(before, value.axes) ? swapLinks(before, value.axes) : groupLinks(before, value.axes);
-  const sentence = isSwap(before, value.axes)
-    ? t("axesSwap", names(before).join(", "), names(value.axes).join(", "))
+  const links = isSwap(left, value.axes) ? swapLinks(before, value.axes) : groupLinks(before, value.axes);
+  const swap = [names(left).join(", "), names(value.axes).join(", ")];
+  const sentence = taken ? t("axesTaken", value.name, counted(taken[1]), taken[0], ...swap)
+    : isSwap(before, value.axes) ? t("axesSwap", ...swap)
     : groupLinks(before, value.axes).filter(([from, to]) => from.length !== to.length).map(([from, to]) => (from.length < to.length
       ? t("axesSplit", names(from.map((i) => before[i])).join(" × "), names(to.map((i) => value.axes[i])).join(" × "))
       : t("axesMerge", names(from.map((i) => before[i])).join(" × "), names(to.map((i) => value.axes[i])).join(" × ")))).join(" ");
-  return [el("div", { class: "change" }, axesDrawing(before, value.axes, links), el("p", {}, sentence))];
+  return [el("div", { class: "change" }, axesDrawing(before, value.axes, links, taken), el("p", {}, sentence))];
 }
 
 // Along which axis a function works that takes each row apart.
@@ -277,8 +294,14 @@ function svg(name, properties, ...children) {
   return element;
 }
 
+// Where all axes but one are still there, that one, of which a place was taken.
+function takenAxis(before, after) {
+  const gone = before.filter((axis) => !after.some((other) => String(other) === String(axis)));
+  return before.length === after.length + 1 && gone.length === 1 ? gone[0] : null;
+}
+
 const isSwap = (before, after) => String(before.map(String).sort()) === String(after.map(String).sort());
-const swapLinks = (before, after) => before.map((axis, i) => [[i], [after.findIndex((other) => String(other) === String(axis))]]);
+const swapLinks = (before, after) => before.map((axis, i) => [[i], after.flatMap((other, j) => (String(other) === String(axis) ? [j] : []))]);
 
 // Which axes become which, where they keep their order: groups of the same number of numbers.
 function groupLinks(before, after) {
@@ -296,7 +319,8 @@ function groupLinks(before, after) {
   return groups;
 }
 
-function axesDrawing(before, after, links) {
+// taken: the axis of which a place was taken, which leads nowhere, or null.
+function axesDrawing(before, after, links, taken) {
   const [width, box, row] = [420, 30, 34];
   const label = ([name, n]) => (name === String(n) ? name : `${name} ${n}`);
   const weight = (axis) => Math.max(4, label(axis).length + 1); // a box as wide as its name
@@ -305,7 +329,7 @@ function axesDrawing(before, after, links) {
   const wide = (axes, i) => (width * weight(axes[i])) / whole(axes);
   const middle = (axes, i) => left(axes, i) + wide(axes, i) / 2;
   const boxes = (axes, y) => axes.flatMap((axis, i) => [
-    svg("rect", { x: left(axes, i) + 3, y, width: wide(axes, i) - 6, height: box, rx: 4 }),
+    svg("rect", { x: left(axes, i) + 3, y, width: wide(axes, i) - 6, height: box, rx: 4, class: axis === taken ? "taken" : "" }),
     svg("text", { x: middle(axes, i), y: y + 20, "text-anchor": "middle" }, label(axis)),
   ]);
   const lines = links.flatMap(([from, to]) => from.flatMap((i) => to.map((j) => svg("line", { x1: middle(before, i), y1: box + 1, x2: middle(after, j), y2: box + row }))));

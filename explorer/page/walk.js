@@ -2,11 +2,13 @@
 
 import { app, change, inBlock } from "./app.js";
 import { isFile } from "./api.js";
-import { el, place } from "./dom.js";
+import { el } from "./dom.js";
 import { go, narrow, openCall } from "./source.js";
 import { t } from "./words.js";
 
+const walkCard = document.getElementById("walk");
 let at = -1;
+let line = null; // of the source, if one is looked at
 
 const open = (names, pick) => {
   const found = inBlock(...names);
@@ -31,35 +33,47 @@ const STEPS = isFile ? ALL.slice(0, -1) : ALL;
 export function walk(to) {
   document.querySelector(".walked")?.classList.remove("walked");
   at = to;
-  const card = document.getElementById("walk");
-  card.hidden = at < 0 || at >= STEPS.length;
-  document.body.classList.toggle("walking", !card.hidden); // room for the card below the last part
-  if (card.hidden) return document.getElementById("start").focus();
+  walkCard.hidden = at < 0 || at >= STEPS.length;
+  document.body.classList.toggle("walking", !walkCard.hidden); // room for the card below the last part
+  if (walkCard.hidden) return document.getElementById("start").focus();
   const [part, act] = STEPS[at];
   act();
   showWalk();
   const subject = document.querySelector(part);
   subject.classList.add("walked");
-  bring(subject, card);
-  card.focus({ preventScroll: true });
+  line = subject.dataset.line;
+  placeWalk();
+  bring(subject);
+  walkCard.focus({ preventScroll: true });
 }
 
-// What is looked at, to the top; of a line, on a wide screen, the picture beside it, and the line above the card.
-function bring(subject, card) {
-  subject.scrollIntoView({ block: "start" });
+// On a wide screen the card floats below; on a narrow one, where it would cover half of all, it stands before its subject.
+export function placeWalk() {
+  if (walkCard.hidden) return;
+  const part = line === undefined ? STEPS[at][0] : `[data-line="${line}"]`;
+  const subject = document.querySelector(part) ?? document.querySelector(".desk"); // another function's lines are shown
+  if (narrow.matches) subject.before(walkCard);
+  else document.body.append(walkCard);
+}
+
+narrow.addEventListener("change", placeWalk);
+
+// The card to the top, or what is looked at; of a line, on a wide screen, the picture beside it, and the line above the card.
+function bring(subject) {
+  (narrow.matches ? walkCard : subject).scrollIntoView({ block: "start" });
   const desk = subject.closest(".desk");
   if (!desk || narrow.matches) return;
   desk.scrollIntoView({ block: "start" });
-  const hidden = subject.getBoundingClientRect().bottom - card.getBoundingClientRect().top;
+  const hidden = subject.getBoundingClientRect().bottom - walkCard.getBoundingClientRect().top;
   if (hidden > 0) scrollBy(0, hidden + 12);
 }
 
 export function showWalk() {
   if (at < 0 || at >= STEPS.length) return;
   const button = (text, to, kind) => el("button", { type: "button", class: kind, onclick: () => walk(to) }, text);
-  place("walk",
+  walkCard.replaceChildren(
     el("p", { class: "hint" }, t("stepOf", at + 1, STEPS.length)),
     el("h2", {}, t(`walk${at + 1}`)),
-    el("p", {}, t(`walk${at + 1}text`), at === 0 && !isFile ? ` ${t("changeIt")}` : ""),
+    el("p", {}, t(`walk${at + 1}text`), isFile ? "" : ` ${t(`walk${at + 1}live`)}`),
     el("p", { class: "turns" }, ...(at > 0 ? [button(t("back"), at - 1, "plain")] : []), at < STEPS.length - 1 ? button(t("onward"), at + 1, "act") : button(t("finish"), -1, "act"), ...(at < STEPS.length - 1 ? [button(t("leave"), -1, "plain")] : [])));
 }

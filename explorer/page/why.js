@@ -21,13 +21,11 @@ export async function showWhy() {
   const logits = await numbers(run.logits);
   if (run !== app.run || why !== app.why) return;
   const ids = likeliest(logits, CHOICES);
-  const focused = document.activeElement.id;
   place("reasons", whyForm(answer, ids), el("p", { "aria-live": "polite" }, ...summed(answer)),
     el("div", { class: "two" },
       el("div", {}, el("h3", {}, t("whyParts")), amounts(strongest(partsOf(answer)))),
       el("div", {}, el("h3", {}, t("whyTokens")), amounts(strongest(tokensOf(answer))), el("p", { class: "hint" }, t("whyTokensNote")))),
     el("p", { class: "hint" }, t("whyNote")));
-  if (focused.startsWith("why")) document.getElementById(focused)?.focus(); // it was made anew
 }
 
 // Which token, rather than which other one.
