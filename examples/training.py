@@ -28,7 +28,7 @@ from saving import STATE, alone, beside, copy_tokenizer, leaves, load_state, plo
 from texts import END, checksum, checksums, kind_of, read_documents, text_ids
 
 from backends.arrays import on_processor
-from cli import fail, mistakes, need, note, printable
+from cli import fail, mistakes, need, printable
 from files.checkpoint import DATA, ENCODER, VOCAB, save_checkpoint
 from gpt2 import generate, layer_norm, linear
 from languages import translated
@@ -52,8 +52,6 @@ def begin(options, *packages):
     of_jax = ["jax", "optax"]
     settings["backend"] = options["backend"] or ("jax" if all(map(importlib.util.find_spec, of_jax)) else "numpy")
     need(*(of_jax if settings["backend"] == "jax" else []), *packages)
-    if not importlib.util.find_spec("matplotlib"):
-        note("matplotlib is not installed: the loss curve is not drawn")
     model_dir, resume = new_model(options["name"], options["models_dir"]), options["resume"]
     n_devices, is_first = learner_module(settings["backend"]).begin(options)
     n_rows = settings["batch_size"] // settings["accumulate"]
@@ -407,6 +405,8 @@ def train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, re
     """
     learner = learner_module(settings["backend"]).Learner(learned, frozen, hparams["n_head"], settings)
     run = Run(model_dir, tokenizer_dir, hparams, settings, learner, task)
+    if not importlib.util.find_spec("matplotlib"):
+        run.say("matplotlib is not installed: the loss curve is not drawn")
     with alone(model_dir) if learner.is_first else contextlib.nullcontext():
         if learner.is_first and not resume:
             refuse_existing(model_dir)  # it may have come meanwhile

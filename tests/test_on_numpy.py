@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import N_BLAS, REPO, command, optional, wild_params
+from conftest import N_BLAS, REPO, assert_one_line_error, command, optional, wild_params
 
 sys.path.insert(0, str(REPO / "examples"))
 import lora
@@ -181,6 +181,8 @@ def test_without_jax_optax_and_matplotlib_a_model_is_fine_tuned_that_continues_t
     code = f"import runpy, sys; sys.path.insert(0, {str(REPO / 'examples')!r})\n"
     code += "sys.modules |= dict.fromkeys(['jax', 'optax', 'matplotlib'])\n"
     code += f"runpy.run_path({str(REPO / 'examples' / 'finetune.py')!r}, run_name='__main__')"
+    mistaken = command("nowhere.txt", "--models_dir", tmp_path, *flags, code=code)
+    assert_one_line_error(mistaken, "nowhere.txt cannot be read")  # and no word of what it would do without
     done = command(TEXT_FILE, "--models_dir", tmp_path, *flags, code=code)
     assert done.returncode == 0, done.stderr
     assert "matplotlib is not installed: the loss curve is not drawn" in done.stderr
