@@ -142,6 +142,7 @@ def table_of(visit, selector):
     """The numbers of the table behind a heat map."""
     if not visit.page.locator(f"{selector} .numbers table").count():
         visit.page.click(f"{selector} .numbers summary")
+        visit.page.wait_for_selector(f"{selector} .numbers table")
     rows = visit.page.locator(f"{selector} .numbers tbody tr").all()
     return np.array([[number(cell) for cell in row.locator("td").all_inner_texts()] for row in rows])
 
