@@ -63,6 +63,7 @@ def printable(text):
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
+# before all that commands import besides, which an older Python cannot read
 if sys.version_info < (3, 10):  # noqa: UP036  (which knows what pyproject.toml asks for, not what runs)
     fail(f"needs Python 3.10 or newer, and this is {sys.version.split()[0]}")
 
@@ -77,10 +78,9 @@ def mistakes(kind, where=""):
 
 
 def one_line(error):
-    if not isinstance(error, UnicodeError):
-        return " ".join(str(error).split())
-    is_of_bytes = isinstance(error, UnicodeDecodeError) or "\udc80" <= error.object[error.start] <= "\udcff"
-    return "not valid Unicode text: save it as UTF-8" if is_of_bytes else "not valid Unicode text"
+    if isinstance(error, UnicodeDecodeError) and error.encoding == "utf-8":
+        return "not valid Unicode text: it must be UTF-8"
+    return "not valid Unicode text" if isinstance(error, UnicodeError) else " ".join(str(error).split())
 
 
 def is_out_of_memory(error):
@@ -563,7 +563,8 @@ def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
     batch_size = batch_size or 32
     n_done, n_errors, n_at_once = len(done), sum(done), max(1, batch_size // n_samples)
     seeds = [seed if seed is None else seed + i for i in range(n_samples)]
-    with tqdm(desc="prompts", disable=None, initial=n_done) as bar:
+    stopped = f"gpt2.py: stopped; the same command goes on behind the last line of {out}" if out else ""
+    with on_ctrl_c(functools.partial(end, stopped)), tqdm(desc="prompts", disable=None, initial=n_done) as bar:
         while window := list(itertools.islice(objects, 4 * n_at_once)):
             for batch in batches_by_length(window, writer.encode, n_at_once):
                 rows = [ids for _, ids in batch for _ in range(n_samples)]
@@ -577,6 +578,8 @@ def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
         file.close()  # which others may write to from here on
     if n_errors:
         fail(f'{n_errors} of {n_done} prompts could not be continued: their lines have an "error"')
+    if n_done == len(done) > 0:
+        note(f"{out} has answers to all of these prompts, and stays as it is")
 
 
 def bounded(lines):

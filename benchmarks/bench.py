@@ -533,8 +533,8 @@ def main(
     runs: int = 5,
     busy: int = 0,
     cores: bool = False,
-    picogpt: str | None = None,
-    fastgpt: str | None = None,
+    picogpt: str = None,
+    fastgpt: str = None,
 ):
     """Measures, prints a table and writes results.md, results.json, decode.png and command.png.
 

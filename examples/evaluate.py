@@ -384,10 +384,8 @@ def main(
     for name, value in figures.items():
         print(f"{name:20}  {value:,}" if isinstance(value, int) else f"{name:20}  {value:,.4f}")
     if heatmap:
-        with (
-            cli.mistakes(OSError, f"{heatmap} cannot be written: "),
-            open(heatmap, "w", encoding="utf-8", newline="\n") as f,
-        ):
+        mistakes = cli.mistakes(OSError, f"{heatmap} cannot be written: ")
+        with mistakes, open(heatmap, "w", encoding="utf-8", newline="\n") as f:
             f.write(as_html(cli.printable(f"{file}, {model_size}"), encoder, ids, nats))
 
 

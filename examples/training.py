@@ -29,7 +29,7 @@ from texts import END, checksum, checksums, kind_of, read_documents, text_ids
 
 from backends.arrays import on_processor
 from cli import fail, mistakes, need, printable
-from files.checkpoint import DATA, ENCODER, VOCAB, save_checkpoint
+from files.checkpoint import ENCODER, VOCAB, save_checkpoint, weight_files
 from gpt2 import generate, layer_norm, linear
 from languages import translated
 from utils import MODEL_SIZES, NEW_NAME
@@ -48,7 +48,7 @@ def begin(options, *packages):
     """
     recipe.check(options)
     settings = {key: value for key, value in options.items() if key not in recipe.NO_SETTINGS}
-    settings["evaluate_every"] = settings["evaluate_every"] or -(-settings["n_steps"] // 16)
+    settings["evaluate_every"] = settings["evaluate_every"] or max(10, -(-settings["n_steps"] // 16))
     of_jax = ["jax", "optax"]
     settings["backend"] = options["backend"] or ("jax" if all(map(importlib.util.find_spec, of_jax)) else "numpy")
     need(*(of_jax if settings["backend"] == "jax" else []), *packages)
@@ -98,7 +98,8 @@ def refuse_existing(model_dir):
 
 def base_of(model_dir):
     """A checksum of the model that a run begins with, which is a setting."""
-    return checksum([os.path.join(model_dir, name) for name in (ENCODER, VOCAB, DATA)])
+    _, data = weight_files(model_dir)
+    return checksum([os.path.join(model_dir, name) for name in (ENCODER, VOCAB, *data)])
 
 
 def read_data(files, held_out, *kinds):
@@ -405,12 +406,12 @@ def train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, re
     """
     learner = learner_module(settings["backend"]).Learner(learned, frozen, hparams["n_head"], settings)
     run = Run(model_dir, tokenizer_dir, hparams, settings, learner, task)
-    if not importlib.util.find_spec("matplotlib"):
-        run.say("matplotlib is not installed: the loss curve is not drawn")
     with alone(model_dir) if learner.is_first else contextlib.nullcontext():
         if learner.is_first and not resume:
             refuse_existing(model_dir)  # it may have come meanwhile
         run.start(resume)
+        if not importlib.util.find_spec("matplotlib"):
+            run.say("matplotlib is not installed: the loss curve is not drawn")
         is_stopped = run.learn()
     n_steps = settings["n_steps"]
     if is_stopped and not run.is_done():

@@ -158,10 +158,11 @@ class Session:
 
     def lens_of_all(self, ids):
         """What the lens sees at every position."""
+        positions = [*range(len(ids))]
         starts = range(0, len(ids), N_LENS)
-        parts = [self.lens(ids, [*range(len(ids))][start : start + N_LENS])["rows"] for start in starts]
+        parts = [self.lens(ids, positions[start : start + N_LENS])["rows"] for start in starts]
         return {
-            "positions": [*range(len(ids))],
+            "positions": positions,
             "rows": [[*itertools.chain(*rows)] for rows in zip(*parts, strict=True)],
         }
 

@@ -17,9 +17,9 @@ class Statement:
     last: int
     names: list  # that it assigns
     calls: list  # (function, what tells it from other calls of the same function), in the order of the text
+    reads: list  # the names that it reads
     before: list  # axes named left of the arrow in its comment, a list of names each
     after: list  # and right of it
-    reads: list  # the names that it reads
     body: range = range(0)  # the lines that a loop repeats
 
 
@@ -67,7 +67,7 @@ def function(node, comments):
 def statement(first, last, names, calls, reads, comments):
     comment = next((comments[line] for line in range(first, last + 1) if line in comments), "")
     before, _, after = comment.rpartition("->")
-    return Statement(first, last, names, calls, axes_in(before), axes_in(after), reads)
+    return Statement(first, last, names, calls, reads, axes_in(before), axes_in(after))
 
 
 def names_in(node, context):

@@ -165,7 +165,7 @@ def weight_files(model_dir):
     if os.path.isfile(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             # a path of folders is of where it was trained, and is left out: here it lies beside this file
-            match = re.match(r'\s*model_checkpoint_path: *"(?:[^"]*[/\\])?(\w[\w.-]*)"(?:\s|$)', f.read(2**16))
+            match = re.match(r'\s*model_checkpoint_path: *"(?:[^"]*(?:/|\\\\))?(\w[\w.-]*)"(?:\s|$)', f.read(2**16))
         if not match:
             raise CheckpointError(
                 f'{path} must begin with model_checkpoint_path: "model.ckpt", or another plain name in its folder: '

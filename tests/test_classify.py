@@ -307,7 +307,7 @@ def test_mistakes_are_told_in_one_line(data, words, tmp_path):
         assert "give it alone" in message(classify.predict, *texts, name="words", models_dir=models_dir, **more)
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
     said = message(classify.predict, name="words", models_dir=models_dir, texts_file=f"{tmp_path}/latin1.txt")
-    assert said.endswith("latin1.txt is not valid Unicode text: save it as UTF-8")
+    assert said.endswith("latin1.txt is not valid Unicode text: it must be UTF-8")
     both = {"head_only": True, "lora_rank": 2}
     assert "do not go together" in message(classify.train, held_out, name="new", models_dir=models_dir, **both)
     assert_one_line_error(command("learn", script="examples/classify.py"), "learn is none of train, evaluate, predict")

@@ -4,7 +4,6 @@ import inspect
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -32,13 +31,6 @@ import cli
 import gpt2
 import utils
 from files import checkpoint
-
-
-def python(version):
-    """The path of a Python that is here, or None."""
-    here = pathlib.Path.home().glob(f".pyenv/versions/{version}.*/bin/python")
-    return next(here, None) or shutil.which(f"python{version}")
-
 
 # Text
 
@@ -349,15 +341,6 @@ cli.run(gpt2.main)
 """
     result = command(code=code, cwd=REPO)
     assert_one_line_error(result, "gpt2.py: needs Python 3.10 or newer, and this is ")
-
-
-@pytest.mark.parametrize("script", ["gpt2.py", "utils.py", "examples/finetune.py"])
-@pytest.mark.parametrize("version", ["3.8", "3.9"])
-def test_pythons_before_3_10_say_first_of_all_that_they_are_too_old(version, script):
-    if not (old := python(version)):
-        pytest.skip(f"there is no Python {version} here")
-    result = subprocess.run([old, REPO / script, "Hello"], capture_output=True, text=True, cwd="/")
-    assert_one_line_error(result, f"{pathlib.Path(script).name}: needs Python 3.10 or newer, and this is {version}")
 
 
 def test_cli_py_is_no_command_and_says_where_to_go():

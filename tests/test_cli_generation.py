@@ -191,8 +191,19 @@ def test_the_prompt_may_come_from_standard_input(args, run, continuation):
     assert run(*args, input="two\nlines\n").stdout == continuation("two\nlines") + "\n"
 
 
-def test_standard_input_that_is_no_text_is_an_error(run):
-    assert_one_line_error(run("-", input=b"caf\xe9"), "not UTF-8 text")
+@pytest.mark.parametrize(
+    ("data", "encoding", "said"),
+    [
+        (b"caf\xe9", "utf-8", "not UTF-8 text"),
+        (b"\xff\n", "gbk", "cannot be read, as gbk: not valid Unicode text"),
+        (b"a", "utf-16", "cannot be read, as utf-16: not valid Unicode text"),  # without the mark that it begins with
+    ],
+)
+def test_standard_input_that_is_no_text_is_an_error(data, encoding, said, tiny):
+    with running("-", model=tiny, n=N, env={"PYTHONIOENCODING": encoding}) as process:
+        stdout, stderr = process.communicate(data, TIMEOUT)
+    assert said in stderr.decode(encoding)
+    assert (stderr.decode(encoding).count("\n"), stdout.strip(b"\xff\xfe"), process.returncode) == (1, b"", 1)
 
 
 # A file of prompts
@@ -260,7 +271,7 @@ def test_a_line_that_cannot_be_continued_says_why_and_the_others_are(run, contin
     one, long, no_text, two = map(json.loads, result.stdout.splitlines())
     assert (one["text"], two["text"]) == (continuation("one"), continuation("two"))
     assert "more than the model's context" in long["error"]
-    assert no_text == {"prompt": "caf\ufffd", "error": "not valid Unicode text: save it as UTF-8"}
+    assert no_text == {"prompt": "caf\ufffd", "error": "not valid Unicode text: it must be UTF-8"}
     assert result.stderr == 'gpt2.py: 2 of 4 prompts could not be continued: their lines have an "error"\n'
     assert result.returncode == 1
 
@@ -390,6 +401,21 @@ def test_a_job_with_a_file_to_append_to_goes_on_where_it_was_killed(run, tmp_pat
     out.write_text("\n".join([kept, *others[:3], '{"prompt": "19']), "utf-8")
     assert run(*args).returncode == 0
     assert out.read_text("utf-8").splitlines() == [kept, *others]  # what is done is not done again
+    done = run(*args)
+    assert done.stderr == f"gpt2.py: {out} has answers to all of these prompts, and stays as it is\n"
+    assert done.returncode == 0
+
+
+def test_ctrl_c_says_where_a_job_with_a_file_to_append_to_goes_on(tiny, tmp_path):
+    args, out = ["--prompts_file=-", "--batch_size=2", "--out", tmp_path / "out"], tmp_path / "out"
+    with running(*args, model=tiny, n=N) as process:
+        process.stdin.write(b"one\n" * 8)
+        process.stdin.flush()
+        wait_until(lambda: out.exists() and out.read_text("utf-8").count("\n") == 8)
+        interrupt(process)
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    said = f"\ngpt2.py: stopped; the same command goes on behind the last line of {out}\n"
+    assert (process.returncode, stderr.decode()) == (130, said)
 
 
 def test_what_is_no_unicode_comes_through_and_a_line_cut_within_a_character_is_done_again(run, tmp_path):

@@ -158,7 +158,7 @@ def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_command_and_does_
     assert [(answer["prompt"], answer["text"]) for answer in (one, two)] == [
         (prompt, expected(prompt)) for prompt in ("one", "two")
     ]
-    assert no_text == {"prompt": "caf\ufffd", "error": "not valid Unicode text: save it as UTF-8"}
+    assert no_text == {"prompt": "caf\ufffd", "error": "not valid Unicode text: it must be UTF-8"}
     assert "more than the model's context" in long["error"]
     assert [(answer["id"], answer["text"]) for answer in others] == [*enumerate(expected(prompts))]
 

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib
+import pathlib
 import re
 import shutil
 import subprocess
@@ -163,6 +164,16 @@ def test_the_commands_are_found():
 def test_a_command_runs_where_python_leaves_its_folder_out_of_the_path(script, tmp_path):
     result = command("--help", script=script, env={"PYTHONSAFEPATH": "1", "PYTHONPATH": ""}, cwd=tmp_path)
     assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.9"])
+@pytest.mark.parametrize("script", commands())
+def test_a_command_says_first_of_all_that_python_is_too_old(script, version):
+    here = pathlib.Path.home().glob(f".pyenv/versions/{version}.*/bin/python")
+    if not (old := next(here, None) or shutil.which(f"python{version}")):
+        pytest.skip(f"there is no Python {version} here")
+    result = subprocess.run([old, REPO / script, "Hello"], capture_output=True, text=True, cwd="/")
+    assert_one_line_error(result, f"{script.rpartition('/')[2]}: needs Python 3.10 or newer, and this is {version}")
 
 
 @pytest.mark.parametrize("script", commands())

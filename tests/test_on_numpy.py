@@ -183,6 +183,8 @@ def test_without_jax_optax_and_matplotlib_a_model_is_fine_tuned_that_continues_t
     code += f"runpy.run_path({str(REPO / 'examples' / 'finetune.py')!r}, run_name='__main__')"
     mistaken = command("nowhere.txt", "--models_dir", tmp_path, *flags, code=code)
     assert_one_line_error(mistaken, "nowhere.txt cannot be read")  # and no word of what it would do without
+    mistaken = command(TEXT_FILE, "--models_dir", tmp_path, "--resume", *flags, code=code)
+    assert_one_line_error(mistaken, "there is no run to resume")
     done = command(TEXT_FILE, "--models_dir", tmp_path, *flags, code=code)
     assert done.returncode == 0, done.stderr
     assert "matplotlib is not installed: the loss curve is not drawn" in done.stderr
@@ -195,9 +197,21 @@ def test_without_jax_optax_and_matplotlib_a_model_is_fine_tuned_that_continues_t
     assert done.stdout == encoder.decode(generate(encoder.encode("KING"), params, hparams["n_head"], 8)) + "\n"
 
 
+def test_a_model_whose_weights_have_another_name_is_the_base_that_it_is(tmp_path):
+    for name in ("model.ckpt", "model-1000"):
+        shutil.copytree(REPO / "models" / "shakespeare", folder := tmp_path / name)
+        for path in folder.glob("model.ckpt.*"):
+            path.rename(folder / path.name.replace("model.ckpt", name))
+        (folder / "checkpoint").write_text(f'model_checkpoint_path: "{name}"')
+    assert training.base_of(tmp_path / "model-1000") == training.base_of(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("script", ["finetune", "train"])
 @pytest.mark.parametrize("flag", ["--distributed", "--recompute", "--dtype=bfloat16"])
-def test_what_only_jax_can_do_is_refused(tmp_path, flag):
+def test_what_only_jax_can_do_is_refused(tmp_path, flag, script):
+    if script == "train":
+        optional("tokenizers").Tokenizer  # noqa: B018  (skips where it is not installed)
     args = (TEXT_FILE, "--name=mine", "--models_dir", tmp_path, "--backend=numpy", flag)
-    done = command(*args, script="examples/finetune.py")
+    done = command(*args, script=f"examples/{script}.py")
     assert (done.returncode, done.stdout) == (1, "")
     assert f"{flag.partition('=')[0]} needs --backend jax" in done.stderr

@@ -153,7 +153,7 @@ def test_a_chat_is_a_pair_for_each_answer_with_all_before_as_its_prompt(tmp_path
         ("a.csv", "prompt,completion\na,b,c\n", "line 2: it has not as many fields as the first"),
         ("a.csv", 'prompt,completion\n"a,b\n', "behind line 1: unexpected end of data"),
         ("a.csv", "prompt\na\n", 'line 2: no object with {"prompt", "completion"} or {"messages"}'),
-        ("a.csv", b"prompt,completion\n\xff,b\n", "cannot be read: not valid Unicode text: save it as UTF-8"),
+        ("a.csv", b"prompt,completion\n\xff,b\n", "cannot be read: not valid Unicode text: it must be UTF-8"),
         ("a.jsonl", '{"messages": 5}', '"messages" is no list'),
         ("a.jsonl", '{"messages": []}', "the last of the messages is not the assistant's"),
         (

@@ -341,7 +341,7 @@ def test_where_a_checkpoint_was_trained_is_left_out_of_its_name(folder, model_di
     assert_same(load(model_dir)[2], params)
 
 
-@pytest.mark.parametrize("path", ["..", "a/..", ".hidden", "/etc/", "C:x", "", 'x"y', "*", "a/*"])
+@pytest.mark.parametrize("path", ["..", "a/..", ".hidden", "/etc/", "C:x", "", 'x"y', "*", "a/*", r"\346\250\241"])
 def test_the_file_checkpoint_leads_nowhere_outside_its_folder(path, model_dir):
     (model_dir / "checkpoint").write_text(f'model_checkpoint_path: "{path}"\n')
     assert f"{model_dir / 'checkpoint'} must begin with" in error_of(model_dir)

@@ -85,10 +85,10 @@ const rowsOf = (data, n_columns) => Array.from({ length: data.length / n_columns
 export function pixels(data, n_rows, n_columns, scale = scaleOf(data, n_columns)) {
   const [zero, more, less] = [theme.zero, theme.more, theme.less].map((colour) => colour.split(" ").map(Number));
   const image = new ImageData(n_columns, n_rows);
-  const ends = rowsOf(data, n_columns).map((row) => (scale.byRow ? row.reduce((most, x) => Math.max(most, x)) : scale.ends));
+  const ends = scale.byRow && rowsOf(data, n_columns).map((row) => row.reduce((most, x) => Math.max(most, x)));
   for (let i = 0; i < n_rows * n_columns; i++) {
     const x = data[i];
-    const share = Number.isFinite(x) ? Math.min(1, Math.abs(x) / (ends[Math.floor(i / n_columns)] || 1)) : 0;
+    const share = Number.isFinite(x) ? Math.min(1, Math.abs(x) / ((scale.byRow ? ends[Math.floor(i / n_columns)] : scale.ends) || 1)) : 0;
     const to = x < 0 ? less : more;
     for (let c = 0; c < 3; c++) image.data[4 * i + c] = zero[c] + share * (to[c] - zero[c]);
     image.data[4 * i + 3] = x === -Infinity ? 0 : 255; // what is hidden is left to the pattern behind
@@ -234,19 +234,25 @@ export function skyline(row) {
 
 // The same numbers, to be read or read aloud: some columns at a time.
 function table(map) {
-  const details = el("details", { class: "numbers" }, el("summary", {}, t("asTable")));
+  const shown = el("div");
+  const details = el("details", { class: "numbers" }, el("summary", {}, t("asTable")), shown);
   let first = 0;
+  const turnBy = (by) => {
+    first += by;
+    fill();
+    const buttons = [...shown.querySelectorAll(".turns button")];
+    buttons.sort((a, b) => a.disabled - b.disabled || (a.value === String(by) ? -1 : 1))[0].focus(); // the one that was pressed, unless it led to the end
+  };
   const fill = () => {
     const last = Math.min(first + COLUMNS, map.n_columns);
     const columns = Array.from({ length: last - first }, (_, i) => first + i);
     const head = el("tr", {}, el("td", {}), ...columns.map((i) => el("th", { scope: "col" }, name(map.columns, i, "", 0))));
     const rows = Array.from({ length: map.n_rows }, (_, r) =>
       el("tr", {}, el("th", { scope: "row" }, name(map.rows, r, "", map.first)), ...columns.map((i) => el("td", {}, number(map.data[r * map.n_columns + i])))));
-    const turn = (by) => el("button", { type: "button", onclick: () => { first += by; fill(); }, disabled: first + by < 0 || first + by >= map.n_columns }, by < 0 ? "←" : "→");
+    const turn = (by) => el("button", { type: "button", value: by, onclick: () => turnBy(by), disabled: first + by < 0 || first + by >= map.n_columns }, by < 0 ? "←" : "→");
     const turns = map.n_columns > COLUMNS ? [el("p", { class: "turns" }, turn(-COLUMNS), ` ${t("columnsOf", first, last - 1, counted(map.n_columns))} `, turn(COLUMNS))] : [];
     const caption = el("caption", {}, map.about);
-    details.replaceChildren(el("summary", {}, t("asTable")), ...turns,
-      scroller(map.about, el("table", {}, caption, el("thead", {}, head), el("tbody", {}, ...rows))));
+    shown.replaceChildren(...turns, scroller(map.about, el("table", {}, caption, el("thead", {}, head), el("tbody", {}, ...rows))));
   };
   details.addEventListener("toggle", () => details.open && !details.querySelector("table") && fill());
   return details;

@@ -81,7 +81,7 @@ async function runOne({ question, path = app.path, pick }) {
     } finally {
       change({ run: answer });
     }
-    say((answer.n_cut ? `${t("wasCut", app.about.n_tokens, answer.n_cut)} ` : "") + (isFile ? isSaved() : t("ran", answer.ids.length, seconds)));
+    say(isFile ? isSaved() : cutNote() + t("ran", answer.ids.length, seconds));
     if (!isSame) {
       makePatch();
       startOver();
@@ -98,11 +98,13 @@ const painted = () => new Promise((go) => {
 
 const hasValues = (block) => callAt(["gpt2", `block ${block}`])?.values.some((value) => value.key !== undefined);
 
+const cutNote = () => (app.run.n_cut ? `${t("wasCut", app.about.n_tokens, app.run.n_cut)} ` : "");
+
 // What a page that was saved has.
 function isSaved() {
   const blocks = app.run.habits.map((_, i) => i);
   const kept = blocks.filter(hasValues);
-  return kept.length === blocks.length ? t("isFile") : t("isPart", kept.join(", "));
+  return cutNote() + (kept.length === blocks.length ? t("isFile") : t("isPart", kept.join(", ")));
 }
 
 async function goTo({ detail: { block, path, pick } }) {
@@ -180,9 +182,11 @@ document.addEventListener("keydown", (event) => event.key === "Escape" && docume
 
 // Within the page a link scrolls, and leaves the address alone: behind its # is the key, which is needed when it is loaded anew.
 for (const link of document.querySelectorAll("a[href^='#']")) {
+  const section = link.getAttribute("href");
+  if (location.hash) link.href = location.hash; // in another tab, the page with its key
   link.addEventListener("click", (event) => {
     event.preventDefault();
-    const heading = document.querySelector(`${link.getAttribute("href")} h2`);
+    const heading = document.querySelector(`${section} h2`);
     heading.parentElement.scrollIntoView();
     heading.tabIndex = -1;
     heading.focus({ preventScroll: true });
@@ -200,7 +204,7 @@ for (const button of document.querySelectorAll("[data-language]")) {
     change({ run: app.run, value: app.value });
     showCache();
     showWalk();
-    say(isFile ? isSaved() : "");
+    say(isFile ? isSaved() : cutNote());
   });
 }
 

@@ -66,7 +66,7 @@ function showCode() {
   const isFolded = (line) => !wholeDoc && !wholeFile && line > docFirst && line <= docLast;
   const all = wholeFile ? app.about.lines.map((_, i) => i + 1) : Array.from({ length: last - first + 1 }, (_, i) => first + i);
   const lines = all.filter((line) => !isFolded(line));
-  const toggle = el("input", { type: "checkbox", id: "whole", onchange: () => { wholeFile = toggle.checked; showCode(); } });
+  const toggle = el("input", { type: "checkbox", id: "whole", onchange: () => { wholeFile = toggle.checked; change({ path: app.path }); } });
   toggle.checked = wholeFile;
   const rows = lines.map((line) => codeLine(line, line >= first && line <= last ? opened : null));
   const picture = document.getElementById("picture"); // which may be among the lines that go
@@ -106,7 +106,7 @@ function putPicture(picture) {
 
 // A long docstring shows its first line until it is asked for.
 function unfold(n) {
-  const more = () => { wholeDoc = true; showCode(); };
+  const more = () => { wholeDoc = true; change({ path: app.path }); };
   return el("button", { type: "button", class: "unfold", onclick: more }, t("moreLines", n));
 }
 

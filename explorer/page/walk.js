@@ -8,23 +8,23 @@ import { t } from "./words.js";
 
 const walkCard = document.getElementById("walk");
 let at = -1;
-let line = null; // of the source, if one is looked at
+let line; // of the source, if one is looked at
 
 const open = (names, pick) => {
   const found = inBlock(...names);
   if (found) go(found.path, pick);
 };
 
-// [what is looked at, what is opened before]; a page that was saved has no experiments, which are the last
+// [what is looked at, what is opened before, what is said besides where a program answers]; a page that was saved has no experiments, which are the last
 const ALL = [
-  ["#ask", () => {}],
+  ["#ask", () => {}, "walk1live"],
   ["#tokens", () => change({ token: app.run.ids.length - 1 })],
   [".line.here", () => openCall(["gpt2"], (value) => value.name === "x" && value.before?.length === 1)],
   ["#blocks", () => {}],
   [".line.here", () => open(["mha"], (value) => value.name === "x" && value.axes.length === 4)],
   [".line.here", () => open(["mha", "attention"], (value) => value.name === "weights")],
   ["#habits", () => {}],
-  ["#controls", () => {}],
+  ["#controls", () => {}, "walk8live"],
   ["#seen", () => {}],
   ["#experiments", () => {}],
 ];
@@ -52,8 +52,11 @@ export function placeWalk() {
   if (walkCard.hidden) return;
   const part = line === undefined ? STEPS[at][0] : `[data-line="${line}"]`;
   const subject = document.querySelector(part) ?? document.querySelector(".desk"); // another function's lines are shown
-  if (narrow.matches) subject.before(walkCard);
-  else document.body.append(walkCard);
+  const [parent, after] = narrow.matches ? [subject.parentElement, subject] : [document.body, null];
+  if (walkCard.parentElement === parent && walkCard.nextElementSibling === after) return;
+  const focused = walkCard.contains(document.activeElement) ? document.activeElement : null; // which what is moved loses
+  parent.insertBefore(walkCard, after);
+  focused?.focus({ preventScroll: true });
 }
 
 narrow.addEventListener("change", placeWalk);
@@ -70,10 +73,11 @@ function bring(subject) {
 
 export function showWalk() {
   if (at < 0 || at >= STEPS.length) return;
+  const [, , live] = STEPS[at];
   const button = (text, to, kind) => el("button", { type: "button", class: kind, onclick: () => walk(to) }, text);
   walkCard.replaceChildren(
     el("p", { class: "hint" }, t("stepOf", at + 1, STEPS.length)),
     el("h2", {}, t(`walk${at + 1}`)),
-    el("p", {}, t(`walk${at + 1}text`), isFile ? "" : ` ${t(`walk${at + 1}live`)}`),
+    el("p", {}, t(`walk${at + 1}text`), isFile || !live ? "" : ` ${t(live)}`),
     el("p", { class: "turns" }, ...(at > 0 ? [button(t("back"), at - 1, "plain")] : []), at < STEPS.length - 1 ? button(t("onward"), at + 1, "act") : button(t("finish"), -1, "act"), ...(at < STEPS.length - 1 ? [button(t("leave"), -1, "plain")] : [])));
 }
