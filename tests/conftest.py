@@ -48,7 +48,9 @@ for name in ("GPT2_BASE_URL", "HF_ENDPOINT"):
     os.environ.pop(name, None)
 
 # what JAX compiles is kept, by what it was compiled from: commands that tests start would each compile the same
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "gpt2-jax-tests"))
+with contextlib.suppress(OSError):  # of who has no home
+    os.makedirs(jax_cache := os.path.join(os.path.expanduser("~"), ".cache", "gpt2-jax-tests"), exist_ok=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", jax_cache)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # a shell has what it starts in the background ignore Ctrl-C, and so would all that is started here

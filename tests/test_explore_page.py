@@ -582,6 +582,30 @@ def test_what_was_pressed_keeps_the_focus_where_all_around_it_is_made_anew(visit
     assert visit.page.locator(button).evaluate("e => e === document.activeElement")
 
 
+def test_a_table_keeps_the_focus_as_it_opens_and_turns(visit):
+    visit.page.locator("#code .value").first.click()  # many columns
+    visit.settle()
+    visit.page.focus("#picture .numbers summary")
+    visit.page.keyboard.press("Enter")
+    visit.page.wait_for_selector("#picture .numbers table")
+    assert visit.page.locator("#picture .numbers summary").evaluate("e => e === document.activeElement")
+    visit.page.focus("#picture .numbers .turns button >> nth=1")
+    for first, focused in ((12, 1), (24, 0)):  # of 32: behind the last there is no way but back
+        visit.page.keyboard.press("Enter")
+        assert visit.page.locator("#picture .numbers thead th").first.inner_text().endswith(str(first))
+        button = visit.page.locator(f"#picture .numbers .turns button >> nth={focused}")
+        assert button.evaluate("e => e === document.activeElement")
+
+
+def test_the_card_of_the_walk_keeps_the_focus_where_another_value_is_shown(visit):
+    visit.page.click("#start")
+    visit.settle()
+    visit.page.focus("#walk .act")
+    visit.page.locator("#code .value").nth(1).evaluate("e => e.click()")
+    visit.settle()
+    assert visit.page.locator("#walk .act").evaluate("e => e === document.activeElement")
+
+
 def test_the_cache_says_with_which_settings_it_draws(visit):
     assert "Draws at temperature 1, top_k 0, top_p 1" in visit.texts("#going")[0]
     visit.page.fill("#controls .control:nth-child(1) input[type=number]", "0")
@@ -628,6 +652,9 @@ def test_on_a_narrow_screen_the_card_of_the_walk_stands_before_what_it_is_about_
             assert visit.page.evaluate(
                 "document.querySelector('#walk + [data-line] code').innerText.includes('softmax')"
             )
+            visit.page.check("#whole")
+            visit.page.uncheck("#whole")
+            assert visit.page.locator("#walk + [data-line]").count() == 1
         visit.page.click("#walk .act")
     assert visit.page.locator("#walk").is_hidden()
     visit.context.close()

@@ -481,7 +481,7 @@ print("read")
 
 
 def test_ctrl_c_in_a_notebook_ends_all_threads_as_soon_as_they_have_read_their_parts(long):
-    with running(long.parent, code=LONG_PROMPT) as process:
+    with running(long.parent, code=LONG_PROMPT, cwd=REPO) as process:
         assert process.stdout.readline() == b"reading\n"
         interrupt(process)
         stdout, stderr = process.communicate(timeout=TIMEOUT)
