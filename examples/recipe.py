@@ -27,8 +27,8 @@ FLAGS = {
     "recompute": (bool, False, "keep fewer activations, and compute them again: less memory, a third more time"),
     "evaluate_every": (
         *(int, None),
-        "steps from one evaluation to the next (by default there are 16 at most, and one before the first step); "
-        "each saves the run, and the model if it is the best yet",
+        "steps from one evaluation to the next (by default 10 or more: there are 16 at most, and one before the first "
+        "step); each saves the run, and the model if it is the best yet",
     ),
     "backend": (
         *(str, None),

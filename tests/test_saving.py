@@ -15,6 +15,8 @@ sys.path.insert(0, str(REPO / "examples"))
 import saving
 import training
 
+from files.checkpoint import DATA, ENCODER, VOCAB
+
 jax, optax = optional("jax"), optional("optax")
 
 SETTINGS = {"n_steps": 4, "batch_size": 2, "evaluate_every": 2, "seed": 0, "dropout": 0.0}
@@ -193,11 +195,11 @@ def test_no_bit_of_a_state_can_flip_unseen_and_none_gives_a_traceback(state):
 
 def test_a_base_model_that_has_changed_under_its_name_is_told_of(state, tmp_path):
     folder = tmp_path / "base"
-    write(folder, **{name: "old" for name in (training.ENCODER, training.VOCAB, training.DATA)})
+    write(folder, **{name: "old" for name in (ENCODER, VOCAB, DATA)})
     settings = SETTINGS | {"base": training.base_of(folder), "model_size": "base"}
     saving.save_state(state, settings, 2, [], [], TREE)
     saving.load_state(state, settings, TREE)
-    for name in (training.ENCODER, training.VOCAB, training.DATA):
+    for name in (ENCODER, VOCAB, DATA):
         (folder / name).write_text("new")
         said = refusal(state, settings | {"base": training.base_of(folder)})
         assert "the run to resume began from another model: base has changed since" in said

@@ -92,8 +92,8 @@ def test_the_loss_curve_is_drawn_beside_the_checkpoint_from_before_the_first_ste
     assert [step for step, _, _ in losses_of(models_dir / "small")] == [0, 60, 120]
 
 
-def test_there_are_at_most_sixteen_evaluations_unless_told_otherwise(tmp_path):
-    for n_steps, expected in [(8000, 500), (500, 32), (3, 1)]:
+def test_there_are_at_most_sixteen_evaluations_ten_steps_apart_or_more_unless_told_otherwise(tmp_path):
+    for n_steps, expected in [(8000, 500), (500, 32), (160, 10), (20, 10), (3, 10)]:
         flags = {"name": "new", "models_dir": str(tmp_path), "n_steps": n_steps}
         _, settings = training.begin(recipe.complete(train.main, flags))
         assert settings["evaluate_every"] == expected
