@@ -75,7 +75,7 @@ chosen=
 if ! (($#)); then
     set -- house sampling lookup bundle utils threads products explore_trace gpt2 encoder generation download saving \
         on_numpy cli cli_generation
-    # Python takes a second to start there: left out are the 39 tests of test_house.py that start every command, and two
+    # Python takes a second to start there: left out are the tests of test_house.py that start every command, and two
     # that each download thirty times; where their files are named, they run
     chosen='not (test_house and test_a_command) and not damaged_never_spoils and not kill_9_at_any_moment'
 fi
