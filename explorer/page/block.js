@@ -3,7 +3,7 @@
 import { app, change, inBlock, lastValue } from "./app.js";
 import { isFile, numbers } from "./api.js";
 import { axesText, choice, el, number, percent, place, scroller, tokenText } from "./dom.js";
-import { heatMap, thumbnail, summed } from "./heat.js";
+import { heatMap, thumbnail, sumOfRow } from "./heat.js";
 import { go } from "./source.js";
 import { t } from "./words.js";
 
@@ -176,4 +176,4 @@ export function showStream() {
   place("stream", heatMap(map));
 }
 
-const meanLength = (row) => t("meanLength", number(summed(row) / row.length));
+const meanLength = (row) => t("meanLength", number(sumOfRow(row) / row.length));

@@ -204,9 +204,9 @@ function rowBars(map) {
   return [heading, el("ol", { class: "bars" }, ...order.map((i) => bar(`${map.columns[i]} (${i})`, number(row[i]), Math.abs(row[i]) / most)))];
 }
 
-const sumOf = (row) => `${t("sumIs")} ${summed(row).toFixed(3).replace("-", "−")}`;
-const sumAndLength = (row) => `${sumOf(row)} · ${t("sizeIs")} ${number(Math.sqrt(summed(row.map((x) => x * x))))} (${t("rootOfSquares")})`;
-export const summed = (row) => row.reduce((sum, x) => sum + x, 0);
+const sumOf = (row) => `${t("sumIs")} ${sumOfRow(row).toFixed(3).replace("-", "−")}`;
+const sumAndLength = (row) => `${sumOf(row)} · ${t("sizeIs")} ${number(Math.sqrt(sumOfRow(row.map((x) => x * x))))} (${t("rootOfSquares")})`;
+export const sumOfRow = (row) => row.reduce((sum, x) => sum + x, 0);
 
 // A line with a bar: its name, its length from 0 to 1, its number.
 export function bar(name, text, length, kind = "") {
