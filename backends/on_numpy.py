@@ -22,10 +22,10 @@ class Model:
         counts = thread_counts(params)
         self.gpt2, self.params, self.n_head, self.n_threads = gpt2, params, n_head, counts[0]
         self.paces = collections.defaultdict(functools.partial(Pace, counts))  # {shape of ids: Pace}
-        self.small_kernels = n_rows > 1 and has_small_kernels()
-        shares_pay = 1 < n_rows <= most_rows(self.small_kernels) and self.n_threads > 1
+        small_kernels = n_rows > 1 and has_small_kernels()
+        shares_pay = 1 < n_rows <= most_rows(self.n_threads, small_kernels) and self.n_threads > 1
         may_start = threading.main_thread().is_alive()  # else Python 3.12 starts no thread any more
-        self.helpers = Helpers(self.n_threads - 1) if shares_pay and may_start else None
+        self.helpers = Helpers(self.n_threads - 1, small_kernels) if shares_pay and may_start else None
         self.kv_cache = empty_cache(params, n_head, n_rows, n_slots)
 
     def next_ids(self, rows, n_past, n_steps, sampler):
@@ -38,7 +38,7 @@ class Model:
             return self.read_in_parts(rows[0], n_past[0])
         caches = [cache.up_to(max(n_past) + len(rows[0])) for cache in self.kv_cache]
         pace = self.paces[len(rows), len(rows[0])]
-        with blas_threads(), shared_by(self.helpers, self.small_kernels):
+        with blas_threads(), shared_by(self.helpers):
             return self.run(rows, caches, n_past, n_last, blocks=pace.of(self.params["blocks"]))
 
     def run(self, rows, caches, n_past, n_last, **params):

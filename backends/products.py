@@ -1,34 +1,41 @@
-"""x @ w for a few rows, by threads of ours: those of a batch of a few texts.
+"""x @ w for a few rows, by threads of ours: those of a batch of texts.
 
-Before it multiplies more than one row, OpenBLAS copies w, part by part, into an order that suits many. For a few rows
-that takes longer than all else. So each thread of ours has a share of w, and reads it as it lies, in tiles that stay in
-its core's cache:
+Before it multiplies more than one row, OpenBLAS copies w, part by part, into an order that suits many. Of a few rows
+that takes longer than all else. So each thread of ours has a share of w, and
 
-- up to VECTORS rows, for one row at a time: the product of one row and a matrix copies nothing.
-- Where OpenBLAS has kernels for small matrices, which copy nothing either, up to FEW rows, for all at once. On x86
-  those are for AVX-512, for m * k * n <= 100**3, and if w is transposed, as wte.T is, m * n <= 1200 and k >= 32 (its
-  interface/gemm.c, kernel/x86_64/sgemm_small_kernel_permit_skylakex.c).
+- up to VECTORS rows it multiplies one at a time, since the product of one row and a matrix copies nothing: tile by tile
+  of w, each of which stays in its core's cache for all rows.
+- With more, it copies its share as it lies in memory, whole rows of w. BLAS's own threads divide the columns, and copy
+  in pieces from all over w. Of wte.T it copies a tile at a time, which then comes from its core's cache.
+- Where OpenBLAS has kernels for small matrices, which copy nothing, it takes such tiles. On x86 those are for AVX-512,
+  for m * k * n <= 100**3, and if w is transposed, as wte.T is, m * n <= 1200 and k >= 32 (its interface/gemm.c,
+  kernel/x86_64/sgemm_small_kernel_permit_skylakex.c).
 
-With more, `x @ w` by BLAS's threads is as fast. What comes out is the same for any number of ours. BLAS's rest
-meanwhile: between two products they stay awake for a while, and would be in the way.
+BLAS's threads rest meanwhile: between two products they stay awake for a while, and would be in the way.
 """
 
 import contextlib
+import functools
 import queue
 import threading
 import weakref
 
-VECTORS, FEW = 4, 24  # rows
-TILE = 96, 384  # rows and columns of w at most: 144 KiB, of which a core's second cache has room for two
-TILE_T = 24  # columns of a transposed w, which lie one after another: 72 to 150 KiB in GPT-2's
+VECTORS, FEW_SMALL, FEW = 4, 24, 32  # rows, of which by kernels for small matrices, and of which in shares at all
+TILE, TILE_SMALL = (48, 384), (96, 384)  # rows and columns of w at most: of 72 and of 144 KiB
+TILE_T, TILE_T_COPIED = 24, 192  # columns of a transposed w, which lie one after another: 72 and 576 KiB of 124M's
 LEAST = 16  # rows or columns of a tile: to call BLAS for fewer takes longer than the product
+MANY_THREADS = 4  # up to so many have shares of what is copied: each waits for its share some 50 us
 
 
 class Helpers:
-    """n threads that multiply shares, as long as somebody has this object, and no longer than the program runs."""
+    """n threads that multiply shares, as long as somebody has this object, and no longer than the program runs.
 
-    def __init__(self, n):
-        self.shares = queue.SimpleQueue()  # of (its number, where its product goes, arguments of by_tiles)
+    small_kernels: whether BLAS has kernels for small matrices.
+    """
+
+    def __init__(self, n, small_kernels):
+        self.small_kernels = small_kernels
+        self.shares = queue.SimpleQueue()  # of (a function that multiplies one, the queue of who waits for it)
         for _ in range(n):
             threading.Thread(target=multiply, args=[self.shares], daemon=True).start()
         weakref.finalize(self, stop, self.shares, n)
@@ -36,11 +43,12 @@ class Helpers:
 
 def multiply(shares):
     """Multiplies one share after another, until None comes."""
-    for number, products, share in iter(shares.get, None):
+    for share, done in iter(shares.get, None):
         try:
-            products.put((number, by_tiles(*share)))
+            share()
+            done.put(None)
         except Exception as error:
-            products.put((number, error))
+            done.put(error)
 
 
 def stop(shares, n):
@@ -48,83 +56,80 @@ def stop(shares, n):
         shares.put(None)
 
 
-class Shares(threading.local):
-    """How this thread multiplies a few rows, unless helpers is None: in n shares, its own and those of helpers."""
+class Here(threading.local):
+    """How this thread multiplies several rows, unless helpers is None: in n shares, its own and those of helpers."""
 
-    n, helpers, small_kernels = 1, None, False
+    n, helpers = 1, None
 
 
-here = Shares()
+here = Here()
 
 
 @contextlib.contextmanager
-def shared_by(helpers, small_kernels):
-    """Has this thread multiply a few rows in shares for a while, here.n of them; helpers=None: as elsewhere."""
-    here.helpers, here.small_kernels = helpers, small_kernels
+def shared_by(helpers):
+    """Has this thread multiply several rows in shares for a while, here.n of them; helpers=None: as elsewhere."""
+    here.helpers = helpers
     try:
         yield
     finally:
-        here.n, here.helpers, here.small_kernels = 1, None, False
+        here.n, here.helpers = 1, None
 
 
-def most_rows(small_kernels):
+def most_rows(n_threads, small_kernels):
     """Up to how many rows shares are faster than BLAS's threads."""
-    return FEW if small_kernels else VECTORS
+    return FEW_SMALL if small_kernels else FEW if n_threads <= MANY_THREADS else VECTORS
 
 
 def product(x, w):  # [m, k], [k, n] -> [m, n]
-    """x @ w, of any library; of NumPy and a few rows, within shared_by(), in shares."""
-    if not here.helpers or not 1 < len(x) <= most_rows(here.small_kernels):
+    """x @ w, of any library; of NumPy and several rows, within shared_by(), in shares."""
+    if not here.helpers or len(x) < 2:
         return x @ w
     import numpy as np  # only here: gpt2.py imports this file before OpenBLAS is told which kernels to use
 
-    (k, n), is_transposed = w.shape, w.strides[0] == w.itemsize
-    height, width = (k, TILE_T) if is_transposed else (divisor(k, TILE[0]), divisor(n, TILE[1]))
-    if min(height, width) < LEAST or n < width:
+    (m, k), n, small = x.shape, w.shape[1], here.helpers.small_kernels
+    one_by_one = m <= VECTORS and not small
+    if w.strides[0] == w.itemsize:  # transposed: tiles of its columns
+        width = TILE_T if one_by_one or small else TILE_T_COPIED
+        n_tiled = n - n % width
+        tiles = w[:, :n_tiled].T.reshape(-1, width, k).swapaxes(1, 2)  # [n/width, k, width]
+        y = np.empty((len(tiles) + 1, m, width), x.dtype)
+        multiply_in_shares(x[None], tiles, y[:-1], one_by_one)
+        y[-1, :, : n - n_tiled] = x @ w[:, n_tiled:]
+        return y.swapaxes(0, 1).reshape(m, -1)[:, :n]
+
+    height, width = TILE_SMALL if small else TILE if one_by_one else (max(k // here.n, 1), n)
+    height, width = divisor(k, height), divisor(n, width)
+    if min(height, width) < LEAST:
         return x @ w
-    if is_transposed:  # shares of its columns
-        shares = [(x, w[:, part]) for part in parts(n, width)]
-    else:  # shares of its rows, whose products add up
-        shares = [(x[:, part], w[part]) for part in parts(k, height)]
-    ys = in_shares([(*share, height, width, here.small_kernels) for share in shares])
-    return np.concatenate(ys, axis=2)[0] if is_transposed else np.concatenate(ys).sum(axis=0)
+    tiles = w.reshape(-1, height, n // width, width).swapaxes(1, 2)  # [k/height, n/width, height, width]
+    rows = x.reshape(m, -1, 1, height).swapaxes(0, 2).swapaxes(0, 1)  # [k/height, 1, m, height]
+    y = np.empty((k // height, n // width, m, width), x.dtype)
+    multiply_in_shares(rows, tiles, y, one_by_one)
+    return y.sum(axis=0).swapaxes(0, 1).reshape(m, n)
 
 
-def in_shares(shares):
-    """[by_tiles(*share), ...], the first by this thread, the others by its helpers."""
-    products = queue.SimpleQueue()
-    for number, share in enumerate(shares[1:], 1):
-        here.helpers.shares.put((number, products, share))
-    ys = {0: by_tiles(*shares[0])}
-    for number, y in (products.get() for _ in shares[1:]):
-        if isinstance(y, Exception):
-            raise y
-        ys[number] = y
-    return [ys[number] for number in range(len(shares))]
-
-
-def parts(n, tile):
-    """Slices of n for at most here.n shares, of whole tiles; the last has what is left, too."""
-    step = tile * -(-(n // tile) // here.n)
-    starts = range(0, n - n % tile, step)
-    return [slice(start, n if start == starts[-1] else start + step) for start in starts]
-
-
-def by_tiles(x, w, height, width, small_kernels):  # [m, k], [k, n] -> [k/height, m, n]
-    """The products of parts of x and w, k cut by height, which add up to x @ w."""
+def multiply_in_shares(rows, tiles, out, one_by_one):  # [1 or s, .., m, h], [s, .., h, w], [s, .., m, w]
+    """out = rows @ tiles, the first of here.n shares by this thread, the others by its helpers; one_by_one: of rows."""
     import numpy as np
 
-    (m, k), n = x.shape, w.shape[1]
-    n_tiled = n - n % width
-    tiles = w[:, :n_tiled].reshape(k // height, height, -1, width).swapaxes(1, 2)  # [.., n/width, height, width]
-    rows = x.reshape(m, -1, height).swapaxes(0, 1)[:, None]  # [k/height, 1, m, height]
-    if not small_kernels:  # one row after another
-        rows, tiles = rows[..., None, :], tiles[:, :, None]  # [.., m, 1, height], [.., 1, height, width]
-    y = (rows @ tiles).reshape(-1, n_tiled // width, m, width)  # [k/height, n/width, m, width]
-    y = y.swapaxes(1, 2).reshape(-1, m, n_tiled)
-    return y if n_tiled == n else np.concatenate([y, (x @ w[:, n_tiled:])[None]], axis=2)
+    if one_by_one:
+        rows, tiles, out = rows[..., None, :], tiles[..., None, :, :], out[..., None, :]
+    size, done = max(-(-len(tiles) // here.n), 1), queue.SimpleQueue()
+    parts = [slice(start, start + size) for start in range(0, len(tiles), size)]
+    parts_of_rows = [rows[part] if len(rows) > 1 else rows for part in parts]
+    shares = [
+        functools.partial(np.matmul, r, tiles[part], out[part]) for r, part in zip(parts_of_rows, parts, strict=True)
+    ]
+    for share in shares[1:]:
+        here.helpers.shares.put((share, done))
+    for share in shares[:1]:
+        share()
+    errors = [done.get() for _ in shares[1:]]
+    for error in filter(None, errors):
+        raise error
 
 
+@functools.lru_cache  # not cache, which Python 3.8 has not: it shall come as far as to be told that it is too old
 def divisor(n, most):
     """The largest number, up to most, that divides n."""
     return next(i for i in range(most, 0, -1) if n % i == 0)

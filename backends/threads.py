@@ -18,7 +18,7 @@ from backends.products import here
 
 SMALL = 2**24  # bytes of weights: those of smaller models stay in one core's cache
 LATELY = 32  # blocks whose times count most
-TRIAL = 512  # blocks after which other numbers of threads are tried again
+SOON, TRIAL = 32, 512  # blocks after which other numbers of threads are tried again: once, and then every so many
 CLEARLY = 0.8  # fewer threads must take less than this part of the time with all: small leads come by chance
 SMALL_KERNELS = "skylakex", "cooperlake", "sapphirerapids"  # OpenBLAS's kernels with those that products.py tells of
 
@@ -204,7 +204,7 @@ class Pace:
         n_blocks, seconds = n_blocks + 1, min(seconds, 4 * mean)
         mean = min(mean, seconds) if n_blocks <= 2 else mean + (seconds - mean) / min(n_blocks, LATELY)
         self.taken[n] = n_blocks, mean
-        if n_blocks % TRIAL == 0:
+        if n_blocks == SOON or n_blocks % TRIAL == 0:
             self.taken = {n: self.taken[n]}
 
 

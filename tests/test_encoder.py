@@ -237,9 +237,10 @@ def test_merges_are_the_textbooks_for_any_ranks(merge, word, pairs):
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", string.ascii_lowercase, "é", "中文字"])
-def test_a_word_ten_times_as_long_takes_at_most_twenty_times_as_long(alphabet, genuine):
+def test_a_word_ten_times_as_long_takes_at_most_thirty_times_as_long(alphabet, genuine):
     word = "".join(random.Random(0).choices(alphabet, k=100_000))
-    assert fastest(genuine.encode, word) < 20 * fastest(genuine.encode, word[:10_000])  # a hundred if it were quadratic
+    ten_words = [word[:10_000]] * 10  # of one alone the clock of Windows, which ticks 64 times a second, says little
+    assert fastest(genuine.encode, word) < 3 * fastest(lambda words: [*map(genuine.encode, words)], ten_words)
     assert genuine.decode(genuine.encode(word)) == word
 
 

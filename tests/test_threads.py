@@ -290,7 +290,17 @@ def test_a_single_mishap_changes_nothing(n_before, monkeypatch):
         clock.times[2] = slow
         clock.run(pace, n_blocks)
     assert clock.counts[n_before] == 2  # which it did
-    assert clock.counts[n_before + 11 :] == [2] * 90
+    assert clock.counts[n_before + 11 :].count(2) >= 88  # of 90: the other number is tried again
+
+
+@two_cores
+def test_a_bad_start_is_forgotten_soon(monkeypatch):
+    clock, pace = Clock(monkeypatch, {1: 3, 2: 40}), threads.Pace([2, 1])
+    clock.run(pace, 2)  # while another program starts, say
+    clock.times[2] = 2
+    clock.run(pace, 98)
+    assert clock.counts[2:34] == [1] * 32
+    assert clock.counts[34:].count(2) >= 64
 
 
 @two_cores
@@ -299,7 +309,7 @@ def test_a_neighbour_that_stays_is_not_taken_for_a_mishap(monkeypatch):
     clock.run(pace, 100)
     clock.times[2] = 40
     clock.run(pace, 40)
-    assert clock.counts[-10:] == [1] * 10
+    assert clock.counts[-10:].count(1) >= 8  # the other is tried again
 
 
 class Sharing:
@@ -318,7 +328,14 @@ class Sharing:
 @two_cores
 @pytest.mark.parametrize(
     ("n_rows", "small_kernels", "expected"),
-    [(1, False, (1, 2)), (2, False, (2, 1)), (4, False, (2, 1)), (5, False, (1, 2)), (5, True, (2, 1))],
+    [
+        (1, False, (1, 2)),
+        (2, False, (2, 1)),
+        (32, False, (2, 1)),
+        (33, False, (1, 2)),
+        (24, True, (2, 1)),
+        (25, True, (1, 2)),
+    ],
 )
 def test_threads_of_ours_share_the_products_of_a_few_texts(n_rows, small_kernels, expected, long_params, monkeypatch):
     monkeypatch.setattr(on_numpy, "has_small_kernels", lambda: small_kernels)
@@ -333,9 +350,9 @@ def test_they_are_fewer_where_those_are_clearly_faster(monkeypatch):
     clock, pace = Clock(monkeypatch, {1: 3}), threads.Pace([2, 1])
     clock.times = {(2, 1): 40, (1, 1): 3}
     monkeypatch.setattr(Clock, "n_now", lambda _: (here.n, n_blas()))
-    with shared_by("helpers", False):
+    with shared_by("helpers"):
         clock.run(pace, 100)
-    assert clock.counts[4:] == [(1, 1)] * 96
+    assert clock.counts[4:].count((1, 1)) >= 94  # of 96: the others are tried again
 
 
 def test_the_threads_of_a_model_end_with_it(long_params, monkeypatch):
