@@ -87,44 +87,45 @@ def product(x, w):  # [m, k], [k, n] -> [m, n]
     import numpy as np  # only here: gpt2.py imports this file before OpenBLAS is told which kernels to use
 
     (m, k), n, small = x.shape, w.shape[1], here.helpers.small_kernels
-    one_by_one = m <= VECTORS and not small
-    if w.strides[0] == w.itemsize:  # transposed: tiles of its columns
-        width = TILE_T if one_by_one or small else TILE_T_COPIED
-        n_tiled = n - n % width
-        tiles = w[:, :n_tiled].T.reshape(-1, width, k).swapaxes(1, 2)  # [n/width, k, width]
-        y = np.empty((len(tiles) + 1, m, width), x.dtype)
+    one_by_one, is_transposed = m <= VECTORS and not small, w.strides[0] == w.itemsize
+    if is_transposed:  # tiles of its columns, which lie one after another
+        height, width = k, TILE_T if one_by_one or small else TILE_T_COPIED
+    else:
+        height, width = TILE_SMALL if small else TILE if one_by_one else (max(k // here.n, 1), n)
+        height, width = divisor(k, height), divisor(n, width)
+    if n < width or min(height, width) < LEAST:
+        return x @ w
+
+    n_tiled = n - n % width
+    n_high, n_wide, dtype = k // height, n_tiled // width, np.result_type(x, w)
+    if is_transposed:
+        tiles = w[:, :n_tiled].T.reshape(n_wide, width, k).swapaxes(1, 2)  # [n_wide, k, width]
+        y = np.empty((n_wide + 1, m, width), dtype)
         multiply_in_shares(x[None], tiles, y[:-1], one_by_one)
         y[-1, :, : n - n_tiled] = x @ w[:, n_tiled:]
         return y.swapaxes(0, 1).reshape(m, -1)[:, :n]
 
-    height, width = TILE_SMALL if small else TILE if one_by_one else (max(k // here.n, 1), n)
-    height, width = divisor(k, height), divisor(n, width)
-    if min(height, width) < LEAST:
-        return x @ w
-    tiles = w.reshape(-1, height, n // width, width).swapaxes(1, 2)  # [k/height, n/width, height, width]
-    rows = x.reshape(m, -1, 1, height).swapaxes(0, 2).swapaxes(0, 1)  # [k/height, 1, m, height]
-    y = np.empty((k // height, n // width, m, width), x.dtype)
+    tiles = w.reshape(n_high, height, n_wide, width).swapaxes(1, 2)  # [n_high, n_wide, height, width]
+    rows = x.reshape(m, n_high, height).swapaxes(0, 1)[:, None]  # [n_high, 1, m, height]
+    y = np.empty((n_high, n_wide, m, width), dtype)
     multiply_in_shares(rows, tiles, y, one_by_one)
     return y.sum(axis=0).swapaxes(0, 1).reshape(m, n)
 
 
 def multiply_in_shares(rows, tiles, out, one_by_one):  # [1 or s, .., m, h], [s, .., h, w], [s, .., m, w]
-    """out = rows @ tiles, the first of here.n shares by this thread, the others by its helpers; one_by_one: of rows."""
+    """out = rows @ tiles, in here.n shares of s: this thread's and its helpers'. one_by_one: one row after another."""
     import numpy as np
 
     if one_by_one:
         rows, tiles, out = rows[..., None, :], tiles[..., None, :, :], out[..., None, :]
-    size, done = max(-(-len(tiles) // here.n), 1), queue.SimpleQueue()
+    size, done = -(-len(tiles) // here.n), queue.SimpleQueue()
     parts = [slice(start, start + size) for start in range(0, len(tiles), size)]
-    parts_of_rows = [rows[part] if len(rows) > 1 else rows for part in parts]
-    shares = [
-        functools.partial(np.matmul, r, tiles[part], out[part]) for r, part in zip(parts_of_rows, parts, strict=True)
-    ]
-    for share in shares[1:]:
+    shares = [(rows[part] if len(rows) > 1 else rows, tiles[part], out[part]) for part in parts]
+    first, *others = [functools.partial(np.matmul, *share) for share in shares]
+    for share in others:
         here.helpers.shares.put((share, done))
-    for share in shares[:1]:
-        share()
-    errors = [done.get() for _ in shares[1:]]
+    first()
+    errors = [done.get() for _ in others]
     for error in filter(None, errors):
         raise error
 

@@ -660,6 +660,19 @@ def test_on_a_narrow_screen_the_card_of_the_walk_stands_before_what_it_is_about_
     visit.context.close()
 
 
+def test_on_a_low_screen_the_card_of_the_walk_covers_nothing_either(browser, url):
+    visit = Visit(browser, url)
+    visit.page.set_viewport_size({"width": 1280, "height": 720})
+    visit.page.click("#start")
+    for i in range(1, 11):
+        visit.settle()
+        card, subject = (visit.page.locator(what).bounding_box() for what in ("#walk", ".walked"))
+        assert subject["y"] >= card["y"] + card["height"], i
+        assert subject["y"] + min(subject["height"], 150) <= 720, i
+        visit.page.click("#walk .act")
+    visit.context.close()
+
+
 def test_the_walk_shows_what_each_step_is_about_above_its_card(browser, url):
     visit = Visit(browser, url)
     visit.page.click("#start")

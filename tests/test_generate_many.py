@@ -92,10 +92,13 @@ def expected(models_dir):
 # On a cluster
 
 
-def test_a_worker_that_is_killed_is_replaced_and_every_prompt_has_its_one_answer(cluster, tiny, tmp_path, expected):
-    prompts, out = write_prompts(tmp_path / "prompts.jsonl", 2000), tmp_path / "out"
+def test_a_worker_that_is_killed_is_replaced_and_every_prompt_of_a_packed_file_has_its_one_answer(
+    cluster, tiny, tmp_path, expected
+):
+    prompts, out, packed = write_prompts(tmp_path / "p.jsonl", 2000), tmp_path / "out", tmp_path / "p.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "p.jsonl").read_bytes()))
     flags = ["--batch_size=8", "--temperature=0.8", "--top_k=50", "--seed=3", "--repetition_penalty=1.3"]
-    args = [tmp_path / "prompts.jsonl", out, *flags]
+    args = [packed, out, *flags, "--logprobs=1"]
     with running(*args, script=SCRIPT, model=tiny, n=N, env=cluster) as process:
         wait_until(lambda: len(workers()) == 2)
         first, *others = workers()
@@ -105,6 +108,8 @@ def test_a_worker_that_is_killed_is_replaced_and_every_prompt_has_its_one_answer
         n_before = len(parts(out))
         assert [other.ppid() for other in others] != [first.ppid()]  # each on a node of its own
         assert first.environ()["OPENBLAS_NUM_THREADS"] == "1"  # no more than its own core
+        second = command(packed, out, "--batch_size=4", script=SCRIPT, model=tiny, n=N, env=cluster)
+        assert_one_line_error(second, f"{out} cannot be written: another process writes to it: wait until it has ended")
         first.kill()
         for other in others:
             other.resume()
@@ -113,19 +118,22 @@ def test_a_worker_that_is_killed_is_replaced_and_every_prompt_has_its_one_answer
     assert 2 <= n_before < 32 == len(parts(out))
     options = {"temperature": 0.8, "top_k": 50, "repetition_penalty": 1.3}
     texts = expected(prompts, seed=[3 + i for i in range(2000)], **options)
-    assert answers(out) == [
+    made = answers(out)
+    assert {len(answer.pop("logprobs")) for answer in made} == {N}
+    assert made == [
         {"id": i, "prompt": prompt, "text": text, "n_tokens": N, "finish_reason": "length"}
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
 
 
-def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_command_and_does_nothing_twice(
+def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_command_and_makes_what_lacks_alone(
     cluster, tiny, tmp_path, expected
 ):
     folder, out = tmp_path / "a b#c%20é", tmp_path / "out"
     folder.mkdir()
     (folder / "1.txt").write_bytes("\ufeffone\r\ntwo\n".encode() + b"caf\xe9\n" + b"x y " * 99)
-    prompts = write_prompts(folder / "2.jsonl", 1000)
+    prompts = write_prompts(folder / "2.jsonl", 500)
+    (folder / "2.jsonl").write_text((folder / "2.jsonl").read_text().replace("\n", "\n\n"))  # blank lines ask nothing
     args, run = [folder, out, "--batch_size=2"], {"script": SCRIPT, "model": tiny, "n": N}
 
     # on this machine alone, stopped by Ctrl-C: no worker stays
@@ -145,15 +153,27 @@ def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_command_and_does_
     with running(*args, **run, env=cluster):
         wait_until(lambda: len(parts(out)) >= len(stopped) + 3)
     killed = {part: part.stat().st_mtime_ns for part in parts(out)}
+    assert stopped.items() <= killed.items()
     assert len(killed) < 64
 
+    # what has fewer answers than prompts, as no run of ours leaves it, is made anew, and nothing else
+    empty, short, changed = [*killed][1:4]
+    whole = {part: part.read_bytes() for part in killed}
+    assert {data.count(b"\n") for data in [*whole.values()][1:]} == {8}
+    empty.write_bytes(b"")
+    short.write_bytes(b"".join(whole[short].splitlines(keepends=True)[:3]))
+    changed.write_bytes(kept := whole[changed].replace(b'"prompt"', b'"kept": 1, "prompt"'))
+    times = {part: part.stat().st_mtime_ns for part in killed.keys() - {empty, short}}
     done = command(*args, **run, env=cluster)
     assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        done.stderr
-        == f'generate_many.py: 2 of 1004 prompts could not be continued: their lines in {out} have an "error"\n'
-    )
-    assert stopped.items() <= killed.items() <= {part: part.stat().st_mtime_ns for part in parts(out)}.items()
+    *notes, mistake = done.stderr.splitlines()
+    assert sorted(notes) == [  # in the order in which Ray's tasks end
+        f"generate_many.py: {part.name} had {n} answers, which were not all, and is answered anew"
+        for part, n in ((empty, 0), (short, 3))
+    ]
+    assert mistake == f'generate_many.py: 2 of 504 prompts could not be continued: their lines in {out} have an "error"'
+    assert {part: part.stat().st_mtime_ns for part in times} == times
+    assert {part: part.read_bytes() for part in killed} == whole | {changed: kept}
     one, two, no_text, long, *others = answers(out)
     assert [(answer["prompt"], answer["text"]) for answer in (one, two)] == [
         (prompt, expected(prompt)) for prompt in ("one", "two")
@@ -169,47 +189,10 @@ def test_what_a_worker_lacks_is_told_in_one_line(cluster, tiny, tmp_path):
     assert_one_line_error(command(*args, script=SCRIPT, model=tiny, n=N, env=cluster), "CuPy is not installed")
 
 
-def test_parts_that_lack_answers_are_made_anew_and_the_others_are_not(cluster, tiny, tmp_path, expected):
-    (tmp_path / "p.jsonl").write_text(
-        "".join(f'{{"prompt": "w{i}"}}\n\n' for i in range(40))
-    )  # blank lines ask nothing
-    out, args = tmp_path / "out", [tmp_path / "p.jsonl", tmp_path / "out", "--batch_size=2"]
-    assert command(*args, script=SCRIPT, model=tiny, n=3, env=cluster).returncode == 0
-    whole = {part: part.read_bytes() for part in parts(out)}
-    assert [data.count(b"\n") for data in whole.values()] == [8] * 5
-    first, second, third, *_ = whole
-    first.write_bytes(b"")
-    second.write_bytes(b"".join(whole[second].splitlines(keepends=True)[:3]))
-    third.write_bytes(kept := whole[third].replace(b'{"prompt"', b'{"kept": 1, "prompt"'))
-    done = command(*args, script=SCRIPT, model=tiny, n=3, env=cluster)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert sorted(done.stderr.splitlines()) == [  # in the order in which Ray's tasks end
-        f"generate_many.py: {part.name} had {n} answers, which were not all, and is answered anew"
-        for part, n in ((first, 0), (second, 3))
-    ]
-    assert {part: part.read_bytes() for part in parts(out)} == whole | {third: kept}
-
-
-def test_a_packed_file_of_prompts_is_read_and_a_damaged_one_is_an_error(cluster, tiny, tmp_path, expected):
-    packed = gzip.compress(b'{"prompt": "one"}\n' * 3)
-    for name, data in {"good": packed, "bad": packed[:-9]}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "p.jsonl.gz").write_bytes(data)
-    run = {"script": SCRIPT, "model": tiny, "n": N, "env": cluster}
-    assert command(tmp_path / "good", tmp_path / "out", "--logprobs=1", **run).returncode == 0
-    assert [answer["text"] for answer in answers(tmp_path / "out")] == [expected("one")] * 3
-    assert [len(answer["logprobs"]) for answer in answers(tmp_path / "out")] == [N] * 3
-    assert_one_line_error(command(tmp_path / "bad", tmp_path / "out2", **run), "p.jsonl.gz cannot be read: ")
-
-
-def test_another_run_into_the_same_folder_is_refused_at_once(cluster, tiny, tmp_path):
-    write_prompts(tmp_path / "prompts.jsonl", 3000)
-    args, out = [tmp_path / "prompts.jsonl", tmp_path / "out", "--batch_size=8"], tmp_path / "out"
-    with running(*args, script=SCRIPT, model=tiny, n=N, env=cluster) as process:
-        wait_until(lambda: len(parts(out)) >= 2)
-        second = command(*args, "--temperature=1", script=SCRIPT, model=tiny, n=N, env=cluster)
-        assert process.poll() is None
-        assert_one_line_error(second, f"{out} cannot be written: another process writes to it: wait until it has ended")
+def test_a_packed_file_that_is_damaged_is_an_error(cluster, tiny, tmp_path):
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "one"}\n' * 3)[:-9])
+    done = command(tmp_path / "p.jsonl.gz", tmp_path / "out", script=SCRIPT, model=tiny, n=N, env=cluster)
+    assert_one_line_error(done, "p.jsonl.gz cannot be read: ")
 
 
 # A part by itself

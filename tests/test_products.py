@@ -57,6 +57,15 @@ class Noted(np.ndarray):
         return ufunc(np.asarray(rows), tiles, *out or ())
 
 
+def test_where_dtypes_differ_the_product_has_that_of_numpy():
+    w = matrix(768, 768, False)
+    for m in (2, 5):
+        with shared(2):
+            y = product(rows(m, 768), w.astype(np.float64))
+        assert y.dtype == np.float64
+        assert_product(y, rows(m, 768), w)
+
+
 @pytest.fixture
 def seen():
     Noted.seen.clear()

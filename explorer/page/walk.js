@@ -7,6 +7,7 @@ import { go, narrow, openCall } from "./source.js";
 import { t } from "./words.js";
 
 const walkCard = document.getElementById("walk");
+const small = matchMedia("(max-width: 58rem), (max-height: 52rem)");
 let at = -1;
 let line; // of the source, if one is looked at
 
@@ -47,12 +48,13 @@ export function walk(to) {
   walkCard.focus({ preventScroll: true });
 }
 
-// On a wide screen the card floats below; on a narrow one, where it would cover half of all, it stands before its subject.
+// On a large screen the card floats below; on a small one, where it would cover half of all, it stands before its subject.
 export function placeWalk() {
   if (walkCard.hidden) return;
   const part = line === undefined ? STEPS[at][0] : `[data-line="${line}"]`;
-  const subject = document.querySelector(part) ?? document.querySelector(".desk"); // another function's lines are shown
-  const [parent, after] = narrow.matches ? [subject.parentElement, subject] : [document.body, null];
+  const found = document.querySelector(part) ?? document.querySelector(".desk"); // another function's lines are shown
+  const subject = narrow.matches ? found : found.closest(".desk") ?? found; // beside a line stands its picture
+  const [parent, after] = small.matches ? [subject.parentElement, subject] : [document.body, null];
   if (walkCard.parentElement === parent && walkCard.nextElementSibling === after) return;
   const focused = walkCard.contains(document.activeElement) ? document.activeElement : null; // which what is moved loses
   parent.insertBefore(walkCard, after);
@@ -60,15 +62,14 @@ export function placeWalk() {
 }
 
 narrow.addEventListener("change", placeWalk);
+small.addEventListener("change", placeWalk);
 
-// The card to the top, or what is looked at; of a line, on a wide screen, the picture beside it, and the line above the card.
+// The card to the top, or what is looked at; of a line, on a wide screen, the picture beside it, and then the line, too.
 function bring(subject) {
-  (narrow.matches ? walkCard : subject).scrollIntoView({ block: "start" });
-  const desk = subject.closest(".desk");
-  if (!desk || narrow.matches) return;
-  desk.scrollIntoView({ block: "start" });
-  const hidden = subject.getBoundingClientRect().bottom - walkCard.getBoundingClientRect().top;
-  if (hidden > 0) scrollBy(0, hidden + 12);
+  const desk = narrow.matches ? null : subject.closest(".desk");
+  (small.matches ? walkCard : desk ?? subject).scrollIntoView({ block: "start" });
+  const hidden = subject.getBoundingClientRect().bottom - (small.matches ? innerHeight : walkCard.getBoundingClientRect().top);
+  if (desk && hidden > 0) scrollBy(0, hidden + 12);
 }
 
 export function showWalk() {
