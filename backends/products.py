@@ -1,17 +1,18 @@
 """x @ w for a few rows, by threads of ours: those of a batch of texts.
 
-Before it multiplies more than one row, OpenBLAS copies w, part by part, into an order that suits many. Of a few rows
+Before it multiplies more than one row, OpenBLAS copies w, part by part, into an order that suits many. For a few rows
 that takes longer than all else. So each thread of ours has a share of w, and
 
 - up to VECTORS rows it multiplies one at a time, since the product of one row and a matrix copies nothing: tile by tile
   of w, each of which stays in its core's cache for all rows.
-- With more, it copies its share as it lies in memory, whole rows of w. BLAS's own threads divide the columns, and copy
-  in pieces from all over w. Of wte.T it copies a tile at a time, which then comes from its core's cache.
-- Where OpenBLAS has kernels for small matrices, which copy nothing, it takes such tiles. On x86 those are for AVX-512,
-  for m * k * n <= 100**3, and if w is transposed, as wte.T is, m * n <= 1200 and k >= 32 (its interface/gemm.c,
-  kernel/x86_64/sgemm_small_kernel_permit_skylakex.c).
+- With more, it copies its share as it lies in memory, whole rows of w, where BLAS's own threads divide the columns, and
+  copy in pieces from all over w. Of wte.T, whose columns lie one after another, it copies a tile at a time.
+- Where OpenBLAS has kernels for small matrices, which copy nothing, tiles are so small that they are taken. On x86
+  those are for AVX-512, for m * k * n <= 100**3, and if w is transposed, as wte.T is, m * n <= 1200 and k >= 32 (its
+  interface/gemm.c, kernel/x86_64/sgemm_small_kernel_permit_skylakex.c).
 
-BLAS's threads rest meanwhile: between two products they stay awake for a while, and would be in the way.
+What comes out is the same for any number of threads, but where they copy whole rows: there it is as with BLAS's own.
+BLAS's rest meanwhile: between two products they stay awake for a while, and would be in the way.
 """
 
 import contextlib
@@ -20,17 +21,17 @@ import queue
 import threading
 import weakref
 
-VECTORS, FEW_SMALL, FEW = 4, 24, 32  # rows, of which by kernels for small matrices, and of which in shares at all
+VECTORS, FEW_SMALL, FEW = 4, 24, 32  # rows: up to which they go one at a time, in tiles for small kernels, in shares
+FEW_THREADS = 2  # of whole rows: with more it has not been measured
 TILE, TILE_SMALL = (48, 384), (96, 384)  # rows and columns of w at most: of 72 and of 144 KiB
-TILE_T, TILE_T_COPIED = 24, 192  # columns of a transposed w, which lie one after another: 72 and 576 KiB of 124M's
+TILE_T, TILE_T_COPIED = 24, 192  # columns of a transposed w: 72 and 576 KiB of 124M's
 LEAST = 16  # rows or columns of a tile: to call BLAS for fewer takes longer than the product
-MANY_THREADS = 4  # up to so many have shares of what is copied: each waits for its share some 50 us
 
 
 class Helpers:
     """n threads that multiply shares, as long as somebody has this object, and no longer than the program runs.
 
-    small_kernels: whether BLAS has kernels for small matrices.
+    small_kernels: whether these shall be cut for kernels for small matrices.
     """
 
     def __init__(self, n, small_kernels):
@@ -77,22 +78,19 @@ def shared_by(helpers):
 
 def most_rows(n_threads, small_kernels):
     """Up to how many rows shares are faster than BLAS's threads."""
-    return FEW_SMALL if small_kernels else FEW if n_threads <= MANY_THREADS else VECTORS
+    if small_kernels:
+        return FEW_SMALL
+    return FEW if n_threads <= FEW_THREADS else VECTORS
 
 
 def product(x, w):  # [m, k], [k, n] -> [m, n]
-    """x @ w, of any library; of NumPy and several rows, within shared_by(), in shares."""
+    """x @ w, of any library; of NumPy and several rows, within shared_by(), in shares. m: up to most_rows()."""
     if not here.helpers or len(x) < 2:
         return x @ w
     import numpy as np  # only here: gpt2.py imports this file before OpenBLAS is told which kernels to use
 
-    (m, k), n, small = x.shape, w.shape[1], here.helpers.small_kernels
-    one_by_one, is_transposed = m <= VECTORS and not small, w.strides[0] == w.itemsize
-    if is_transposed:  # tiles of its columns, which lie one after another
-        height, width = k, TILE_T if one_by_one or small else TILE_T_COPIED
-    else:
-        height, width = TILE_SMALL if small else TILE if one_by_one else (max(k // here.n, 1), n)
-        height, width = divisor(k, height), divisor(n, width)
+    (m, k), n, is_transposed = x.shape, w.shape[1], w.strides[0] == w.itemsize
+    height, width, one_by_one = tile(m, k, n, is_transposed)
     if n < width or min(height, width) < LEAST:
         return x @ w
 
@@ -110,6 +108,18 @@ def product(x, w):  # [m, k], [k, n] -> [m, n]
     y = np.empty((n_high, n_wide, m, width), dtype)
     multiply_in_shares(rows, tiles, y, one_by_one)
     return y.sum(axis=0).swapaxes(0, 1).reshape(m, n)
+
+
+def tile(m, k, n, is_transposed):
+    """(rows, columns) of a tile of w, and whether the m rows of x go one by one."""
+    small = here.helpers.small_kernels
+    one_by_one = m <= VECTORS and not small
+    if is_transposed:
+        return k, TILE_T if one_by_one or small else TILE_T_COPIED, one_by_one
+    if not one_by_one and not small:
+        return divisor(k, max(k // here.n, 1)), n, one_by_one
+    height, width = TILE_SMALL if small else TILE
+    return divisor(k, height), divisor(n, width), one_by_one
 
 
 def multiply_in_shares(rows, tiles, out, one_by_one):  # [1 or s, .., m, h], [s, .., h, w], [s, .., m, w]

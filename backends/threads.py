@@ -18,7 +18,7 @@ from backends.products import here
 
 SMALL = 2**24  # bytes of weights: those of smaller models stay in one core's cache
 LATELY = 32  # blocks whose times count most
-SOON, TRIAL = 32, 512  # blocks after which other numbers of threads are tried again: once, and then every so many
+SOON, TRIAL = 32, 512  # blocks with a number of threads after which the others are tried again: once, and every so many
 CLEARLY = 0.8  # fewer threads must take less than this part of the time with all: small leads come by chance
 SMALL_KERNELS = "skylakex", "cooperlake", "sapphirerapids"  # OpenBLAS's kernels with those that products.py tells of
 

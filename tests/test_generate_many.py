@@ -95,10 +95,11 @@ def expected(models_dir):
 def test_a_worker_that_is_killed_is_replaced_and_every_prompt_of_a_packed_file_has_its_one_answer(
     cluster, tiny, tmp_path, expected
 ):
-    prompts, out, packed = write_prompts(tmp_path / "p.jsonl", 2000), tmp_path / "out", tmp_path / "p.jsonl.gz"
-    packed.write_bytes(gzip.compress((tmp_path / "p.jsonl").read_bytes()))
+    prompts, out, folder = write_prompts(tmp_path / "p.jsonl", 2000), tmp_path / "out", tmp_path / "folder"
+    folder.mkdir()
+    (folder / "p.jsonl.gz").write_bytes(gzip.compress((tmp_path / "p.jsonl").read_bytes()))
     flags = ["--batch_size=8", "--temperature=0.8", "--top_k=50", "--seed=3", "--repetition_penalty=1.3"]
-    args = [packed, out, *flags, "--logprobs=1"]
+    args = [folder, out, *flags, "--logprobs=1"]
     with running(*args, script=SCRIPT, model=tiny, n=N, env=cluster) as process:
         wait_until(lambda: len(workers()) == 2)
         first, *others = workers()
@@ -108,8 +109,9 @@ def test_a_worker_that_is_killed_is_replaced_and_every_prompt_of_a_packed_file_h
         n_before = len(parts(out))
         assert [other.ppid() for other in others] != [first.ppid()]  # each on a node of its own
         assert first.environ()["OPENBLAS_NUM_THREADS"] == "1"  # no more than its own core
-        second = command(packed, out, "--batch_size=4", script=SCRIPT, model=tiny, n=N, env=cluster)
+        second = command(folder, out, "--batch_size=4", script=SCRIPT, model=tiny, n=N, env=cluster)
         assert_one_line_error(second, f"{out} cannot be written: another process writes to it: wait until it has ended")
+        assert process.poll() is None
         first.kill()
         for other in others:
             other.resume()

@@ -67,6 +67,7 @@ small.addEventListener("change", placeWalk);
 // The card to the top, or what is looked at; of a line, on a wide screen, the picture beside it, and then the line, too.
 function bring(subject) {
   const desk = narrow.matches ? null : subject.closest(".desk");
+  subject.scrollIntoView({ block: "start" }); // in its list, which scrolls by itself
   (small.matches ? walkCard : desk ?? subject).scrollIntoView({ block: "start" });
   const hidden = subject.getBoundingClientRect().bottom - (small.matches ? innerHeight : walkCard.getBoundingClientRect().top);
   if (desk && hidden > 0) scrollBy(0, hidden + 12);
