@@ -57,8 +57,8 @@ def read_text(path):
     All that reads a text of the user's, to learn it or to measure it, reads it here. Ends with one line for a file that
     cannot be read, is neither UTF-8 nor UTF-16 that says so, or has nothing in it.
     """
-    with mistakes((OSError, UnicodeDecodeError), f"{path} cannot be read: "):
-        text = plain(b"".join(open_lines(path)).decode())
+    with mistakes((OSError, UnicodeDecodeError), f"{path} cannot be read: "), open_lines(path) as lines:
+        text = plain(b"".join(lines).decode())
     if not text:
         fail(f"{path} is empty")
     return text
