@@ -352,6 +352,10 @@ class Unpacked(io.RawIOBase):
         except (OSError, EOFError, zlib.error) as error:
             fail(f"{self.path} cannot be read: it is no whole file of gzip: {one_line(error)}")
 
+    def close(self):
+        self.file.close()
+        super().close()
+
 
 class Recoded(io.RawIOBase):
     """A file of text in any encoding, read as UTF-8. Ends with one line where it is no such text."""
@@ -369,6 +373,10 @@ class Recoded(io.RawIOBase):
         n = min(len(buffer), len(self.left))
         buffer[:n], self.left = self.left[:n], self.left[n:]
         return n
+
+    def close(self):
+        self.text.close()
+        super().close()
 
 
 def line_text(line, errors="strict"):
@@ -564,7 +572,7 @@ def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
     n_done, n_errors, n_at_once = len(done), sum(done), max(1, batch_size // n_samples)
     seeds = [seed if seed is None else seed + i for i in range(n_samples)]
     stopped = f"gpt2.py: stopped; the same command goes on behind the last line of {out}" if out else ""
-    with on_ctrl_c(functools.partial(end, stopped)), tqdm(desc="prompts", disable=None, initial=n_done) as bar:
+    with lines, on_ctrl_c(functools.partial(end, stopped)), tqdm(desc="prompts", disable=None, initial=n_done) as bar:
         while window := list(itertools.islice(objects, 4 * n_at_once)):
             for batch in batches_by_length(window, writer.encode, n_at_once):
                 rows = [ids for _, ids in batch for _ in range(n_samples)]

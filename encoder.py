@@ -323,7 +323,7 @@ def main(
             if merges and not i % 2:
                 print(*steps(word, encoder), sep="\n")
             print(*lines(word, [encoder.encoder[word]] if i % 2 else encoder.bpe(word), encoder), sep="\n")
-    cli.note(f"{n_tokens} tokens for {len(text)} characters")
+    cli.note(f"characters: {len(text)}; tokens: {n_tokens}")
 
 
 def has_vocabulary(models_dir, model_size):

@@ -61,5 +61,7 @@ def extremes(x):
 def check_room(n_prompt, n_tokens_to_generate, n_ctx, sliding_window=False):
     """Raises ValueError unless the context has room for the prompt and for what is to follow, or slides."""
     if n_prompt + n_tokens_to_generate > n_ctx and not sliding_window:
-        tokens = f"the prompt's {n_prompt} tokens and the {n_tokens_to_generate} to generate"
-        raise ValueError(f"{tokens} are more than the model's context of {n_ctx} tokens holds (see sliding_window)")
+        raise ValueError(
+            f"the prompt ({n_prompt}) and what is to be generated ({n_tokens_to_generate}) have more tokens "
+            f"than the model's context of {n_ctx} holds (see sliding_window)"
+        )

@@ -7,8 +7,8 @@ import threading
 from backends.arrays import namespace
 from backends.cache import Cache, empty_cache
 from backends.devices import check_memory
-from backends.products import Helpers, most_rows, shared_by
-from backends.threads import Pace, blas_threads, each, has_small_kernels, thread_counts
+from backends.products import SMALL_KERNELS, Helpers, most_rows, shared_by
+from backends.threads import Pace, blas_threads, each, kernels, thread_counts
 
 PART = 64, 256  # ids of a prompt that a thread reads at a time: at least, so that products are fast, and at most
 READ_AT_ONCE = 512  # ids of several prompts: more would be no faster, and take memory
@@ -22,10 +22,9 @@ class Model:
         counts = thread_counts(params)
         self.gpt2, self.params, self.n_head, self.n_threads = gpt2, params, n_head, counts[0]
         self.paces = collections.defaultdict(functools.partial(Pace, counts))  # {shape of ids: Pace}
-        small_kernels = n_rows > 1 and has_small_kernels()
-        shares_pay = 1 < n_rows <= most_rows(self.n_threads, small_kernels) and self.n_threads > 1
+        shares_pay = n_rows > 1 and self.n_threads > 1 and n_rows <= most_rows(self.n_threads, kernels())
         may_start = threading.main_thread().is_alive()  # else Python 3.12 starts no thread any more
-        self.helpers = Helpers(self.n_threads - 1, small_kernels) if shares_pay and may_start else None
+        self.helpers = Helpers(self.n_threads - 1, kernels() in SMALL_KERNELS) if shares_pay and may_start else None
         self.kv_cache = empty_cache(params, n_head, n_rows, n_slots)
 
     def next_ids(self, rows, n_past, n_steps, sampler):

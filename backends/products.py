@@ -21,6 +21,8 @@ import queue
 import threading
 import weakref
 
+SMALL_KERNELS = {"skylakex", "cooperlake", "sapphirerapids"}  # those of OpenBLAS's with which it has small ones
+AVX2_KERNELS = {"haswell", "zen"}
 VECTORS, FEW_SMALL, FEW = 4, 24, 32  # rows: up to which they go one at a time, in tiles for small kernels, in shares
 FEW_THREADS = 2  # of whole rows: with more it has not been measured
 TILE, TILE_SMALL = (48, 384), (96, 384)  # rows and columns of w at most: of 72 and of 144 KiB
@@ -76,10 +78,12 @@ def shared_by(helpers):
         here.n, here.helpers = 1, None
 
 
-def most_rows(n_threads, small_kernels):
-    """Up to how many rows shares are faster than BLAS's threads."""
-    if small_kernels:
+def most_rows(n_threads, kernels):
+    """Up to how many rows shares are faster than BLAS's threads; 0 with kernels with which it was not measured."""
+    if kernels in SMALL_KERNELS:
         return FEW_SMALL
+    if kernels not in AVX2_KERNELS:
+        return 0
     return FEW if n_threads <= FEW_THREADS else VECTORS
 
 

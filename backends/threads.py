@@ -20,7 +20,6 @@ SMALL = 2**24  # bytes of weights: those of smaller models stay in one core's ca
 LATELY = 32  # blocks whose times count most
 SOON, TRIAL = 32, 512  # blocks with a number of threads after which the others are tried again: once, and every so many
 CLEARLY = 0.8  # fewer threads must take less than this part of the time with all: small leads come by chance
-SMALL_KERNELS = "skylakex", "cooperlake", "sapphirerapids"  # OpenBLAS's kernels with those that products.py tells of
 
 wanted = None  # a number of threads; None: what is best
 
@@ -64,14 +63,14 @@ def blas():
 
 
 @functools.cache
-def has_small_kernels():
-    """Whether NumPy's BLAS is an OpenBLAS with kernels for small matrices: see products.py."""
+def kernels():
+    """The name of the kernels that NumPy's OpenBLAS has taken for this processor, in small letters; "" of others."""
     import ctypes
 
     if not (functions := openblas("get_corename")):
-        return False
+        return ""
     functions[0].restype = ctypes.c_char_p
-    return functions[0]().decode().lower() in SMALL_KERNELS
+    return functions[0]().decode().lower()
 
 
 def openblas(*names):

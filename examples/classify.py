@@ -307,8 +307,8 @@ def predict(*texts: str, name: str = "", texts_file: str = "", models_dir: str =
     if is_structured(texts_file):
         texts += [document["text"] for document in read_structured(texts_file, [("text",)])]
     elif texts_file:
-        with mistakes(UnicodeDecodeError, f"{texts_file} is "):
-            texts += map(line_text, open_lines(texts_file))
+        with mistakes(UnicodeDecodeError, f"{texts_file} is "), open_lines(texts_file) as lines:
+            texts += map(line_text, lines)
     if not texts:
         fail("no texts: give some, each in quotes, or a --texts_file")
     encoder, hparams, params, head, labels, activation = load(name, models_dir)

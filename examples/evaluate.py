@@ -180,29 +180,30 @@ TASKS = {"lambada": lambada, "hellaswag": hellaswag, "cloze": cloze}
 
 def read_examples(path, task):
     """[(where it stands, example)] of a file with a JSON object a line. Ends with one line for what is no example."""
-    needed = [name for name in inspect.signature(TASKS[task]).parameters if name != "_"]
-    examples = []
-    for number, line in enumerate(cli.open_lines(path), 1):
-        where = f"{path}, line {number}"
-        try:
-            if not line.strip():
-                continue
-            fields = json.loads(line)
-            if not isinstance(fields, dict) or not fields.keys() >= {*needed}:
-                raise ValueError("it is no object with all of these")
-            context, endings, label = TASKS[task](**fields)
-            if not isinstance(endings, list) or not endings or not all(ending.strip() for ending in endings):
-                raise ValueError("there are no endings, or one is empty")
-            if type(label) is not int or not 0 <= label < len(endings):
-                raise ValueError(f"label must be from 0 to {len(endings) - 1}, not {label!r}")
-            "".join([context, *endings]).encode()  # lone surrogates are no text
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            cause = "it is no JSON" if isinstance(error, json.JSONDecodeError | RecursionError) else cli.one_line(error)
-            if isinstance(error, TypeError | AttributeError):
-                cause = "one of these is not of its kind, such as a text"
-            cli.fail(f"{where}: no example of {task}, which has {', '.join(needed)}: {cause}")
-        examples.append((where, (context, endings, label)))
+    with cli.open_lines(path) as lines:
+        places = ((f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
+        examples = [(where, read_example(where, line, task)) for where, line in places]
     return examples or cli.fail(f"{path} has no examples")
+
+
+def read_example(where, line, task):
+    needed = [name for name in inspect.signature(TASKS[task]).parameters if name != "_"]
+    try:
+        fields = json.loads(line)
+        if not isinstance(fields, dict) or not fields.keys() >= {*needed}:
+            raise ValueError("it is no object with all of these")
+        context, endings, label = TASKS[task](**fields)
+        if not isinstance(endings, list) or not endings or not all(ending.strip() for ending in endings):
+            raise ValueError("there are no endings, or one is empty")
+        if type(label) is not int or not 0 <= label < len(endings):
+            raise ValueError(f"label must be from 0 to {len(endings) - 1}, not {label!r}")
+        "".join([context, *endings]).encode()  # lone surrogates are no text
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        cause = "it is no JSON" if isinstance(error, json.JSONDecodeError | RecursionError) else cli.one_line(error)
+        if isinstance(error, TypeError | AttributeError):
+            cause = "one of these is not of its kind, such as a text"
+        cli.fail(f"{where}: no example of {task}, which has {', '.join(needed)}: {cause}")
+    return context, endings, label
 
 
 def encode_pair(encoder, context, ending):

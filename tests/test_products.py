@@ -49,8 +49,12 @@ def test_shares_of_any_matrix_make_its_product(k, n, is_transposed, small_kernel
 
 
 def test_whole_rows_are_for_two_threads_and_tiles_for_any_number():
-    assert [most_rows(2, False), most_rows(3, False), most_rows(16, False)] == [32, 4, 4]
-    assert [most_rows(2, True), most_rows(16, True)] == [24, 24]
+    assert [most_rows(n, "haswell") for n in (2, 3, 16)] == [32, 4, 4]
+    assert [most_rows(n, "skylakex") for n in (2, 16)] == [24, 24]
+
+
+def test_nothing_is_shared_with_kernels_with_which_it_was_not_measured():
+    assert [most_rows(2, name) for name in ("armv8", "neoversen1", "")] == [0, 0, 0]
 
 
 def test_where_dtypes_differ_the_product_has_that_of_numpy():

@@ -174,22 +174,20 @@ def test_a_larger_one_may_take_all_cores_that_blas_may_use_or_fewer(
     assert threads.thread_counts(long_params) == expected
 
 
-def test_openblas_has_kernels_for_small_matrices_on_x86_where_it_takes_those_for_avx512():
+def test_openblas_tells_which_kernels_it_has_taken():
     if os.name != "posix" or os.uname().machine != "x86_64" or not threads.blas():
         pytest.skip("there is no choice of kernels")
-    code = "from backends import threads; print(*threads.openblas('get_corename'), threads.has_small_kernels())"
-    assert command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": "Nehalem"}).stdout.endswith("> False\n")
+    code = "from backends import threads; print('kernels:', threads.kernels())"
+    assert command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": "Nehalem"}).stdout == "kernels: nehalem\n"
     flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
     if flags >= {"avx512f", "avx512dq", "avx512bw", "avx512vl"}:
-        assert command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": "SkylakeX"}).stdout.endswith("> True\n")
+        assert command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": "SkylakeX"}).stdout == "kernels: skylakex\n"
 
 
-@pytest.mark.parametrize(("name", "expected"), [(b"SkylakeX", True), (b"COOPERLAKE", True), (b"Zen", False)])
-def test_openblas_says_by_name_which_kernels_it_takes(name, expected, monkeypatch):
-    monkeypatch.setattr(threads, "openblas", lambda *_: (lambda: name,))
-    assert threads.has_small_kernels.__wrapped__() == expected
-    monkeypatch.setattr(threads, "openblas", lambda *_: ())
-    assert not threads.has_small_kernels.__wrapped__()
+@pytest.mark.parametrize(("functions", "expected"), [((lambda: b"COOPERLAKE",), "cooperlake"), ((), "")], ids=str)
+def test_a_blas_that_is_no_openblas_tells_of_no_kernels(functions, expected, monkeypatch):
+    monkeypatch.setattr(threads, "openblas", lambda *_: functions)
+    assert threads.kernels.__wrapped__() == expected
 
 
 @two_cores
@@ -327,18 +325,20 @@ class Sharing:
 
 @two_cores
 @pytest.mark.parametrize(
-    ("n_rows", "small_kernels", "expected"),
+    ("n_rows", "kernels", "expected"),
     [
-        (1, False, (1, 2)),
-        (2, False, (2, 1)),
-        (32, False, (2, 1)),
-        (33, False, (1, 2)),
-        (24, True, (2, 1)),
-        (25, True, (1, 2)),
+        (1, "haswell", (1, 2)),
+        (2, "haswell", (2, 1)),
+        (32, "zen", (2, 1)),
+        (33, "zen", (1, 2)),
+        (24, "skylakex", (2, 1)),
+        (25, "skylakex", (1, 2)),
+        (2, "neoversen1", (1, 2)),
+        (2, "", (1, 2)),
     ],
 )
-def test_threads_of_ours_share_the_products_of_a_few_texts(n_rows, small_kernels, expected, long_params, monkeypatch):
-    monkeypatch.setattr(on_numpy, "has_small_kernels", lambda: small_kernels)
+def test_threads_of_ours_share_the_products_of_a_few_texts(n_rows, kernels, expected, long_params, monkeypatch):
+    monkeypatch.setattr(on_numpy, "kernels", lambda: kernels)
     model = with_threads(2, monkeypatch, long_params, n_rows, 40, sharing := Sharing())
     model.logits([[1]] * n_rows, [3] * n_rows)
     assert sharing.seen == {expected}
@@ -356,6 +356,7 @@ def test_they_are_fewer_where_those_are_clearly_faster(monkeypatch):
 
 
 def test_the_threads_of_a_model_end_with_it(long_params, monkeypatch):
+    monkeypatch.setattr(on_numpy, "kernels", lambda: "haswell")
     before = {*threading.enumerate()}
     model = with_threads(3, monkeypatch, long_params, 2, 40)
     model.logits([[1]] * 2, [3] * 2)
