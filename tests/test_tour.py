@@ -189,7 +189,7 @@ def test_words_in_pictures_are_chinese_where_the_model_is(english):
     found = []
     for cell in code_cells(english):
         for call in [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]:
-            shown = [k.value for k in call.keywords if k.arg in ("title", "xlabel", "ylabel", "label")]
+            shown = [k.value for k in call.keywords if k.arg in ("title", "xlabel", "ylabel", "label", "labels")]
             if getattr(call.func, "attr", None) in titles | {"xticks", "yticks"}:
                 shown += call.args
             found += [text for node in shown for text in words_in_pictures(node)]
