@@ -699,6 +699,10 @@ def test_the_page_can_be_used_by_keyboard_alone(visit):
     for key in ("ArrowUp", "ArrowRight", "Enter"):
         visit.page.keyboard.press(key)
     visit.page.wait_for_selector("#chips .token:nth-child(4)[aria-pressed=true]")
+    visit.settle()
+    for key in ("ArrowRight", "ArrowUp"):  # on from where it was
+        visit.page.keyboard.press(key)
+    assert re.search(r"\(2\) → .*\(2\): ", visit.texts("#head .readout")[0])
 
 
 @pytest.mark.parametrize(("locale", "language"), [("zh-CN", "zh-CN"), ("en-GB", "en"), ("fr-FR", "en")])

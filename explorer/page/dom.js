@@ -18,13 +18,17 @@ export function el(name, properties = {}, ...children) {
 export const choice = (text, chosen, onclick, properties = {}) =>
   el("button", { type: "button", class: "choice", "aria-pressed": String(Boolean(chosen)), onclick, ...properties }, text);
 
-// Whoever works without a mouse stays where he was: the control that had the focus has it again, made anew.
+// Whoever works without a mouse stays where he was: the control that had the focus has it again, made anew, and in a map
+// the cell that he had come to.
 export function place(id, ...children) {
   const box = document.getElementById(id);
   const focused = box.contains(document.activeElement) ? document.activeElement : null;
   const nth = focused && alike(box, focused).indexOf(focused);
   box.replaceChildren(...children);
-  if (focused) alike(box, focused)[nth]?.focus({ preventScroll: true });
+  const again = focused && alike(box, focused)[nth];
+  if (!again) return;
+  again.focus({ preventScroll: true });
+  again.point?.(...focused.cell);
 }
 
 // Of the controls in a box those that read as this one does.

@@ -27,13 +27,15 @@ export function heatMap(map) {
   const canvas = el("canvas", { class: "heat", tabindex: "0", role: "img", "aria-label": `${map.about}. ${t("heatKeys")}` });
   canvas.style.height = `${Math.round(map.top + map.height + map.foot)}px`;
   const picture = el("figure", { class: "picture" }, canvas, legend(map), readout, el("div", { class: "row" }), table(map));
-  let cell = [map.row ?? 0, 0];
+  canvas.cell = [map.row ?? 0, 0];
   const paint = () => drawHeat(canvas, map);
   const point = (row, column) => {
-    cell = [clamp(row, map.n_rows), clamp(column, map.n_columns)];
-    const x = map.data[cell[0] * map.n_columns + cell[1]];
-    readout.textContent = `${name(map.rows, cell[0], t("row"), map.first)} → ${name(map.columns, cell[1], t("column"), 0)}: ${number(x)}`;
+    [row, column] = [clamp(row, map.n_rows), clamp(column, map.n_columns)];
+    canvas.cell = [row, column];
+    const x = map.data[row * map.n_columns + column];
+    readout.textContent = `${name(map.rows, row, t("row"), map.first)} → ${name(map.columns, column, t("column"), 0)}: ${number(x)}`;
   };
+  canvas.point = point;
   const choose = (row) => {
     map.row = row;
     paint();
@@ -49,8 +51,9 @@ export function heatMap(map) {
     const [down, right] = { ArrowDown: [1, 0], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] }[event.key] ?? [];
     if (down === undefined && event.key !== "Enter") return;
     event.preventDefault();
-    if (event.key === "Enter") choose(cell[0]);
-    else point(cell[0] + down, cell[1] + right);
+    const [row, column] = canvas.cell;
+    if (event.key === "Enter") choose(row);
+    else point(row + down, column + right);
   });
   new ResizeObserver(paint).observe(canvas);
   picture.querySelector(".row").replaceChildren(...rowBars(map));
