@@ -61,7 +61,5 @@ def extremes(x):
 def check_room(n_prompt, n_tokens_to_generate, n_ctx, sliding_window=False):
     """Raises ValueError unless the context has room for the prompt and for what is to follow, or slides."""
     if n_prompt + n_tokens_to_generate > n_ctx and not sliding_window:
-        raise ValueError(
-            f"the prompt ({n_prompt}) and what is to be generated ({n_tokens_to_generate}) have more tokens "
-            f"than the model's context of {n_ctx} holds (see sliding_window)"
-        )
+        tokens = f"prompt and continuation, {n_prompt} + {n_tokens_to_generate} tokens"
+        raise ValueError(f"{tokens}, are more than the model's context of {n_ctx} holds (see sliding_window)")

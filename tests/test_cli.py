@@ -161,12 +161,12 @@ def test_prompt_and_tokens_fill_the_context_exactly_and_no_further(run, models_d
     n_prompt = len(encoder.encode("Hello, world"))
     room = HPARAMS["n_ctx"] - n_prompt
     assert run("Hello, world", n=room).returncode == 0
-    message = f"the prompt ({n_prompt}) and what is to be generated ({room + 1}) have more tokens than the model's"
+    message = f"prompt and continuation, {n_prompt} + {room + 1} tokens, are more than the model's context of 64 holds"
     assert_one_line_error(run("Hello, world", n=room + 1), message)
 
 
 @pytest.mark.parametrize(
-    ("n_digits", "said"), [(18, "more tokens than the model's context of 64"), (50, "must be a whole number")]
+    ("n_digits", "said"), [(18, "more than the model's context of 64"), (50, "must be a whole number")]
 )
 def test_an_absurd_number_of_tokens_is_an_error(n_digits, said, run):
     assert_one_line_error(run("Hello", n="9" * n_digits), said)

@@ -707,7 +707,7 @@ def test_a_mistake_in_one_prompt_does_not_end_the_conversation(conversation, con
     with conversation() as (_, terminal):
         terminal.expect_exact(PROMPT)
         terminal.send("x y " * 99 + "\n")
-        terminal.expect_exact("gpt2.py: the prompt's ")
+        terminal.expect_exact("gpt2.py: prompt and continuation")
         terminal.expect_exact(PROMPT)
         terminal.send("Hello\n")
         terminal.expect_exact(shown(continuation("Hello")))

@@ -434,7 +434,7 @@ def test_clone_without_git_in_a_repository_is_of_an_unknown_commit(models_dir, c
         (["hello", "--model_size=huge"], "no model 'huge'"),
         (["hello", "--n_tokens_to_generate=0"], "must be a whole number, 1 or more, not 0"),
         (["hello", "--n_tokens_to_generate=some"], "not 'some'"),
-        (["hello", "x" * 41], "prompt 2: the prompt's 41 tokens and the 8"),
+        (["hello", "x" * 41], "prompt 2: prompt and continuation, 41 + 8"),
         (["hello", "--prompts_file=/nowhere"], "/nowhere cannot be read"),
         (["hello", "--top_k=1"], "unknown flag --top_k=1"),
         (["a\nb", "--docker"], "prompt 1 has a line break"),

@@ -353,7 +353,7 @@ def test_ids_that_are_not_in_the_vocabulary_are_an_error(ids, params, jax_params
 
 def test_generate_fills_the_context_exactly_and_no_further(params):
     assert len(gpt2.generate(list(range(10)), params, N_HEAD, 54)) == 54
-    with pytest.raises(ValueError, match=r"10 tokens and the 55 to generate .* 64"):
+    with pytest.raises(ValueError, match=r"10 \+ 55 tokens, .* 64"):
         gpt2.generate(list(range(10)), params, N_HEAD, 55)
 
 
