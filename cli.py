@@ -328,7 +328,7 @@ def open_lines(path):
             encoding = "utf-16"  # as Windows' PowerShell writes what stands before >
         if codecs.lookup(encoding).name != "utf-8":
             lines = io.BufferedReader(Recoded(lines, encoding, path))
-        if lines.peek(3).startswith(codecs.BOM_UTF8):
+        elif lines.peek(3).startswith(codecs.BOM_UTF8):
             lines.read(3)
         return lines
     except OSError as error:
