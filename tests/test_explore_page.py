@@ -202,8 +202,9 @@ def test_in_a_long_text_each_row_of_weights_has_all_colours_up_to_its_largest_nu
     assert weights[-1].max() < 0.1 < weights.max() / 9  # on one scale for all rows the last would be pale
     visit.page.click("#thumbs button >> nth=2")
     numbers = f"Float32Array.from({json.dumps(weights.ravel().tolist())})"
-    script = f"[...m.pixels({numbers}, {len(ids)}, {len(ids)}).getContext('2d').getImageData(0, 0, 999, 999).data]"
-    red = np.array(visit.import_("heat", script)).reshape(999, 999, 4)[: len(ids), : len(ids), 0]
+    n = len(ids)
+    script = f"[...m.pixels({numbers}, {n}, {n}).getContext('2d').getImageData(0, 0, {n}, {n}).data]"
+    red = np.array(visit.import_("heat", script)).reshape(n, n, 4)[..., 0]
     shares = weights / weights.max(axis=-1, keepdims=True)
     np.testing.assert_allclose(red, 255 + shares * (23 - 255), atol=0.6)  # from white to the blue of page.css
     assert "the largest of its row" in visit.texts("#head .legend")[0]
