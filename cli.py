@@ -320,7 +320,9 @@ def open_lines(path):
     """
     try:
         if path.lower().endswith(".gz"):
-            lines = io.BufferedReader(Unpacked(path))
+            import gzip  # takes longer than all other imports here
+
+            lines = io.BufferedReader(Unpacked(gzip.GzipFile(path), path))
         else:
             lines = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
         encoding = encoding_of(sys.stdin) if path == "-" else "utf-8"
@@ -335,13 +337,22 @@ def open_lines(path):
         fail(f"{path} cannot be read: {error.strerror}")
 
 
+@contextlib.contextmanager
+def lines_of(path):
+    """open_lines() for a while: then a file is closed, and standard input, which others may read, is not."""
+    lines = open_lines(path)
+    try:
+        yield lines
+    finally:
+        if path != "-":
+            lines.close()
+
+
 class Unpacked(io.RawIOBase):
     """What a file of gzip holds, unpacked as it is read. Ends with one line where the file is damaged."""
 
-    def __init__(self, path):
-        import gzip  # takes longer than all other imports here
-
-        self.file, self.path = gzip.GzipFile(path), path
+    def __init__(self, file, path):
+        self.file, self.path = file, path
 
     def readable(self):
         return True
@@ -361,7 +372,7 @@ class Recoded(io.RawIOBase):
     """A file of text in any encoding, read as UTF-8. Ends with one line where it is no such text."""
 
     def __init__(self, file, encoding, path):
-        self.text, self.left = io.TextIOWrapper(file, encoding, newline=""), b""
+        self.text, self.left, self.mark = io.TextIOWrapper(file, encoding, newline=""), b"", codecs.BOM_UTF8
         self.where = f"{'standard input' if path == '-' else path} cannot be read, as {encoding}: "
 
     def readable(self):
@@ -370,6 +381,7 @@ class Recoded(io.RawIOBase):
     def readinto(self, buffer):
         with mistakes(UnicodeError, self.where):
             self.left = self.left or self.text.readline(len(buffer)).encode()  # no more: a terminal gives line by line
+        self.left, self.mark = self.left.removeprefix(self.mark), b""
         n = min(len(buffer), len(self.left))
         buffer[:n], self.left = self.left[:n], self.left[n:]
         return n
@@ -572,7 +584,7 @@ def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
     n_done, n_errors, n_at_once = len(done), sum(done), max(1, batch_size // n_samples)
     seeds = [seed if seed is None else seed + i for i in range(n_samples)]
     stopped = f"gpt2.py: stopped; the same command goes on behind the last line of {out}" if out else ""
-    with lines, on_ctrl_c(functools.partial(end, stopped)), tqdm(desc="prompts", disable=None, initial=n_done) as bar:
+    with on_ctrl_c(functools.partial(end, stopped)), tqdm(desc="prompts", disable=None, initial=n_done) as bar:
         while window := list(itertools.islice(objects, 4 * n_at_once)):
             for batch in batches_by_length(window, writer.encode, n_at_once):
                 rows = [ids for _, ids in batch for _ in range(n_samples)]

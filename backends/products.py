@@ -11,6 +11,8 @@ that takes longer than all else. So each thread of ours has a share of w, and
   those are for AVX-512, for m * k * n <= 100**3, and if w is transposed, as wte.T is, m * n <= 1200 and k >= 32 (its
   interface/gemm.c, kernel/x86_64/sgemm_small_kernel_permit_skylakex.c).
 
+With other kernels, such as Arm's, nothing of this was tried: there NumPy multiplies as ever.
+
 What comes out is the same for any number of threads, but where they copy whole rows: there it is as with BLAS's own.
 BLAS's rest meanwhile: between two products they stay awake for a while, and would be in the way.
 """
@@ -21,8 +23,8 @@ import queue
 import threading
 import weakref
 
-SMALL_KERNELS = {"skylakex", "cooperlake", "sapphirerapids"}  # those of OpenBLAS's with which it has small ones
-AVX2_KERNELS = {"haswell", "zen"}
+AVX2_KERNELS = {"haswell", "zen"}  # as OpenBLAS names them
+SMALL_KERNELS = {"skylakex", "cooperlake", "sapphirerapids"}  # for AVX-512, beside which it has some for small matrices
 VECTORS, FEW_SMALL, FEW = 4, 24, 32  # rows: up to which they go one at a time, in tiles for small kernels, in shares
 FEW_THREADS = 2  # of whole rows: with more it has not been measured
 TILE, TILE_SMALL = (48, 384), (96, 384)  # rows and columns of w at most: of 72 and of 144 KiB
@@ -79,7 +81,7 @@ def shared_by(helpers):
 
 
 def most_rows(n_threads, kernels):
-    """Up to how many rows shares are faster than BLAS's threads; 0 with kernels with which it was not measured."""
+    """Up to how many rows shares are faster than BLAS's threads; 0 with kernels with which that was never tried."""
     if kernels in SMALL_KERNELS:
         return FEW_SMALL
     if kernels not in AVX2_KERNELS:

@@ -36,7 +36,7 @@ from training import HEAD, sigmoid
 
 from backends.arrays import is_jax, round_up
 from backends.threads import blas_threads, thread_counts
-from cli import check_writable, fail, line_text, mistakes, note, open_lines, printable, run
+from cli import check_writable, fail, line_text, lines_of, mistakes, note, printable, run
 from gpt2 import softmax, transformer_block
 from languages import translated, translated_lines
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
@@ -307,7 +307,7 @@ def predict(*texts: str, name: str = "", texts_file: str = "", models_dir: str =
     if is_structured(texts_file):
         texts += [document["text"] for document in read_structured(texts_file, [("text",)])]
     elif texts_file:
-        with mistakes(UnicodeDecodeError, f"{texts_file} is "), open_lines(texts_file) as lines:
+        with mistakes(UnicodeDecodeError, f"{texts_file} is "), lines_of(texts_file) as lines:
             texts += map(line_text, lines)
     if not texts:
         fail("no texts: give some, each in quotes, or a --texts_file")

@@ -180,13 +180,14 @@ TASKS = {"lambada": lambada, "hellaswag": hellaswag, "cloze": cloze}
 
 def read_examples(path, task):
     """[(where it stands, example)] of a file with a JSON object a line. Ends with one line for what is no example."""
-    with cli.open_lines(path) as lines:
-        places = ((f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
-        examples = [(where, read_example(where, line, task)) for where, line in places]
+    with cli.lines_of(path) as lines:
+        places = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    examples = [(where, read_example(where, line, task)) for where, line in places]
     return examples or cli.fail(f"{path} has no examples")
 
 
 def read_example(where, line, task):
+    """An example of a line: (context, endings, label). Ends with one line for what is none."""
     needed = [name for name in inspect.signature(TASKS[task]).parameters if name != "_"]
     try:
         fields = json.loads(line)

@@ -144,7 +144,7 @@ def save_state(path, settings, step, history, losses, arrays):
 def read_arrays(path):
     """{name: array} of an .npz file, of which nothing is unpickled. Raises ValueError if it cannot be read."""
     try:
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:  # its own stays open if damaged
+        with open(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:  # one that load opens may stay open
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # of a damaged file, NumPy, zipfile and zlib raise whatever comes
         raise ValueError(one_line(error) or type(error).__name__) from error

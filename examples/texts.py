@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from cli import fail, mistakes, note, one_line, open_lines
+from cli import fail, lines_of, mistakes, note, one_line
 
 END = "<|endoftext|>"
 BAR = "|"  # parts the labels of a text in .csv, which has no lists
@@ -57,7 +57,7 @@ def read_text(path):
     All that reads a text of the user's, to learn it or to measure it, reads it here. Ends with one line for a file that
     cannot be read, is neither UTF-8 nor UTF-16 that says so, or has nothing in it.
     """
-    with mistakes((OSError, UnicodeDecodeError), f"{path} cannot be read: "), open_lines(path) as lines:
+    with mistakes((OSError, UnicodeDecodeError), f"{path} cannot be read: "), lines_of(path) as lines:
         text = plain(b"".join(lines).decode())
     if not text:
         fail(f"{path} is empty")

@@ -234,11 +234,12 @@ def on_a_terminal(*args, stdout=None, columns=100, **kwargs):
         yield process, terminal
 
 
-def wait_until(condition):
-    for _ in range(100 * TIMEOUT):
+def wait_until(condition, every=0.01):
+    """every: seconds, more for a condition that takes time itself."""
+    for _ in range(round(TIMEOUT / every)):
         if condition():
             return
-        time.sleep(0.01)
+        time.sleep(every)
     pytest.fail("in vain")
 
 

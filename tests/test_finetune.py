@@ -109,7 +109,7 @@ def nearly_same(ours, theirs, gradient):
 
 
 MODELS = pytest.mark.parametrize("model", [lambda: (ODD, wild_params(ODD)), bundled], ids=["odd", "bundled"])
-# peft asks transformers for what has another name now, which is no fault of ours where warnings are errors
+# peft reads what transformers has renamed: with pytest -W error, that is no fault of ours
 peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 

@@ -101,7 +101,7 @@ def test_a_worker_that_is_killed_is_replaced_and_every_prompt_of_a_packed_file_h
     flags = ["--batch_size=8", "--temperature=0.8", "--top_k=50", "--seed=3", "--repetition_penalty=1.3"]
     args = [folder, out, *flags, "--logprobs=1"]
     with running(*args, script=SCRIPT, model=tiny, n=N, env=cluster) as process:
-        wait_until(lambda: len(workers()) == 2)
+        wait_until(lambda: len(workers()) == 2, every=0.3)
         first, *others = workers()
         wait_until(lambda: len(parts(out)) >= 2)
         for worker in (first, *others):

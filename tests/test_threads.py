@@ -184,9 +184,12 @@ def test_openblas_tells_which_kernels_it_has_taken():
         assert command(code=code, cwd=REPO, env={"OPENBLAS_CORETYPE": "SkylakeX"}).stdout == "kernels: skylakex\n"
 
 
-def test_a_blas_that_is_no_openblas_tells_of_no_kernels(monkeypatch):
+def test_kernels_are_named_in_small_letters(monkeypatch):
     monkeypatch.setattr(threads, "openblas", lambda *_: (lambda: b"COOPERLAKE",))
     assert threads.kernels.__wrapped__() == "cooperlake"
+
+
+def test_a_blas_that_is_no_openblas_tells_of_no_kernels(monkeypatch):
     monkeypatch.setattr(threads, "openblas", lambda *_: ())
     assert threads.kernels.__wrapped__() == ""
 
@@ -343,6 +346,7 @@ def test_threads_of_ours_share_the_products_of_a_few_texts(n_rows, kernels, expe
     model = with_threads(2, monkeypatch, long_params, n_rows, 40, sharing := Sharing())
     model.logits([[1]] * n_rows, [3] * n_rows)
     assert sharing.seen == {expected}
+    assert model.helpers is None or model.helpers.small_kernels == (kernels == "skylakex")
     assert (here.n, here.helpers) == (1, None)
 
 
@@ -374,7 +378,7 @@ def test_a_thread_may_generate_a_few_texts_when_the_main_one_has_ended():
     code = """
 import threading, gpt2, utils
 from backends import on_numpy
-on_numpy.thread_counts = lambda params: [2]
+on_numpy.thread_counts, on_numpy.kernels = lambda params: [2], lambda: "haswell"
 _, hparams, params = utils.load_encoder_hparams_and_params("shakespeare", "models")
 def late():
     threading.main_thread().join()
@@ -385,7 +389,9 @@ threading.Thread(target=late).start()
 
 
 @pytest.mark.parametrize("n_rows", [2, 4])
-def test_a_few_texts_have_the_logits_of_each_alone(n_rows, long_params, monkeypatch):
+@pytest.mark.parametrize("kernels", ["haswell", "skylakex"])
+def test_a_few_texts_have_the_logits_of_each_alone(n_rows, kernels, long_params, monkeypatch):
+    monkeypatch.setattr(on_numpy, "kernels", lambda: kernels)
     prompts = prompts_of_lengths(5, 30, 1, 12)[:n_rows]
     logits = with_threads(3, monkeypatch, long_params, n_rows, 60).logits(prompts, [0] * n_rows)
     for row, prompt in zip(logits, prompts, strict=True):

@@ -28,7 +28,7 @@ export function place(id, ...children) {
   const again = focused && alike(box, focused)[nth];
   if (!again) return;
   again.focus({ preventScroll: true });
-  again.point?.(...focused.cell);
+  if (focused.cell) again.point(...focused.cell);
 }
 
 // Of the controls in a box those that read as this one does.

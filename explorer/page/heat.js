@@ -27,7 +27,6 @@ export function heatMap(map) {
   const canvas = el("canvas", { class: "heat", tabindex: "0", role: "img", "aria-label": `${map.about}. ${t("heatKeys")}` });
   canvas.style.height = `${Math.round(map.top + map.height + map.foot)}px`;
   const picture = el("figure", { class: "picture" }, canvas, legend(map), readout, el("div", { class: "row" }), table(map));
-  canvas.cell = [map.row ?? 0, 0];
   const paint = () => drawHeat(canvas, map);
   const point = (row, column) => {
     [row, column] = [clamp(row, map.n_rows), clamp(column, map.n_columns)];
@@ -35,7 +34,7 @@ export function heatMap(map) {
     const x = map.data[row * map.n_columns + column];
     readout.textContent = `${name(map.rows, row, t("row"), map.first)} → ${name(map.columns, column, t("column"), 0)}: ${number(x)}`;
   };
-  canvas.point = point;
+  canvas.point = point; // and its cell, where somebody points: place() hands them on to the map that is made in its place
   const choose = (row) => {
     map.row = row;
     paint();
@@ -51,7 +50,7 @@ export function heatMap(map) {
     const [down, right] = { ArrowDown: [1, 0], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] }[event.key] ?? [];
     if (down === undefined && event.key !== "Enter") return;
     event.preventDefault();
-    const [row, column] = canvas.cell;
+    const [row, column] = canvas.cell ?? [map.row ?? 0, 0];
     if (event.key === "Enter") choose(row);
     else point(row + down, column + right);
   });

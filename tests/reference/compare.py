@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from backends.checks import check_room
-from cli import fail, line_text, mistakes, open_lines, run
+from cli import fail, line_text, lines_of, mistakes, run
 from gpt2 import generate, gpt2
 from utils import MODELS_DIR, ModelError, load_encoder_hparams_and_params
 
@@ -76,8 +76,8 @@ def main(
         docker: run the official code on TensorFlow 1.15, in a container (of Docker or Podman)
     """
     if prompts_file:
-        with mistakes(UnicodeDecodeError, f"{prompts_file} is "):
-            prompts = [*prompts, *map(line_text, open_lines(prompts_file))]
+        with mistakes(UnicodeDecodeError, f"{prompts_file} is "), lines_of(prompts_file) as lines:
+            prompts = [*prompts, *map(line_text, lines)]
     check_arguments(prompts, gpt2_repo, n_tokens_to_generate, logits, docker)
     check_clone(gpt2_repo)
     if docker:
