@@ -391,6 +391,17 @@ class Recoded(io.RawIOBase):
         super().close()
 
 
+def as_typed(words):
+    """Words as a line for the user's shell: for cmd and PowerShell on Windows, for a POSIX one elsewhere."""
+    if os.name == "nt":
+        import subprocess
+
+        return subprocess.list2cmdline(words)
+    import shlex
+
+    return shlex.join(words)
+
+
 def line_text(line, errors="strict"):
     """bytes -> str, less the end of the line."""
     return re.sub(r"\r?\n\Z", "", line.decode("utf-8", errors))
@@ -578,6 +589,7 @@ def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
     """
     from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # Ctrl-C would leave multiprocessing's, of which Python 3.14 tells
     objects = prompt_objects(bounded(lines), path.lower().removesuffix(".gz").endswith(".jsonl"))
     file, done = open_out(out, path, objects) if out else (sys.stdout, [])
     batch_size = batch_size or 32

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -256,7 +255,7 @@ def main(*paths: str, name: str = None, to: str = None, dtype: str = "float32", 
         fail("--name must name the new model with letters, digits, dashes, and dots but not at the end")
     for line in convert(path, name, models_dir):
         cli.note(line)
-    where = f" --models_dir {shlex.quote(models_dir)}" if models_dir != MODELS_DIR else ""
+    where = f" --models_dir {cli.as_typed([models_dir])}" if models_dir != MODELS_DIR else ""
     cli.note(f'wrote {os.path.join(models_dir, name)}: python gpt2.py "..." --model_size {name}{where}')
 
 
@@ -269,11 +268,11 @@ def export(folder, out, to, dtype):
         if to == "transformers":
             with new(out, os.mkdir, shutil.rmtree) as part:
                 save_as_transformers(part, *model)
-            cli.note(f'wrote {out}: GPT2LMHeadModel.from_pretrained("{out}"), and AutoTokenizer likewise')
+            cli.note(f"wrote {out}: GPT2LMHeadModel.from_pretrained({out!r}), and AutoTokenizer likewise")
         else:
             with new(out, make_file, os.remove) as part:
                 save_as_gguf(part, *model, dtype)
-            cli.note(f'wrote {out}: llama-completion -m {shlex.quote(out)} -p "..."')
+            cli.note(f'wrote {out}: llama-completion -m {cli.as_typed([out])} -p "..."')
 
 
 if __name__ == "__main__":

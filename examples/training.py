@@ -11,7 +11,6 @@ import importlib.util
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import textwrap
@@ -28,7 +27,7 @@ from saving import STATE, alone, beside, copy_tokenizer, leaves, load_state, plo
 from texts import END, checksum, checksums, kind_of, read_documents, text_ids
 
 from backends.arrays import on_processor
-from cli import fail, mistakes, need, printable
+from cli import as_typed, fail, mistakes, need, printable
 from files.checkpoint import ENCODER, VOCAB, save_checkpoint, weight_files
 from gpt2 import generate, layer_norm, linear
 from languages import translated
@@ -425,7 +424,7 @@ def train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, re
 
 
 def command_to_resume():
-    return shlex.join([*sys.orig_argv, *["--resume"][: "--resume" not in sys.argv]])
+    return as_typed([*sys.orig_argv, *["--resume"][: "--resume" not in sys.argv]])
 
 
 @contextlib.contextmanager

@@ -354,6 +354,17 @@ def test_a_bug_keeps_its_traceback(run, tmp_path):
     assert "ZeroDivisionError" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("system", "line"),
+    [("posix", "python 'C:\\a b\\x.py' '--name=it'\"'\"'s'"), ("nt", 'python "C:\\a b\\x.py" --name=it\'s')],
+)
+def test_a_command_to_be_typed_is_quoted_as_its_systems_shell_has_it(system, line, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "name", system)
+        typed = cli.as_typed(["python", r"C:\a b\x.py", "--name=it's"])
+    assert typed == line
+
+
 # Terminals, pipes and signals
 
 

@@ -38,7 +38,7 @@ def theirs(tiny, tmp_path_factory):
     """The tiny model as a transformers folder, made by the command."""
     path = tmp_path_factory.mktemp("converted") / "theirs"
     done = command(tiny, "--to", "transformers", path, script=SCRIPT)
-    said = f'convert.py: wrote {path}: GPT2LMHeadModel.from_pretrained("{path}"), and AutoTokenizer likewise\n'
+    said = f"convert.py: wrote {path}: GPT2LMHeadModel.from_pretrained({str(path)!r}), and AutoTokenizer likewise\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, "", said)
     return path
 
