@@ -180,15 +180,15 @@ TASKS = {"lambada": lambada, "hellaswag": hellaswag, "cloze": cloze}
 
 def read_examples(path, task):
     """[(where it stands, example)] of a file with a JSON object a line. Ends with one line for what is no example."""
+    needed = [name for name in inspect.signature(TASKS[task]).parameters if name != "_"]
     with cli.lines_of(path) as lines:
         places = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    examples = [(where, read_example(where, line, task)) for where, line in places]
+    examples = [(where, read_example(where, line, task, needed)) for where, line in places]
     return examples or cli.fail(f"{path} has no examples")
 
 
-def read_example(where, line, task):
-    """An example of a line: (context, endings, label). Ends with one line for what is none."""
-    needed = [name for name in inspect.signature(TASKS[task]).parameters if name != "_"]
+def read_example(where, line, task, needed):
+    """An example of a line: (context, endings, label). needed: its fields. Ends with one line for what is none."""
     try:
         fields = json.loads(line)
         if not isinstance(fields, dict) or not fields.keys() >= {*needed}:

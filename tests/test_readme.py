@@ -1,8 +1,6 @@
 """Each README.md and its README.zh-CN.md: one document in two languages; what commands are said to print, they do."""
 
-import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +8,8 @@ import textwrap
 
 import pytest
 from conftest import REPO
+
+from cli import as_typed
 
 FOLDERS = [".", "models", "models/shakespeare", "models/tangshi", "examples", "benchmarks", "tests/reference"]
 FENCED, INDENTED = r"^```\w*\n(?:(?!```)[^\n]*\n)*```$", r"(?:^    [^\n]*\n|^\n(?=    ))+"
@@ -164,7 +164,6 @@ def test_three_commands_are_shown_with_what_they_print():
 @pytest.mark.parametrize(("command", "printed"), shown())
 def test_a_command_prints_what_the_readme_shows(command, printed, tmp_path):
     (tmp_path / "prompts.txt").write_text("To be\nMy lord\n")
-    quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    command = command.replace("python gpt2.py", quoted([sys.executable, str(REPO / "gpt2.py")]))
+    command = command.replace("python gpt2.py", as_typed([sys.executable, str(REPO / "gpt2.py")]))
     result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)  # noqa: S602
     assert result.stdout.strip() == printed.strip()
