@@ -305,8 +305,10 @@ def open_prompts(prompt, interactive, prompts_file):
     if prompts_file:
         return open_lines(prompts_file)
     if prompt == "-" or (prompt is None and not interactive and not sys.stdin.isatty()):
-        with mistakes(UnicodeDecodeError, "standard input is not UTF-8 text (PYTHONIOENCODING names another): "):
+        try:
             text = line_text(open_lines("-").read())
+        except UnicodeDecodeError:
+            fail("standard input is not UTF-8 text: PYTHONIOENCODING names another encoding, such as gb18030")
         prompt = text if text or prompt == "-" else None
     if prompt is None and not interactive:
         fail("no prompt: give one in quotes, pipe one in, or see --help")
@@ -334,7 +336,7 @@ def open_lines(path):
             lines.read(3)
         return lines
     except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror}")
+        fail(f"{path} cannot be read: {'it is a folder' if os.path.isdir(path) else error.strerror}")
 
 
 @contextlib.contextmanager
@@ -587,23 +589,22 @@ def answer_file(writer, lines, path, out, batch_size, n_samples, seed):
     path: whose lines they are; those of a .jsonl are objects with a "prompt". out: the path of a file to append to
     instead; the lines that it answers already are passed over. Each prompt is continued as it would be alone.
     """
-    from tqdm import tqdm
+    from files.bar import Bar  # only here: its import takes as long as a token or two
 
-    tqdm.set_lock(threading.RLock())  # Ctrl-C would leave multiprocessing's, of which Python 3.14 tells
     objects = prompt_objects(bounded(lines), path.lower().removesuffix(".gz").endswith(".jsonl"))
     file, done = open_out(out, path, objects) if out else (sys.stdout, [])
     batch_size = batch_size or 32
     n_done, n_errors, n_at_once = len(done), sum(done), max(1, batch_size // n_samples)
     seeds = [seed if seed is None else seed + i for i in range(n_samples)]
     stopped = f"gpt2.py: stopped; the same command goes on behind the last line of {out}" if out else ""
-    with on_ctrl_c(functools.partial(end, stopped)), tqdm(desc="prompts", disable=None, initial=n_done) as bar:
+    with on_ctrl_c(functools.partial(end, stopped)), Bar(desc="prompts", initial=n_done) as bar:
         while window := list(itertools.islice(objects, 4 * n_at_once)):
             for batch in batches_by_length(window, writer.encode, n_at_once):
                 rows = [ids for _, ids in batch for _ in range(n_samples)]
                 add_answers(window, batch, writer.answers(rows, seeds * len(batch)))
                 bar.update(len(batch))
             for line in window:
-                tqdm.write(json.dumps(line, ensure_ascii=False), file=file)  # clear of the bar
+                Bar.write(json.dumps(line, ensure_ascii=False), file=file)  # clear of the bar
             file.flush()
             n_done, n_errors = n_done + len(window), n_errors + sum("error" in line for line in window)
     if out:

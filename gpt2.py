@@ -224,9 +224,9 @@ def generate(inputs, params, n_head, n_tokens_to_generate, bar=True, **options):
     prompts, is_batch = as_batch(inputs, len(params["wte"]))
     steps = generate_ids(prompts, params, n_head, n_tokens_to_generate, **options)
     if bar and sys.stderr.isatty():
-        from tqdm import tqdm  # only here: its import takes as long as a token or two
+        from files.bar import Bar  # only here: its import takes as long as a token or two
 
-        steps = tqdm(steps, "generating", total=n_tokens_to_generate)
+        steps = Bar(steps, "generating", total=n_tokens_to_generate)
     steps = list(steps)  # [n_steps, n_rows]
     outputs = [[ids[row] for ids in steps if ids[row] is not None] for row in range(len(prompts))]
     return outputs if is_batch else outputs[0]

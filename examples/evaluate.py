@@ -32,6 +32,7 @@ import cli
 from backends import devices
 from backends.arrays import is_jax, is_numpy, namespace, round_up
 from backends.threads import each, n_available
+from files.bar import Bar
 from gpt2 import MODELS_DIR, gpt2
 from languages import translated
 
@@ -226,8 +227,6 @@ def evaluate_task(examples, encoder, params, n_head, task, **options):
 
     Raises ValueError for an ending that is longer than the context.
     """
-    from tqdm import tqdm
-
     n_ctx, encoded, n_cut = len(params["wpe"]), [], 0
     for where, (context, endings, label) in examples:
         rows = [encode_pair(encoder, context, ending) for ending in endings]
@@ -241,7 +240,7 @@ def evaluate_task(examples, encoder, params, n_head, task, **options):
     encoded.sort(key=lambda example: -max(len(ids) for ids, _ in example[0]))  # batches of similar lengths
     scored = scores(params, (row for rows, _, _ in encoded for row in rows), n_head, **options)
 
-    totals, bar = {}, tqdm(encoded, task, unit="example", disable=None)
+    totals, bar = {}, Bar(encoded, task, unit="example")
     for n, (_, endings, label) in enumerate(bar, 1):
         results = [next(scored) for _ in endings]
         nats = [result.sum() for result, _ in results]
@@ -266,11 +265,9 @@ def evaluate_task(examples, encoder, params, n_head, task, **options):
 
 def evaluate_text(text, encoder, params, n_head, **options):
     """({figure: value}, ids, nats of each), with the first id predicted from <|endoftext|>; options: see text_nats."""
-    from tqdm import tqdm
-
     ids, parts, total = ids_of(encoder, text), [], 0.0
     windows = text_nats(params, [encoder.encoder[END], *ids], len(params["wpe"]), n_head, **options)
-    with tqdm(total=len(ids), desc="evaluating", unit="token", disable=None) as bar:
+    with Bar(total=len(ids), desc="evaluating", unit="token") as bar:
         for part in windows:
             parts.append(part)
             total += part.sum()

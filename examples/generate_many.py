@@ -31,10 +31,10 @@ if __name__ == "__main__":
 
     need("numpy", "regex", "tqdm")
 
-from tqdm import tqdm
 
 import cli
 from backends import devices
+from files.bar import Bar
 from files.lock import locked
 from gpt2 import MODELS_DIR, generate, generate_ids
 from sampling import check_options, is_number, is_whole
@@ -371,7 +371,7 @@ def answer_files(paths, filesystem, folder, worker, generation, num_workers, num
         runtime_env={"env_vars": worker_environment(num_cpus, num_gpus)},
     )
     n_done = sum(n for n, _ in done.values())
-    with tqdm(desc="prompts", initial=n_done, disable=None) as bar:
+    with Bar(desc="prompts", initial=n_done) as bar:
         # Ray Data replaces workers and machines that are lost, as often as it takes
         for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for part in batch.to_pylist():

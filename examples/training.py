@@ -17,7 +17,6 @@ import textwrap
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import recipe
@@ -28,6 +27,7 @@ from texts import END, checksum, checksums, kind_of, read_documents, text_ids
 
 from backends.arrays import on_processor
 from cli import as_typed, fail, mistakes, need, printable
+from files.bar import Bar
 from files.checkpoint import ENCODER, VOCAB, save_checkpoint, weight_files
 from gpt2 import generate, layer_norm, linear
 from languages import translated
@@ -309,7 +309,7 @@ class Run:
             steps = batches(
                 self.task.data.order, self.settings["batch_size"], self.settings["seed"], self.step, n_steps
             )
-            for which in tqdm(steps, "training", n_steps, initial=self.step, unit="step", disable=None):
+            for which in Bar(steps, "training", n_steps, initial=self.step, unit="step"):
                 rows, started = self.rows(which), time.monotonic()
                 with uninterrupted():  # the old weights are given away before the new ones are there
                     self.losses.append(self.learner.update(rows, self.step))
@@ -395,7 +395,7 @@ class Run:
     def say(self, text):
         if self.learner.is_first:
             line, *sample = text.split("\n")
-            tqdm.write("\n".join([translated(line), *sample]), sys.stderr)
+            Bar.write("\n".join([translated(line), *sample]), sys.stderr)
 
 
 def train(model_dir, tokenizer_dir, hparams, learned, frozen, task, settings, resume):

@@ -105,11 +105,11 @@ class Progress:
     """What is seen of a download: a bar for all files with notes beside it, or, without a terminal, a note at times."""
 
     def __init__(self, title):
-        from tqdm import tqdm
+        from files.bar import Bar  # only here: a file that is hashed needs none
 
         self.title, self.n, self.noted, self.closed = title, 0, -math.inf, False
         desc = translated(f"Fetching {title}")
-        self.bar = tqdm(desc=desc, unit="B", unit_scale=True, disable=None)  # None: as stderr has it
+        self.bar = Bar(desc=desc, unit="B", unit_scale=True)
 
     def begin(self, n_bytes, n_left):
         self.n = n_bytes - n_left

@@ -1,11 +1,14 @@
 """One process at a time writes to a folder; what Windows refuses while another program has a file is tried again."""
 
 import contextlib
+import errno
 import os
 import sys
 import time
 
 from languages import translated
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a system says where there are none
 
 
 @contextlib.contextmanager
@@ -42,6 +45,7 @@ def wait_for_lock(f, folder, patient):
 
 
 def try_lock(f):
+    """Whether this process may write to f: not while another has its lock. Where a file system has none, all may."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -54,6 +58,9 @@ def try_lock(f):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # as POSIX and Windows say that another process has it
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return True
 
 

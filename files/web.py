@@ -203,7 +203,7 @@ def root_cause(error):
     """One short line from the bottom of a chain of exceptions: requests' own texts are long."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
-    return one_line(error) or type(error).__name__
+    return one_line(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
 def one_line(text):

@@ -387,6 +387,15 @@ def test_a_bar_named_generating_shows_on_a_terminal(tiny, continuation):
     assert process.returncode == 0
 
 
+def test_bars_leave_tqdm_and_what_outlives_a_process_that_is_killed_alone():
+    code = """if True:
+        from files.bar import Bar
+        from tqdm import std
+        Bar.write(str(len([*Bar(range(3))])))
+        print(hasattr(std.TqdmDefaultWriteLock, "mp_lock"), hasattr(std.tqdm, "_lock"))"""
+    assert command(code=code, cwd=REPO).stdout == "3\nFalse False\n"
+
+
 def test_ctrl_c_while_generating_shows_what_there_is_and_ends_with_130(long):
     with on_a_terminal("Hello", model=long, n=190_000, stdout=subprocess.PIPE) as (process, terminal):
         terminal.expect(r"\| [1-9]")  # some of 190000

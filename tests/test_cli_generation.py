@@ -287,6 +287,10 @@ def test_a_file_that_is_not_there_is_an_error(run):
     assert_one_line_error(run("--prompts_file", "/nowhere"), "/nowhere cannot be read: No such file")
 
 
+def test_a_folder_in_place_of_a_file_is_an_error_that_says_so(run, tmp_path):
+    assert_one_line_error(run("--prompts_file", tmp_path), f"{tmp_path} cannot be read: it is a folder\n")
+
+
 def test_a_killed_job_loses_nothing_that_it_printed(long, tmp_path):
     (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(200)))
     args, out = ["--prompts_file", tmp_path / "prompts.txt", "--batch_size=4"], tmp_path / "out"
@@ -369,7 +373,9 @@ def test_what_stands_beside_a_prompt_in_jsonl_is_carried_through(run, tmp_path, 
     assert answer["text"] == continuation("one")
 
 
-@pytest.mark.parametrize("line", ["no json", '"one"', '{"text": "one"}', '{"prompt": 1}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "line", ["no json", '"one"', '{"text": "one"}', '{"prompt": 1}', "[" * 100_000], ids=lambda line: line[:9]
+)
 def test_a_line_of_jsonl_that_holds_no_prompt_says_so(line, run, tmp_path, continuation):
     (tmp_path / "p.jsonl").write_text(line + '\n{"prompt": "one"}\n')
     result = run("--prompts_file", tmp_path / "p.jsonl")

@@ -1,6 +1,7 @@
 """Downloads: from a server that misbehaves, with every kind of interruption, and by several processes at once."""
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -590,6 +591,18 @@ def test_of_two_processes_one_downloads_and_the_other_waits(server, folder):
     assert second.communicate()[1] == b""
     assert files_in(folder) == FILES
     assert sorted(server.asked("large")) == sorted(RANGES)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX's locks")
+def test_a_folder_on_a_file_system_without_locks_is_filled_all_the_same(server, folder, monkeypatch):
+    import fcntl
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    fetch(server, folder)
+    assert contents(folder) == FILES
 
 
 def test_processes_that_start_together_fetch_everything_once(server, folder):

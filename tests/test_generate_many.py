@@ -401,7 +401,7 @@ def test_what_a_killed_run_left_is_no_file_of_another(tmp_path):
 @pytest.mark.parametrize(
     "odd",
     ['{"prompt": "a", "te', "5\n", "{}\n", '{"prompt": "a"}\n', "[]\n", "null\n", "[" * 100_000, "\xff\n"],
-    ids=repr,
+    ids=lambda odd: repr(odd[:15]),
 )
 def test_a_damaged_part_is_an_error_that_names_it(odd, tmp_path):
     begin(tmp_path, seed=1)
@@ -410,7 +410,7 @@ def test_a_damaged_part_is_an_error_that_names_it(odd, tmp_path):
         begin(tmp_path, seed=1)
 
 
-@pytest.mark.parametrize("odd", ["", "{", "[]", "5", "[" * 100_000, "\xff"], ids=repr)
+@pytest.mark.parametrize("odd", ["", "{", "[]", "5", "[" * 100_000, "\xff"], ids=lambda odd: repr(odd[:15]))
 def test_damaged_settings_are_an_error_that_says_what_to_do(odd, tmp_path):
     (tmp_path / "settings.json").write_text(odd, "latin-1")
     (tmp_path / "part-00000-000000000000.jsonl").write_text('{"prompt": "a", "text": "b"}\n')
