@@ -134,6 +134,13 @@ def run(function, stopped=""):
         fail(f"not enough memory on the device: take fewer at once, or a smaller model: {one_line(error):.200}")
 
 
+def start(*packages):
+    """What comes before the other imports of a command, which take a while: Ctrl-C ends it quietly; see need."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as behind nohup
+        signal.signal(signal.SIGINT, functools.partial(end, ""))
+    need(*packages)
+
+
 def need(*packages):
     """Ends with one line that says what to do, unless these packages are installed here and NumPy is new enough."""
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
     import cli
 
-    cli.need("regex")
+    cli.start("regex")
 
 import regex
 

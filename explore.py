@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
     import cli
 
-    cli.need("numpy", "regex")
+    cli.start("numpy", "regex")
 
 import gpt2
 from explorer import single_file

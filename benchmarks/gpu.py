@@ -10,7 +10,6 @@ and values, can be read.
 import importlib.util
 import json
 import os
-import signal
 import statistics
 import sys
 import time
@@ -20,10 +19,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
-    from cli import need
+    from cli import start
 
-    need("numpy", "regex", "tqdm")
+    start("numpy", "regex", "tqdm")
 
 import numpy as np
 from bench import SHAPES, greedy, processor

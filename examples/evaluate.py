@@ -14,17 +14,15 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
-    from cli import need
+    from cli import start
 
-    need("numpy", "regex", "tqdm")
+    start("numpy", "regex", "tqdm")
 
 from texts import END, ids_of, read_documents, read_text
 

@@ -11,17 +11,15 @@ beside the model under the names of PEFT, a library for PyTorch, and can be appl
 """
 
 import os
-import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
-    from cli import need
+    from cli import start
 
-    need("numpy", "regex", "tqdm")
+    start("numpy", "regex", "tqdm")
 
 import lora
 import numpy as np

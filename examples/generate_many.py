@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import re
-import signal
 import socket
 import sys
 import warnings
@@ -26,10 +25,9 @@ import warnings
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
-    from cli import need
+    from cli import start
 
-    need("numpy", "regex", "tqdm")
+    start("numpy", "regex", "tqdm")
 
 
 import cli

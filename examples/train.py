@@ -10,7 +10,6 @@ defaults are the recipe of models/shakespeare.
 import json
 import math
 import os
-import signal
 import sys
 import tempfile
 
@@ -18,10 +17,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: during the imports, too
-    from cli import need
+    from cli import start
 
-    need("numpy", "regex", "tqdm")
+    start("numpy", "regex", "tqdm")
 
 import training
 from recipe import FLAGS, complete, with_flags

@@ -8,9 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
-from conftest import REPO, assert_one_line_error, command
+from conftest import REPO, TIMEOUT, assert_one_line_error, command, interrupt, running
 from packaging.requirements import Requirement
 
 import cli
@@ -155,6 +156,9 @@ def commands():
     return sorted(path.relative_to(REPO).as_posix() for path, text in texts.items() if runs.search(text))
 
 
+LATER = {"benchmarks/bench.py", "benchmarks/explorer.py"}  # these import nothing that takes time before they run
+
+
 def test_the_commands_are_found():
     assert {"gpt2.py", "encoder.py", "utils.py", "explore.py", "examples/train.py", "benchmarks/bench.py"} <= {
         *commands()
@@ -175,6 +179,28 @@ def test_a_command_says_first_of_all_that_python_is_too_old(script, version):
         pytest.skip(f"there is no Python {version} here")
     result = subprocess.run([old, REPO / script, "Hello"], capture_output=True, text=True, cwd="/")
     assert_one_line_error(result, f"{script.rpartition('/')[2]}: needs Python 3.10 or newer, and this is {version}")
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """A folder with packages that take a minute to import, which they begin with a word on stdout."""
+    folder = tmp_path_factory.mktemp("slow")
+    for name in ("numpy", "regex"):
+        (folder / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    return folder
+
+
+@pytest.mark.parametrize("script", [script for script in commands() if script not in LATER])
+def test_ctrl_c_while_a_command_imports_ends_it_quietly_unless_it_is_ignored(script, slow):
+    for through, status in ((), 130), (["sh", "-c", 'trap "" INT; exec "$@"', "-"], None):
+        with running("x", script=script, through=through, env={"PYTHONPATH": slow}) as process:
+            assert process.stdout.readline() == b"importing\n"
+            interrupt(process)
+            if status:
+                assert process.communicate(timeout=TIMEOUT)[1] == b""
+            else:
+                time.sleep(0.2)
+            assert process.poll() == status
 
 
 @pytest.mark.parametrize("script", commands())
