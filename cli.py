@@ -109,7 +109,8 @@ def on_ctrl_c(handler):
 def end(said, *_):
     """Ends the program at once, wherever it is, without a traceback; said: what the terminal shows."""
     if said and sys.stderr:
-        os.write(sys.stderr.fileno(), f"\n{translated(said)}\n".encode(sys.stderr.encoding))
+        line = f"\n{printable(translated(said))}\n"
+        os.write(sys.stderr.fileno(), line.encode(sys.stderr.encoding, "backslashreplace"))
     os._exit(130)
 
 
@@ -215,6 +216,7 @@ def arguments(argv, function):
     values, words, rest = {}, [], iter(argv)  # values: {name: text}
     for word in rest:
         if not re.match("--|-[a-zA-Z]", word):
+            check_dashes(word, options)
             words.append(word)
             continue
         flag, equals, value = word.partition("=")
@@ -236,11 +238,20 @@ def arguments(argv, function):
     if first.kind is first.VAR_POSITIONAL:
         return words, values
     if len(words) > 1:
+        if words[0].startswith(("“", "”", "„", "「")):
+            fail(f"a shell takes the quote before {words[0]!r:.40} for a letter: use straight ones, as in code")
         fail(f"more than one {first.name}, {words[0]!r} and {words[1]!r}: put one of several words in double quotes")
     for name, option in options.items():
         if option.default is option.empty and name not in values and not (option is first and words):
             fail(f"--{name} is needed (see --help)")
     return words if is_text(first) else [*map(literal, words)], values
+
+
+def check_dashes(word, options):
+    """Ends with one line for a flag whose hyphens a word processor, or a Chinese keyboard, has made dashes."""
+    name = word.lstrip("–—−").partition("=")[0].replace("-", "_")
+    if name != word and name in options:
+        fail(f"{word}: flags begin with two hyphens: --{name}")
 
 
 def literal(text):
@@ -257,7 +268,9 @@ def option_of(word, flag, options):
     if len(names) != 1:
         import difflib
 
-        near = [option for option in options if option.startswith(name)] or difflib.get_close_matches(name, options, 2)
+        near = [option for option in options if name and option.startswith(name)] or difflib.get_close_matches(
+            name, options, 2
+        )
         first, *_ = options
         hint = " or ".join(f"--{option}" for option in near)
         hint = f"did you mean {hint}?" if near else f"text that begins so is given as --{first}={word!r}"
@@ -295,6 +308,8 @@ def check_flags(prompt, interactive, prompts_file, stream, n_samples, batch_size
     for name, given in {"batch_size": batch_size, "out": out, "logprobs": logprobs}.items():
         if given is not None and not prompts_file:
             fail(f"--{name} does nothing without --prompts_file")
+    if out == "-":
+        fail("--out names a file: without it, answers go to standard output")
     if (out or "").lower().endswith(".gz"):
         fail(f"--out {out} would be text, and no file of gzip: choose another name")
     if isinstance(seed, list):
@@ -315,7 +330,7 @@ def open_prompts(prompt, interactive, prompts_file):
         try:
             text = line_text(open_lines("-").read())
         except UnicodeDecodeError:
-            fail("standard input is not UTF-8 text: PYTHONIOENCODING names another encoding, such as gb18030")
+            fail("standard input is not UTF-8 text: convert it, or set PYTHONIOENCODING, which is of the output, too")
         prompt = text if text or prompt == "-" else None
     if prompt is None and not interactive:
         fail("no prompt: give one in quotes, pipe one in, or see --help")
@@ -343,7 +358,12 @@ def open_lines(path):
             lines.read(3)
         return lines
     except OSError as error:
-        fail(f"{path} cannot be read: {'it is a folder' if os.path.isdir(path) else error.strerror}")
+        fail(f"{path} cannot be read: {why_not(path, error)}")
+
+
+def why_not(path, error):
+    """What an OSError says of a path, but for folders, of which each system says something else."""
+    return "it is a folder" if os.path.isdir(path) else error.strerror
 
 
 @contextlib.contextmanager
@@ -703,7 +723,7 @@ def open_out(out, path, objects):
         file.truncate(whole)
         return file, done
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        fail(f"{out} cannot be added to: {error.strerror if isinstance(error, OSError) else 'it is no JSON'}")
+        fail(f"{out} cannot be added to: {why_not(out, error) if isinstance(error, OSError) else 'it is no JSON'}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from files.checkpoint import (
     ENCODER,
     HPARAMS,
     INDEX,
+    MEND,
     TEXTS,
     VOCAB,
     CheckpointError,
@@ -148,8 +149,10 @@ def fetch_model(model_size, model_dir, source=None):
         raise ModelError(f"{model_size} cannot be stored in {model_dir}: {error}") from error
     except DownloadError as error:
         is_there = os.path.isdir(os.path.join(os.path.dirname(model_dir), "shakespeare"))
-        first = f"{model_size} is not here, --model_size shakespeare is and needs no network: " if is_there else ""
-        raise ModelError(f"{first}{error}; run it again to go on from here (by hand: see models/README.md)") from error
+        said = f"{error}; run it again to go on from here (mirrors, and by hand: see models/README.md)"
+        raise ModelError(
+            f"{said}; --model_size shakespeare is here, and needs no network" if is_there else said
+        ) from error
 
 
 def fetch_from_openai(model_size, model_dir):
@@ -230,7 +233,7 @@ def main(model_size: str, models_dir: str = MODELS_DIR, source: str = None):
         # every byte: loading trusts weights whose file has the time that SHA256SUMS has
         recorded, sums = read_sums(model_dir), sums_of(model_dir, [*TEXTS, index, *data])
         if changed := [name for name, digest in sums.items() if recorded.get(name, digest) != digest]:
-            raise ModelError(f"{model_dir}: {', '.join(changed)} is not as {SUMS} has it: delete it to fetch it anew")
+            raise ModelError(f"{model_dir}: {', '.join(changed)} is not as {SUMS} has it: {MEND}")
     names = ["checkpoint", *TEXTS, index, "model.ckpt.meta", *data, SUMS]
     names = [name for name in names if os.path.isfile(os.path.join(model_dir, name))]
     print(translated(f"{model_size} is verified, and lies in {model_dir}: {', '.join(names)}", sys.stdout))

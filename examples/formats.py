@@ -19,7 +19,7 @@ import zipfile
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from cli import fail, one_line
+from cli import fail, one_line, why_not
 from encoder import SHA256, bytes_to_unicode
 from files import safetensors
 from files.checkpoint import ENCODER, VOCAB, n_params, variables
@@ -100,7 +100,7 @@ def open_file(path):
     try:
         return open(path, "rb")
     except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror}")
+        fail(f"{path} cannot be read: {why_not(path, error)}")
 
 
 def weights_file(folder):

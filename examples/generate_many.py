@@ -29,7 +29,6 @@ if __name__ == "__main__":
 
     start("numpy", "regex", "tqdm")
 
-
 import cli
 from backends import devices
 from files.bar import Bar
@@ -201,8 +200,17 @@ def begin_or_resume(filesystem, folder, settings):
     if done:
         refuse_others(filesystem, folder, settings)
     else:
+        if SETTINGS in files:
+            with cli.mistakes(ValueError, f"{files[SETTINGS]} is of no run: give another folder: "):
+                check_ours(json_object(read(filesystem, files[SETTINGS])), settings)
         write(filesystem, f"{folder}/{SETTINGS}", json.dumps(settings, indent=1).encode())
     return done
+
+
+def check_ours(saved, settings):
+    """Raises ValueError unless the settings that a file has are those of a run, this or another."""
+    if saved.keys() != settings.keys():
+        raise ValueError("it has other settings")
 
 
 def refuse_others(filesystem, folder, settings):
@@ -377,7 +385,8 @@ def answer_files(paths, filesystem, folder, worker, generation, num_workers, num
                     cli.fail(part["mistake"])
                 name, n_before = part["name"], done.get(part["name"], (0, 0))[0]
                 if name in done:
-                    cli.note(f"{name} had {n_before} answers, which were not all, and is answered anew")
+                    said = f"{name} had {n_before} answers, which were not all, and is answered anew"
+                    Bar.write(cli.shown(said), sys.stderr)
                 refuse_others(filesystem, folder, settings)  # of which some may have come, where none is kept out
                 write(filesystem, f"{folder}/{name}", part["answers"])
                 done[name] = tally(part["answers"])

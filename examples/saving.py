@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from cli import fail, mistakes, note, one_line
 from files.checkpoint import ENCODER, VOCAB
-from files.lock import insist, try_lock
+from files.lock import insist, is_at, try_lock
 
 STATE = "state.npz"
 MAY_CHANGE = ("n_steps", "evaluate_every", "accumulate", "recompute")  # when a run is resumed
@@ -50,11 +50,6 @@ def alone(model_dir):
                 f.close()  # Windows removes no file that is open, here or in another process
             with contextlib.suppress(OSError):
                 os.remove(path)
-
-
-def is_at(f, path):
-    """Whether an open file is still the one at path: who had it locked removes it at the end."""
-    return os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path))
 
 
 def settle(model_dir):

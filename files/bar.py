@@ -1,8 +1,11 @@
 """A bar that shows how far something is, on stderr where that is a terminal."""
 
+import os
 import threading
 
 from tqdm import tqdm
+
+from languages import translated
 
 
 class Bar(tqdm):
@@ -10,8 +13,10 @@ class Bar(tqdm):
     Python 3.14 says so.
     """
 
-    def __init__(self, *args, disable=None, **options):  # None: as stderr has it
-        super().__init__(*args, disable=disable, **options)
+    def __init__(self, iterable=None, desc=None, total=None, **options):
+        if "TQDM_DISABLE" not in os.environ:
+            options["disable"] = None  # as stderr has it
+        super().__init__(iterable, desc and translated(desc), total, **options)
 
 
 Bar.set_lock(threading.RLock())

@@ -108,8 +108,7 @@ class Progress:
         from files.bar import Bar  # only here: a file that is hashed needs none
 
         self.title, self.n, self.noted, self.closed = title, 0, -math.inf, False
-        desc = translated(f"Fetching {title}")
-        self.bar = Bar(desc=desc, unit="B", unit_scale=True)
+        self.bar = Bar(desc=f"Fetching {title}", unit="B", unit_scale=True)
 
     def begin(self, n_bytes, n_left):
         self.n = n_bytes - n_left

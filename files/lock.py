@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import os
+import stat
 import sys
 import time
 
 from languages import translated
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a system says where there are none
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a system says where there are none
 
 
 @contextlib.contextmanager
@@ -19,10 +20,9 @@ def locked(folder, patient=True):
     """
     path = os.path.join(folder, ".lock")
     while True:
-        os.makedirs(folder, exist_ok=True)
-        with open(plain_file(path), "ab") as f:
+        with open_in(folder, path) as f:
             wait_for_lock(f, folder, patient)
-            if not (os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path))):
+            if not is_at(f, path):
                 continue  # the process that had the lock has removed it
             try:
                 yield
@@ -33,6 +33,16 @@ def locked(folder, patient=True):
                     os.remove(path)
                     os.rmdir(folder)  # if it is empty
             return
+
+
+def open_in(folder, path):
+    """A file in a folder, which are made: tried again, since another process may be removing its own."""
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            os.makedirs(folder, exist_ok=True)
+            return open(plain_file(path), "ab")
+    os.makedirs(folder, exist_ok=True)
+    return open(plain_file(path), "ab")
 
 
 def wait_for_lock(f, folder, patient):
@@ -64,6 +74,14 @@ def try_lock(f):
     return True
 
 
+def is_at(f, path):
+    """Whether a file that is open is the one at path."""
+    try:
+        return os.path.samestat(os.fstat(f.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def insist(action, *paths):
     """os.remove, os.rename or os.replace, tried for a second: a virus scanner may hold what has just been written."""
     for _ in range(20):
@@ -75,6 +93,10 @@ def insist(action, *paths):
 
 def plain_file(path):
     """path, which may be opened. Raises OSError if it leads to anything but a file: to open a FIFO takes for ever."""
-    if os.path.lexists(path) and not os.path.isfile(path):
+    try:
+        is_plain = stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        is_plain = not os.path.islink(path)
+    if not is_plain:
         raise OSError(f"{path} is no file: remove it")
     return path

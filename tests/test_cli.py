@@ -210,7 +210,16 @@ def test_a_text_is_printable_on_one_line():
 
 
 def test_words_without_quotes_around_them_are_an_error_that_says_so(run):
-    assert_one_line_error(run("Alan", "Turing"), "in double quotes")
+    assert_one_line_error(run("Alan", "Turing"), "in double quotes\n")
+    assert_one_line_error(run("", "Turing"), "in double quotes\n")
+    assert_one_line_error(run("“Alan", "Turing”"), "for a letter: use straight ones, as in code\n")
+
+
+@pytest.mark.parametrize("flag", ["—temperature", "——temperature=1", "–n-samples"])
+def test_a_flag_whose_hyphens_became_dashes_is_an_error_that_shows_it(flag, run):
+    name = flag.strip("–—").partition("=")[0].replace("-", "_")
+    assert_one_line_error(run("Hello", flag), f"gpt2.py: {flag}: flags begin with two hyphens: --{name}\n")
+    assert run(f"{flag[0]}Temperature").returncode == 0  # a prompt may begin so
 
 
 def test_a_flag_without_its_value_is_an_error():
@@ -385,6 +394,15 @@ def test_a_bar_named_generating_shows_on_a_terminal(tiny, continuation):
         terminal.expect(f"generating: 100%.* {N}/{N} ")
         assert process.communicate(timeout=TIMEOUT)[0].decode() == continuation("Hello") + "\n"
     assert process.returncode == 0
+
+
+def test_a_bar_is_left_out_where_tqdms_variable_says_so_and_speaks_the_users_language(tiny):
+    chinese = {"LANG": "zh_CN.UTF-8", "LC_ALL": "", "LC_MESSAGES": "", "LANGUAGE": "", "PYTHONIOENCODING": "utf-8"}
+    for env, seen in ({"TQDM_DISABLE": "1"}, ""), (chinese, "正在生成: 100%"):
+        with on_a_terminal("Hello", model=tiny, n=N, stdout=subprocess.PIPE, env=env) as (process, terminal):
+            assert process.communicate(timeout=TIMEOUT)[0]
+            said = terminal.read()
+        assert seen in said if seen else said == ""
 
 
 def test_bars_leave_tqdm_and_what_outlives_a_process_that_is_killed_alone():

@@ -194,7 +194,7 @@ def test_the_prompt_may_come_from_standard_input(args, run, continuation):
 @pytest.mark.parametrize(
     ("data", "encoding", "said"),
     [
-        (b"caf\xe9", "utf-8", "not UTF-8 text"),
+        (b"caf\xe9", "utf-8", "gpt2.py: standard input is not UTF-8 text: convert it, or set PYTHONIOENCODING"),
         (b"\xff\n", "gbk", "cannot be read, as gbk: not valid Unicode text"),
         (b"a", "utf-16", "cannot be read, as utf-16: not valid Unicode text"),  # without the mark that it begins with
     ],
@@ -288,6 +288,9 @@ def test_a_file_that_is_not_there_is_an_error(run):
 
 
 def test_a_folder_in_place_of_a_file_is_an_error_that_says_so(run, tmp_path):
+    (tmp_path / "p.txt").write_text("one\n")
+    error = run("--prompts_file", tmp_path / "p.txt", "--out", tmp_path)
+    assert_one_line_error(error, f"{tmp_path} cannot be added to: it is a folder\n")
     assert_one_line_error(run("--prompts_file", tmp_path), f"{tmp_path} cannot be read: it is a folder\n")
 
 

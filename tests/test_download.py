@@ -593,12 +593,26 @@ def test_of_two_processes_one_downloads_and_the_other_waits(server, folder):
     assert sorted(server.asked("large")) == sorted(RANGES)
 
 
+def test_processes_that_lock_a_folder_over_and_over_and_leave_it_empty_do_not_trip_over_each_other(tmp_path):
+    code = """if True:
+        import sys
+        from files.lock import locked
+        for _ in range(500):
+            with locked(sys.argv[1]):
+                pass"""
+    processes = [conftest.start(tmp_path / "folder", code=code, cwd=conftest.REPO) for _ in range(3)]
+    assert [(process.communicate(timeout=TIMEOUT)[1].count(b"Error"), process.returncode) for process in processes] == [
+        (0, 0)
+    ] * 3
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX's locks")
-def test_a_folder_on_a_file_system_without_locks_is_filled_all_the_same(server, folder, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_a_folder_on_a_file_system_without_locks_is_filled_all_the_same(number, server, folder, monkeypatch):
     import fcntl
 
     def flock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(number, "as the system says it")
 
     monkeypatch.setattr(fcntl, "flock", flock)
     fetch(server, folder)

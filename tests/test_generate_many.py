@@ -419,6 +419,13 @@ def test_damaged_settings_are_an_error_that_says_what_to_do(odd, tmp_path):
     assert (tmp_path / "settings.json").read_text("latin-1") == odd
 
 
+def test_a_folder_with_settings_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "settings.json").write_text('{"editor.fontSize": 12}')
+    with pytest.raises(SystemExit, match=r"settings\.json is of no run: give another folder: it has other settings"):
+        begin(tmp_path, seed=1)
+    assert (tmp_path / "settings.json").read_text() == '{"editor.fontSize": 12}'
+
+
 def test_a_run_ends_where_another_has_begun_with_other_settings(tmp_path):
     begin(tmp_path, seed=1)
     begin(tmp_path, seed=2)  # on another machine, say

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "backends": {"backends.arrays", "backends.lookup", "backends.on_jax", "backends.on_numpy"},
     "languages": set(),
     "files": set(),
-    "files.bar": set(),
+    "files.bar": {"languages"},
     "files.lock": {"languages"},
     "files.web": set(),
     "files.download": {"files.bar", "files.lock", "files.web", "languages"},

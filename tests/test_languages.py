@@ -281,16 +281,17 @@ def test_neither_importing_nor_a_message_changes_the_programs_locale():
         ("FLAGS cannot be read: it is empty", "无法读取 FLAGS：它是空的"),
         (
             '3 of 10 prompts could not be continued: their lines have an "error"',
-            '10 条提示中有 3 条无法续写：它们的答案里是 "error"',
+            '10 条提示中有 3 条无法续写：输出里相应的行有 "error"',
         ),
         ("step 3: held out 1.2 nats per token", "第 3 步：留出部分：每词元 1.2 nats"),
         ("{0} {} is given twice", "{0} {} 给了两次"),
         (
             "could not download a from http://h/a: 'http://h/a' is refused: files are fetched over https only, or from "
-            "this machine; nor a from https://m/a: 12 bytes are missing; run it again to go on from here (by hand: see "
-            "models/README.md)",
+            "this machine; nor a from https://m/a: 12 bytes are missing; run it again to go on from here (mirrors, and "
+            "by hand: see models/README.md)",
             "下载失败：a，来自 http://h/a：'http://h/a' 被拒绝：只通过 https 下载，或者从本机下载；"
-            "还试了 a，来自 https://m/a：12 字节没有收到；再运行一次就会接着下载（手工下载见 models/README.zh-CN.md）",
+            "还试了 a，来自 https://m/a：12 字节没有收到；再运行一次就会接着下载"
+            "（镜像和手工下载见 models/README.zh-CN.md）",
         ),
     ],
 )
