@@ -270,7 +270,7 @@ def main(
         top_p: with a temperature, draw from the smallest set of likeliest tokens whose probabilities reach p
         seed: with a temperature, makes the draws repeatable
         repetition_penalty: above 1, tokens that stand in the text already are less likely to come again
-        no_repeat_ngram: no so many tokens in a row come twice
+        no_repeat_ngram: no run of so many tokens comes twice
         n_samples: with a temperature, how many continuations to draw at once
         stop: end before this text appears; \\n is a line break; several are given as a list, "['User:', 'Bot:']"
         special: <|endoftext|> in a prompt is that token, and not a text like any other; --stop knows it in any case

@@ -285,7 +285,7 @@ def main(
         seed: with a temperature, makes the draws repeatable: sample j of line i of a file, both counted from 0, is what
             gpt2.py draws with seed + i * n_samples + j
         repetition_penalty: above 1, tokens that stand in the text already are less likely to come again
-        no_repeat_ngram: no so many tokens in a row come twice
+        no_repeat_ngram: no run of so many tokens comes twice
         n_samples: with a temperature, how many continuations to draw for each prompt, as its "samples"
         stop: end before this text appears; \\n is a line break; several are given as a list, "['User:', 'Bot:']"
         special: <|endoftext|> in a prompt is that token, and not a text like any other; --stop knows it in any case
