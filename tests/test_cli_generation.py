@@ -415,16 +415,17 @@ def test_a_job_with_a_file_to_append_to_goes_on_where_it_was_killed(run, tmp_pat
     assert done.returncode == 0
 
 
-def test_ctrl_c_says_where_a_job_with_a_file_to_append_to_goes_on(tiny, tmp_path):
-    args, out = ["--prompts_file=-", "--batch_size=2", "--out", tmp_path / "out"], tmp_path / "out"
-    with running(*args, model=tiny, n=N) as process:
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_ctrl_c_says_where_a_job_with_a_file_to_append_to_goes_on(encoding, tiny, tmp_path):
+    args, out = ["--prompts_file=-", "--batch_size=2", "--out", tmp_path / "诗.jsonl"], tmp_path / "诗.jsonl"
+    with running(*args, model=tiny, n=N, env={"PYTHONIOENCODING": encoding}) as process:
         process.stdin.write(b"one\n" * 8)
         process.stdin.flush()
         wait_until(lambda: out.exists() and out.read_text("utf-8").count("\n") == 8)
         interrupt(process)
         _, stderr = process.communicate(timeout=TIMEOUT)
     said = f"\ngpt2.py: stopped; the same command goes on behind the last line of {out}\n"
-    assert (process.returncode, stderr.decode()) == (130, said)
+    assert (process.returncode, stderr) == (130, said.encode(encoding, "backslashreplace"))
 
 
 def test_what_is_no_unicode_comes_through_and_a_line_cut_within_a_character_is_done_again(run, tmp_path):
