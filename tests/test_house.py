@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import REPO, TIMEOUT, assert_one_line_error, command, interrupt, running
+from conftest import REPO, TIMEOUT, assert_one_line_error, command, interrupt, needs_posix, running
 from packaging.requirements import Requirement
 
 import cli
@@ -191,7 +191,8 @@ def slow(tmp_path_factory):
 
 
 @pytest.mark.parametrize("script", [script for script in commands() if script not in LATER])
-def test_ctrl_c_while_a_command_imports_ends_it_quietly_unless_it_is_ignored(script, slow):
+def test_a_command_that_imports_is_ended_quietly_by_ctrl_c_unless_it_is_ignored(script, slow):
+    needs_posix("signals")
     for through, status in ((), 130), (["sh", "-c", 'trap "" INT; exec "$@"', "-"], None):
         with running("x", script=script, through=through, env={"PYTHONPATH": slow}) as process:
             assert process.stdout.readline() == b"importing\n"
