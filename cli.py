@@ -268,9 +268,8 @@ def option_of(word, flag, options):
     if len(names) != 1:
         import difflib
 
-        near = [option for option in options if name and option.startswith(name)] or difflib.get_close_matches(
-            name, options, 2
-        )
+        near = [option for option in options if name and option.startswith(name)]
+        near = near or difflib.get_close_matches(name, options, 2)
         first, *_ = options
         hint = " or ".join(f"--{option}" for option in near)
         hint = f"did you mean {hint}?" if near else f"text that begins so is given as --{first}={word!r}"

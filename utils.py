@@ -150,9 +150,9 @@ def fetch_model(model_size, model_dir, source=None):
     except DownloadError as error:
         is_there = os.path.isdir(os.path.join(os.path.dirname(model_dir), "shakespeare"))
         said = f"{error}; run it again to go on from here (mirrors, and by hand: see models/README.md)"
-        raise ModelError(
-            f"{said}; --model_size shakespeare is here, and needs no network" if is_there else said
-        ) from error
+        if is_there:
+            said = f"{said}; --model_size shakespeare is here, and needs no network"
+        raise ModelError(said) from error
 
 
 def fetch_from_openai(model_size, model_dir):

@@ -77,7 +77,7 @@ class Session:
     def array(self, key):
         """Raises QuestionError for one that is no longer kept."""
         for arrays in [*self.kept.values()]:
-            if isinstance(key, int) and not isinstance(key, bool) and key in arrays:
+            if type(key) is int and key in arrays:
                 return np.ascontiguousarray(arrays[key], "<f4")
         raise QuestionError("these numbers are no longer kept: another run has taken their place")
 

@@ -105,7 +105,7 @@ class Progress:
     """What is seen of a download: a bar for all files with notes beside it, or, without a terminal, a note at times."""
 
     def __init__(self, title):
-        from files.bar import Bar  # only here: a file that is hashed needs none
+        from files.bar import Bar  # only here: what is taken from a cache needs none
 
         self.title, self.n, self.noted, self.closed = title, 0, -math.inf, False
         self.bar = Bar(desc=f"Fetching {title}", unit="B", unit_scale=True)

@@ -36,7 +36,7 @@ def locked(folder, patient=True):
 
 
 def open_in(folder, path):
-    """A file in a folder, which are made: tried again, since another process may be removing its own."""
+    """Opens a file in a folder, and makes both: again if another process, done with them, removes them meanwhile."""
     for _ in range(100):
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             os.makedirs(folder, exist_ok=True)
