@@ -94,7 +94,8 @@ def missing_of(files, folder):
 def announce(title, missing, source):
     sizes = missing.values()
     n_bytes = f", {sum(n or 0 for n in sizes):,} bytes{' or more' * (None in sizes)}" if any(sizes) else ""
-    say(f"Fetching {title} from {source}: {len(missing)} {'file' if len(missing) == 1 else 'files'}{n_bytes}")
+    files = f"{len(missing)} {'file' if len(missing) == 1 else 'files'}{n_bytes}"
+    say(f"Fetching {title} from {source}: {files}; if it is stopped, the next run goes on from there")
 
 
 def say(text):

@@ -24,6 +24,7 @@ from files import download, lock, web
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 N_BYTES = 137_344  # of the large file
+GOES_ON = "if it is stopped, the next run goes on from there"
 RANGE = 4096  # 34 ranges
 RANGES = [f"bytes={i}-{min(i + RANGE, N_BYTES) - 1}" for i in range(0, N_BYTES, RANGE)]
 RNG = random.Random(1)
@@ -880,7 +881,7 @@ def test_the_bar_ends_at_the_size_of_all_files_though_some_of_it_comes_again(fau
 
 def test_it_says_what_it_fetches_and_from_where_before_there_is_an_answer(server, folder):
     server.probe_faults = {"first": [{"wait": 30}]}
-    line = f"Fetching tiny from {server.url}: 4 files, 139,354 bytes or more"
+    line = f"Fetching tiny from {server.url}: 4 files, 139,354 bytes or more; {GOES_ON}"
     process = start(server, folder, tuning={"timeout": 60, "quiet": 0.2})
     assert process.stderr.readline().decode().rstrip() == line
     assert process.stderr.readline().decode().rstrip() == "tiny: no answer yet"
@@ -903,7 +904,8 @@ def test_without_a_terminal_a_line_tells_of_retries_and_few_follow(server, folde
     server.probe_faults = {name: [{"status": 503}] * 2 for name in FILES}
     fetch(server, folder, {"first": 1000, "large": N_BYTES})
     assert capsys.readouterr().err == (
-        f"Fetching tiny from {server.url}: 2 files, 138,344 bytes\ntiny: HTTP 503: trying again in 0 s\n"
+        f"Fetching tiny from {server.url}: 2 files, 138,344 bytes; {GOES_ON}\n"
+        "tiny: HTTP 503: trying again in 0 s\n"
     )
 
 
