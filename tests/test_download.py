@@ -72,7 +72,7 @@ def check(name, path):
 
 def fetch(sources, folder, files=SIZES, check=check, **tuning):
     sources = sources if isinstance(sources, list) else [getattr(sources, "url", sources)]
-    tuning = {"request_bytes": RANGE, "timeout": 0.5, "pause": 0.005, **tuning}
+    tuning = {"request_bytes": RANGE, "timeout": 60, "pause": 0.005, **tuning}
     download.fetch(files, folder, sources, check, "tiny", **tuning)
 
 
