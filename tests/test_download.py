@@ -904,8 +904,7 @@ def test_without_a_terminal_a_line_tells_of_retries_and_few_follow(server, folde
     server.probe_faults = {name: [{"status": 503}] * 2 for name in FILES}
     fetch(server, folder, {"first": 1000, "large": N_BYTES})
     assert capsys.readouterr().err == (
-        f"Fetching tiny from {server.url}: 2 files, 138,344 bytes; {GOES_ON}\n"
-        "tiny: HTTP 503: trying again in 0 s\n"
+        f"Fetching tiny from {server.url}: 2 files, 138,344 bytes; {GOES_ON}\ntiny: HTTP 503: trying again in 0 s\n"
     )
 
 

@@ -3,6 +3,7 @@
 import ast
 import base64
 import concurrent.futures
+import copy
 import http.client
 import itertools
 import json
@@ -206,18 +207,13 @@ def test_what_is_asked_of_a_run_that_another_replaced_is_refused(session, ids, k
 
 def zeroed(params, n_head, block, head=None, neuron=None):
     """The weights without a part, by a way of their own: a deep copy, and rows set to 0."""
-    blocks = json.loads(json.dumps(params["blocks"], default=np.ndarray.tolist))
-    blocks = [arrays(block) for block in blocks]
+    blocks = copy.deepcopy(params["blocks"])
     n = len(params["wte"][0]) // n_head
     if head is not None:
         blocks[block]["attn"]["c_proj"]["w"][head * n : head * n + n] = 0
     else:
         blocks[block]["mlp"]["c_proj"]["w"][neuron] = 0
     return {**params, "blocks": blocks}
-
-
-def arrays(node):
-    return {k: arrays(v) for k, v in node.items()} if isinstance(node, dict) else np.array(node, np.float32)
 
 
 @pytest.mark.parametrize(

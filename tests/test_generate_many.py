@@ -191,12 +191,6 @@ def test_what_a_worker_lacks_is_told_in_one_line(cluster, tiny, tmp_path):
     assert_one_line_error(command(*args, script=SCRIPT, model=tiny, n=N, env=cluster), "CuPy is not installed")
 
 
-def test_a_packed_file_that_is_damaged_is_an_error(cluster, tiny, tmp_path):
-    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "one"}\n' * 3)[:-9])
-    done = command(tmp_path / "p.jsonl.gz", tmp_path / "out", script=SCRIPT, model=tiny, n=N, env=cluster)
-    assert_one_line_error(done, "p.jsonl.gz cannot be read: ")
-
-
 # A part by itself
 
 
@@ -291,18 +285,17 @@ def test_every_line_of_a_text_is_a_prompt_and_a_blank_one_too():
     assert [part["name"] for part in parts_of(b"\n\n", "p.txt", **{NAMES[0]: 1})] == [NAMES[0]]
 
 
-def test_what_cannot_be_read_is_a_last_part_that_says_so():
-    class Damaged(io.BytesIO):
-        def readinto(self, buffer):
-            raise OSError("zlib inflate failed")
-
+def test_a_packed_file_that_is_damaged_is_a_last_part_that_says_so(tmp_path):
+    path = f"{tmp_path}/p.jsonl.gz"
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "one"}\n' * 3)[:-9])
     reader = many.Parts.__new__(many.Parts)
-    reader.n_lines, reader.places, reader.done = 2, {"p.gz": 0}, {}
-    (table,) = reader._read_stream(Damaged(), "p.gz")
+    reader.n_lines, reader.places, reader.done = 2, {path: 0}, {}
+    with LocalFileSystem().open_input_stream(path, compression="gzip") as f:  # as Ray Data opens it
+        *_, table = reader._read_stream(f, path)
     (part,) = table.to_pylist()
     worker = many.Worker.__new__(many.Worker)
     worker.mistake = ""
-    assert worker(part)["mistake"] == "p.gz cannot be read: zlib inflate failed"
+    assert worker(part)["mistake"].startswith(f"{path} cannot be read: ")
 
 
 def test_samples_are_drawn_with_seeds_that_follow_from_the_line_alone(answer, expected):
