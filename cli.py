@@ -189,6 +189,7 @@ def show_help(function):
 
     name = os.path.basename(sys.argv[0])
     text = fire.helptext.HelpText(function, trace=fire.trace.FireTrace(function, name))
+    text = text.replace("-h, --", "--")  # -h is short for --help alone
     print(translated_lines(text, sys.stdout))
 
 

@@ -243,6 +243,12 @@ def test_help_explains_every_flag():
         assert len(flag[1]) > 20
 
 
+def test_the_short_flag_of_help_is_offered_for_nothing_else():
+    shown = command("--help", script="examples/evaluate.py").stdout
+    assert "    --heatmap=" in shown
+    assert "-h, " not in shown
+
+
 def test_fire_which_draws_the_help_and_takes_long_to_import_is_not_imported_for_a_text(models_dir):
     code = f"""
 import sys, cli, gpt2
