@@ -9,6 +9,9 @@ import time
 
 from languages import translated
 
+IN_PASSING = (FileNotFoundError, FileExistsError)  # what is met where another process removes what this one opens
+if os.name == "nt":
+    IN_PASSING += (PermissionError,)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a system says where there are none
 
 
@@ -38,9 +41,10 @@ def locked(folder, patient=True):
 def open_in(folder, path):
     """Opens a file in a folder, and makes both: again if another process, done with them, removes them meanwhile."""
     for _ in range(100):
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
+        with contextlib.suppress(*IN_PASSING):
             os.makedirs(folder, exist_ok=True)
             return open(plain_file(path), "ab")
+        time.sleep(0.01)
     os.makedirs(folder, exist_ok=True)
     return open(plain_file(path), "ab")
 
