@@ -81,7 +81,10 @@ def in_memory(function, *args):
 
 
 def bytes_per_second(n=2**28):
-    """How fast the device that JAX computes on reads its memory: sums of n float32, ten in a row, the best of ten."""
+    """How fast the device that JAX computes on reads its memory: sums of n float32, ten in a row, the best time of all.
+
+    n: many more than its caches hold, whose speed it would be otherwise.
+    """
     import jax
 
     x, times = jax.numpy.ones(n, "float32"), []

@@ -95,7 +95,7 @@ def announce(title, missing, source):
     sizes = missing.values()
     n_bytes = f", {sum(n or 0 for n in sizes):,} bytes{' or more' * (None in sizes)}" if any(sizes) else ""
     files = f"{len(missing)} {'file' if len(missing) == 1 else 'files'}{n_bytes}"
-    say(f"Fetching {title} from {source}: {files}; if it is stopped, the next run goes on from there")
+    say(f"Fetching {title} from {source}: {files}; if interrupted, the next run goes on from there")
 
 
 def say(text):

@@ -9,9 +9,9 @@ import time
 
 from languages import translated
 
-IN_PASSING = (FileNotFoundError, FileExistsError)  # what is met where another process removes what this one opens
+IN_PASSING = (FileNotFoundError, FileExistsError)  # while another process makes or removes what is opened here
 if os.name == "nt":
-    IN_PASSING += (PermissionError,)
+    IN_PASSING += (PermissionError,)  # what Windows says of a file that is just being removed
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a system says where there are none
 
 

@@ -24,9 +24,9 @@ from files import download, lock, web
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 N_BYTES = 137_344  # of the large file
-GOES_ON = "if it is stopped, the next run goes on from there"
 RANGE = 4096  # 34 ranges
 RANGES = [f"bytes={i}-{min(i + RANGE, N_BYTES) - 1}" for i in range(0, N_BYTES, RANGE)]
+GOES_ON = "if interrupted, the next run goes on from there"
 RNG = random.Random(1)
 ALL_PROXY = "all_proxy" if os.name == "nt" else "ALL_PROXY"  # Windows finds a variable by either, and the first is said
 FILES = {"first": RNG.randbytes(1000), "second": RNG.randbytes(1010), "third": RNG.randbytes(1020)}
@@ -99,7 +99,7 @@ def files_in(folder):
 def start(server, folder, begin=conftest.start, **kwargs):
     """Begins a download in another process."""
     arguments = {"files": SIZES, "folder": folder, "sources": [server.url], "title": "tiny"}
-    arguments |= {"request_bytes": RANGE, "timeout": 5, "pause": 0.01, **kwargs.pop("tuning", {})}
+    arguments |= {"request_bytes": RANGE, "timeout": 60, "pause": 0.01, **kwargs.pop("tuning", {})}
     return begin(json.dumps(arguments), code=SCRIPT, **kwargs)
 
 
@@ -292,7 +292,7 @@ def test_a_server_that_never_answers_is_one_line(server, folder):
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_connection_below_the_floor_is_given_up(server, folder, ranges):
     server.ranges, server.always = ranges, {"large": {"drip": 0.01}}
-    assert re.search(r"large.*: \d+ bytes in \d+ s are too few", failure(server, folder, timeout=60, floor_after=0.05))
+    assert re.search(r"large.*: \d+ bytes in \d+ s are too few", failure(server, folder, floor_after=0.05))
 
 
 class Dripping:
@@ -322,7 +322,7 @@ def test_the_floor_is_a_number_of_bytes_a_second(monkeypatch):
 
 def test_a_download_that_gets_nowhere_is_given_up(server, folder):
     server.always = {"large": {"stall": 2000}}
-    assert re.search("large.*nothing has come", failure(server, folder, timeout=60, quiet=0.1, patience=0.3))
+    assert re.search("large.*nothing has come", failure(server, folder, quiet=0.1, patience=0.3))
 
 
 def test_a_stream_that_begins_again_and_again_is_given_up(server, folder):
@@ -534,7 +534,7 @@ def test_what_came_before_an_interruption_counts(server, folder, how, n_bytes, a
     server.files["large"] = FILES["large"] * 30
     server.always = {"large": {"stall": n_bytes}}
     n_bytes -= n_bytes % 1024  # of which the server sends whole blocks
-    tuning = {"request_bytes": 2**23, "timeout": 60, "save_after": save_after, "n_connections": 1}
+    tuning = {"request_bytes": 2**23, "save_after": save_after, "n_connections": 1}
     process = start(server, folder, tuning={**tuning, "files": {"large": 30 * N_BYTES}})
     wait_until(lambda: n_held(folder) > n_bytes - at_risk - 20_000)
     time.sleep(0.2)
@@ -631,7 +631,7 @@ def test_processes_that_start_together_fetch_everything_once(server, folder):
 
 def test_one_that_waits_goes_on_when_the_other_is_killed(server, folder):
     server.always = {"large": {"stall": 0}}
-    first = start(server, folder, tuning={"timeout": 60})
+    first = start(server, folder)
     wait_until(lambda: server.asked("large"))
     second = start(server, folder)
     assert b"waiting for another process" in second.stderr.readline()
@@ -882,7 +882,7 @@ def test_the_bar_ends_at_the_size_of_all_files_though_some_of_it_comes_again(fau
 def test_it_says_what_it_fetches_and_from_where_before_there_is_an_answer(server, folder):
     server.probe_faults = {"first": [{"wait": 30}]}
     line = f"Fetching tiny from {server.url}: 4 files, 139,354 bytes or more; {GOES_ON}"
-    process = start(server, folder, tuning={"timeout": 60, "quiet": 0.2})
+    process = start(server, folder, tuning={"quiet": 0.2})
     assert process.stderr.readline().decode().rstrip() == line
     assert process.stderr.readline().decode().rstrip() == "tiny: no answer yet"
     process.kill()
@@ -891,7 +891,7 @@ def test_it_says_what_it_fetches_and_from_where_before_there_is_an_answer(server
 
 def test_a_terminal_shows_each_wait_and_retry_beside_the_bar(server, folder):
     server.probe_faults = {"first": [{"status": 503}, {"wait": 30}]}
-    tuning = {"timeout": 60, "quiet": 0.3}
+    tuning = {"quiet": 0.3}
     with on_a_terminal(server, folder, tuning=tuning) as (_, terminal):
         terminal.expect_exact("HTTP 503: trying again in 0 s")
         terminal.expect_exact("no answer yet")

@@ -102,14 +102,14 @@ def tab(browser):
 @pytest.fixture
 def visit(tab, url):
     """The page, opened anew, in a tab that tests share: one for each would take twice as long."""
-    tab.open(url)
-    yield tab
-    errors = [*tab.errors]
-    tab.page.unroute_all(behavior="ignoreErrors")
-    tab.page.evaluate("localStorage.clear()")
-    tab.page.goto("about:blank")
     tab.requests.clear()
     tab.errors.clear()
+    tab.open(url)
+    yield tab
+    tab.page.unroute_all(behavior="ignoreErrors")
+    tab.page.evaluate("localStorage.clear()")  # the language; and errors up to here have arrived by then
+    errors = [*tab.errors]
+    tab.page.goto("about:blank")  # or what still goes on in it would ask the same server beside the next test
     assert errors == []
 
 
@@ -518,13 +518,14 @@ def test_of_texts_that_are_run_while_one_runs_the_last_is_shown(visit, model):
 
 
 @pytest.fixture
-def arrays(visit):
-    """Has the page get 2^22 zeros for every array, for array 1000 once release() is called. Gives what it asks for.
+def asked(visit):
+    """Has the page get 2^22 zeros for every array, for array 1000 only after release(): the keys that it asks for.
 
-    Within the page, since a browser's protocol takes seconds for so many.
+    Within the page: by way of the browser's protocol, so many take seconds.
     """
     visit.page.evaluate("""() => {
-      const [real, released] = [fetch, new Promise((resolve) => { globalThis.release = resolve; })];
+      const real = fetch;
+      const released = new Promise((resolve) => { globalThis.release = resolve; });
       globalThis.asked = [];
       globalThis.fetch = async (path, options) => {
         if (path !== "/api/array") return real(path, options);
@@ -537,13 +538,13 @@ def arrays(visit):
     return lambda: visit.page.evaluate("asked")
 
 
-def test_of_numbers_that_were_fetched_the_page_keeps_the_newest_alone(visit, arrays):
+def test_of_numbers_that_were_fetched_the_page_keeps_the_newest_alone(visit, asked):
     for key in (1001, 1002, 1003, 1004, 1005, 1005, 1001):
         visit.import_("api", f"m.numbers({key}).then((data) => data.length)")
-    assert arrays() == [1001, 1002, 1003, 1004, 1005, 1001]
+    assert asked() == [1001, 1002, 1003, 1004, 1005, 1001]
 
 
-def test_numbers_that_come_after_they_were_forgotten_take_no_room(visit, arrays):
+def test_numbers_that_come_after_they_were_forgotten_take_no_room(visit, asked):
     visit.import_("api", "void (globalThis.late = m.numbers(1000))")
     visit.import_("api", "m.forget()")
     visit.import_("api", "m.numbers(1001).then((data) => data.length)")
@@ -551,7 +552,7 @@ def test_numbers_that_come_after_they_were_forgotten_take_no_room(visit, arrays)
     assert visit.page.evaluate("late.then((data) => data.length)") == 2**22
     for key in (1002, 1003, 1004, 1001):
         visit.import_("api", f"m.numbers({key}).then((data) => data.length)")
-    assert arrays() == [1000, 1001, 1002, 1003, 1004]
+    assert asked() == [1000, 1001, 1002, 1003, 1004]
 
 
 def test_a_first_text_that_is_refused_is_said(browser, url):

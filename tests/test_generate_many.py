@@ -286,8 +286,8 @@ def test_every_line_of_a_text_is_a_prompt_and_a_blank_one_too():
 
 
 def test_a_packed_file_that_is_damaged_is_a_last_part_that_says_so(tmp_path):
-    path = f"{tmp_path}/p.jsonl.gz"
-    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "one"}\n' * 3)[:-9])
+    path = str(tmp_path / "p.jsonl.gz")
+    pathlib.Path(path).write_bytes(gzip.compress(b'{"prompt": "one"}\n' * 3)[:-9])
     reader = many.Parts.__new__(many.Parts)
     reader.n_lines, reader.places, reader.done = 2, {path: 0}, {}
     with LocalFileSystem().open_input_stream(path, compression="gzip") as f:  # as Ray Data opens it

@@ -10,8 +10,8 @@ shift
 unset ${!OPENBLAS_@} ${!PYTHON@} ${!PYTEST_@} ${!GPT2_@} DISPLAY
 # no mount manager, which Wine 8 asks about a file's volume whenever Python opens or looks for a file: it took most of a start
 export WINEPREFIX=$folder/wine WINEARCH=win64 WINEDEBUG=-all WINEDLLOVERRIDES='ucrtbase=n,b;mscoree,mshtml,mountmgr.sys='
-unset LC_ALL
-export LC_CTYPE=C.UTF-8 # in which Wine gives files their names: Windows' are of any characters
+unset LC_ALL # which goes before the next, and would choose the language of messages, too
+export LC_CTYPE=C.UTF-8 # or Wine finds no file whose name is not ASCII
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 c=$WINEPREFIX/drive_c
 
