@@ -40,13 +40,12 @@ def locked(folder, patient=True):
 
 def open_in(folder, path):
     """Opens a file in a folder, and makes both: again if another process, done with them, removes them meanwhile."""
-    for _ in range(100):
-        with contextlib.suppress(*IN_PASSING):
-            os.makedirs(folder, exist_ok=True)
-            return open(plain_file(path), "ab")
-        time.sleep(0.01)
-    os.makedirs(folder, exist_ok=True)
-    return open(plain_file(path), "ab")
+
+    def make_and_open():
+        os.makedirs(folder, exist_ok=True)
+        return open(plain_file(path), "ab")
+
+    return insist(make_and_open, despite=IN_PASSING)
 
 
 def wait_for_lock(f, folder, patient):
@@ -86,12 +85,12 @@ def is_at(f, path):
         return False
 
 
-def insist(action, *paths):
-    """os.remove, os.rename or os.replace, tried for a second: a virus scanner may hold what has just been written."""
-    for _ in range(20):
-        with contextlib.suppress(PermissionError):
+def insist(action, *paths, despite=(PermissionError,)):
+    """An action such as os.remove, tried for a second: a virus scanner may hold what has just been written."""
+    for _ in range(100):
+        with contextlib.suppress(*despite):
             return action(*paths)
-        time.sleep(0.05)
+        time.sleep(0.01)
     return action(*paths)
 
 
